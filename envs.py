@@ -1,0 +1,519 @@
+"""Task families for meta-reinforcement learning, stepped as one batch.
+
+A *family* is a distribution over MDPs that share their state and action spaces and differ in the reward (a goal, a
+target speed) or in the dynamics (wind, body parameters). A *task* is one row of numbers, its parameters. Everything
+that describes a family is one row of `FAMILIES`; to add one, write that row, its reward and, if the body can fall,
+its termination rule.
+
+    tasks = sample_tasks("walker-params", 25, seed=0)       # (25, P) parameters, from the seed alone
+    env = make("walker-params", tasks.repeat(4, axis=0))    # 100 sub-environments, four for each task
+    obs, _ = env.reset()
+    obs, reward, terminated, truncated, info = env.step(actions)          # arrays over the batch
+
+    gymnasium.make("walker-params-v0", task=3, seed=0)      # one task, gymnasium's ordinary interface
+
+MuJoCo families step through `mujoco.rollout.Rollout`, a thread pool in C++ that takes one model per sub-environment;
+point robots are plain arrays. Actions lie in [-1, 1] for every family and are clipped to it. `terminated` is the MDP's
+own end, `truncated` the horizon's (or a physics blow-up: `info["blew_up"]` marks it, and it must not be stored).
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # off-screen rendering, chosen before mujoco is imported
+    try:
+        ctypes.CDLL("libEGL.so.1")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    except OSError:
+        pass
+
+import mujoco  # noqa: E402
+import mujoco.rollout  # noqa: E402
+
+_log = mujoco.MjLogConfig.get()  # half_cheetah.xml warns at each load, into MUJOCO_LOG.TXT in the user's directory
+_log.logto_file = _log.logto_console = False
+_log.set()
+
+Array = np.ndarray
+TASKS, EPISODES = 1, 2  # last entry of a random stream's key: task parameters and initial states share no draws
+
+
+def _never(obs: Array) -> Array:
+    return np.zeros(len(obs), bool)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of `FAMILIES`. B is the number of sub-environments, P the number of task parameters.
+
+    `state` is (B, nq + nv), MuJoCo's qpos and qvel side by side; for point robots it is the position, (B, 2).
+    """
+
+    papers: str  # what the papers call it, and which papers
+    obs_dim: int
+    act_dim: int
+    horizon: int  # steps of an evaluation episode
+    data_horizon: int  # steps of a trajectory in the offline data
+    train: int  # number of training tasks
+    test: int  # number of test tasks
+    differs: str  # "reward" or "dynamics"
+    discount: float
+    sample: Callable  # (rng, n) -> (n, P)
+    observe: Callable  # (state) -> (B, obs_dim)
+    reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
+    terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
+    sparse_reward: Callable | None = None  # as reward; where there is one, it is what the papers report
+    optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
+    # point robots
+    drift: Callable | None = None  # (task (B, P)) -> (B, 2), added to every move
+    goal: Callable | None = None  # (task (B, P)) -> (B, 2)
+    # MuJoCo
+    xml: str = ""
+    frame_skip: int = 1
+    timestep: float | None = None  # seconds; None: the XML's own
+    reset_noise: Callable | None = None  # (rng, nq, nv) -> noise on qpos (nq,) and on qvel (nv,)
+    modify: Callable | None = None  # (model, parameters (P,)): changes a compiled model in place
+
+
+# ---------------------------------------------------------------------------------------------------- point robots
+# State = position, from the origin; a step moves by 0.1 x action + drift. FOCAL appendix D.2.
+STEP, GOAL_RADIUS, WIND = 0.1, 0.2, 0.05
+
+
+def _half_circle(rng, n):
+    angle = rng.uniform(0, np.pi, size=n)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def _goal_is_task(task):
+    return task
+
+
+def _goal_at_one_zero(task):
+    return np.broadcast_to([1.0, 0.0], (len(task), 2))
+
+
+def _no_drift(task):
+    return np.zeros((len(task), 2))
+
+
+def _wind(task):
+    return task
+
+
+def _distance_reward(goal):
+    """r = -|s' - goal|."""
+    return lambda task, state, action, next_state, dt: -np.linalg.norm(next_state - goal(task), axis=1)
+
+
+def _sparse_goal_reward(task, state, action, next_state, dt):
+    """1 - distance inside the goal radius, else 0 (FOCAL appendix D.2)."""
+    distance = np.linalg.norm(next_state - task, axis=1)
+    return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0)
+
+
+def _reachable_distance(goal, drift, horizon):
+    """(n, horizon) smallest possible distance to the goal after 1..horizon steps.
+
+    After k steps the robot can be anywhere in a box of half-width 0.1 k around k x drift, and a path that heads for
+    the goal at full speed on each axis is as close as possible at every k at once.
+    """
+    k = np.arange(1, horizon + 1)[None, :, None]
+    moved = np.cumsum(np.full(horizon, STEP))[
+        None, :, None
+    ]  # eight steps: just short of 0.8, as in play
+    gap = np.maximum(np.abs(goal[:, None] - k * drift[:, None]) - moved, 0)
+    return np.linalg.norm(gap, axis=2)
+
+
+def _optimum_sparse(tasks, horizon):
+    distance = _reachable_distance(tasks, _no_drift(tasks), horizon)
+    return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0).sum(1)
+
+
+def _optimum_wind(tasks, horizon):
+    return -_reachable_distance(_goal_at_one_zero(tasks), tasks, horizon).sum(1)
+
+
+# -------------------------------------------------------------------------------------------------- MuJoCo families
+def _velocity(state, next_state, dt):
+    """The torso's x velocity, metres per second, over the whole control step."""
+    return (next_state[:, 0] - state[:, 0]) / dt
+
+
+def _noise_with_normal_velocity(scale):
+    return lambda rng, nq, nv: (rng.uniform(-scale, scale, nq), scale * rng.standard_normal(nv))
+
+
+def _uniform_noise(scale):
+    return lambda rng, nq, nv: (rng.uniform(-scale, scale, nq), rng.uniform(-scale, scale, nv))
+
+
+def _observe_cheetah(state):
+    """qpos[1:], qvel and the torso's position; `xpos` is a sub-step old after a step, so it comes from qpos."""
+    x, z = state[:, :1], state[:, 1:2]
+    return np.concatenate([state[:, 1:], x, np.zeros_like(x), z + 0.7], axis=1)
+
+
+def _cheetah_vel_reward(task, state, action, next_state, dt):
+    """r = -|v - v*| - 0.05 |a|^2."""
+    return -np.abs(_velocity(state, next_state, dt) - task[:, 0]) - 0.05 * np.square(action).sum(1)
+
+
+def _observe_walker(state):
+    """qpos[1:] and qvel clipped to [-10, 10]."""
+    n = state.shape[1] // 2
+    return np.concatenate([state[:, 1:n], np.clip(state[:, n:], -10, 10)], axis=1)
+
+
+def _walker_reward(task, state, action, next_state, dt):
+    """r = v + 1 - 0.001 |a|^2."""
+    return _velocity(state, next_state, dt) + 1 - 0.001 * np.square(action).sum(1)
+
+
+def _walker_fell(obs):
+    height, pitch = obs[:, 0], obs[:, 1]
+    return ~((height > 0.8) & (height < 2.0) & (np.abs(pitch) < 1.0))
+
+
+def _body_multipliers(nbody, nv, ngeom):
+    """Multipliers of body mass, body inertia, dof damping and geom friction, in this order, each drawn on its own:
+    1.5^u (damping: 1.3^u), u uniform in [-3, 3]."""
+    base = np.repeat([1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom])
+    return lambda rng, n: base ** rng.uniform(-3, 3, size=(n, len(base)))
+
+
+def _multiply_body(model, multipliers):
+    """Scales a compiled model's arrays. As in the published environments `mj_setConst` is not called, so quantities
+    that the compiler derived from the nominal masses (inverse weights) stay nominal."""
+    fields = (model.body_mass, model.body_inertia, model.dof_damping, model.geom_friction)
+    parts = np.split(multipliers, np.cumsum([field.size for field in fields])[:-1])
+    for field, part in zip(fields, parts, strict=True):
+        field *= part.reshape(field.shape)
+
+
+FAMILIES: dict[str, Family] = {
+    "sparse-point-robot": Family(
+        papers="Sparse-Point-Robot (FOCAL, FOCAL++)",
+        obs_dim=2, act_dim=2, horizon=20, data_horizon=200, train=80, test=20, differs="reward", discount=0.9,
+        sample=_half_circle, observe=np.copy, reward=_distance_reward(_goal_is_task),
+        sparse_reward=_sparse_goal_reward, optimum=_optimum_sparse, drift=_no_drift, goal=_goal_is_task,
+    ),
+    "point-robot-wind": Family(
+        papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)",
+        obs_dim=2, act_dim=2, horizon=20, data_horizon=200, train=40, test=10, differs="dynamics", discount=0.9,
+        sample=lambda rng, n: rng.uniform(-WIND, WIND, size=(n, 2)), observe=np.copy,
+        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, drift=_wind, goal=_goal_at_one_zero,
+    ),
+    "cheetah-vel": Family(
+        papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)",
+        obs_dim=20, act_dim=6, horizon=200, data_horizon=200, train=80, test=20, differs="reward", discount=0.99,
+        sample=lambda rng, n: rng.uniform(0, 3, size=(n, 1)), observe=_observe_cheetah, reward=_cheetah_vel_reward,
+        xml="half_cheetah.xml", frame_skip=5, reset_noise=_noise_with_normal_velocity(0.1),
+    ),
+    "walker-params": Family(
+        papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)",
+        obs_dim=17, act_dim=6, horizon=200, data_horizon=200, train=20, test=5, differs="dynamics", discount=0.99,
+        sample=_body_multipliers(nbody=8, nv=9, ngeom=8), observe=_observe_walker, reward=_walker_reward,
+        terminated=_walker_fell, xml="walker2d.xml", frame_skip=4, timestep=0.004, reset_noise=_uniform_noise(0.005),
+        modify=_multiply_body,
+    ),
+}  # fmt: skip
+
+
+def cores() -> int:
+    """The number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def family(name: str) -> Family:
+    """The row of `FAMILIES` called `name`; ValueError, with the names there are, if there is none."""
+    if name not in FAMILIES:
+        raise ValueError(f"unknown environment {name!r}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def sample_tasks(name: str, n: int, seed: int) -> Array:
+    """(n, P) float64 parameters of n tasks; the first n of a longer list with the same seed are the same tasks."""
+    rows = [family(name).sample(np.random.default_rng([seed, i, TASKS]), 1) for i in range(n)]
+    return np.concatenate(rows) if rows else family(name).sample(np.random.default_rng(), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- physics
+# A physics steps the full state (B, 1 + nq + nv): time in seconds, then `state` as rewards see it.
+
+
+class PointPhysics:
+    """Point robots as array arithmetic."""
+
+    dt = 1.0
+
+    def __init__(self, row: Family, tasks: Array, threads: int):
+        self.row, self.tasks, self.drift = row, tasks, row.drift(tasks)
+
+    def initial(self, rng: np.random.Generator) -> Array:
+        return np.zeros(3)
+
+    def step(self, full: Array, action: Array) -> tuple[Array, Array]:
+        """The next full state and which rows of it are sound."""
+        after = full + np.concatenate([np.ones((len(full), 1)), STEP * action + self.drift], axis=1)
+        return after, np.isfinite(after).all(1)
+
+    def render(self, i: int, full: Array, trail: list[Array], size: int) -> Array:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(size / 100, size / 100), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        goal = self.row.goal(self.tasks)[i]
+        axes.add_patch(_circle(goal, GOAL_RADIUS, "tab:green"))
+        axes.plot(*np.array([*trail, full])[:, 1:].T, color="tab:blue", linewidth=1.5)
+        axes.add_patch(_circle(full[1:], 0.05, "tab:blue"))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+    def close(self):
+        pass
+
+
+def _circle(centre, radius, colour):
+    from matplotlib.patches import Circle
+
+    return Circle(centre, radius, color=colour, alpha=0.6, linewidth=0)
+
+
+class MujocoPhysics:
+    """MuJoCo bodies, one compiled model per distinct task, stepped by a pool of `threads` threads."""
+
+    def __init__(self, row: Family, tasks: Array, threads: int):
+        self.row = row
+        path = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets", row.xml)
+        base = mujoco.MjModel.from_xml_path(path)
+        if row.timestep is not None:
+            base.opt.timestep = row.timestep
+        self.dt = base.opt.timestep * row.frame_skip
+        models: dict[bytes, Any] = {}
+        self.models = []
+        for task in tasks if row.modify else []:
+            key = task.tobytes()
+            if key not in models:
+                models[key] = copy.copy(base)
+                row.modify(models[key], task)
+            self.models.append(models[key])
+        self.models = self.models or [base] * len(tasks)
+        self.base = base
+        self.control_scale = base.actuator_ctrlrange[:, 1].copy()
+        self.threads = max(1, min(threads, len(tasks)))
+        self.data = [mujoco.MjData(base) for _ in range(self.threads)]
+        self.pool = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
+        self.control = np.empty((len(tasks), row.frame_skip, base.nu))
+        size = mujoco.mj_stateSize(base, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+        assert size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
+        self.out = np.empty((len(tasks), row.frame_skip, size))  # C-contiguous float64, or it would not be written
+        self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
+        self.renderer = None  # made at the first picture
+
+    def initial(self, rng: np.random.Generator) -> Array:
+        qpos, qvel = self.row.reset_noise(rng, self.base.nq, self.base.nv)
+        return np.concatenate([[0.0], self.base.qpos0 + qpos, qvel])
+
+    def step(self, full: Array, action: Array) -> tuple[Array, Array]:
+        """The next full state and which rows of it are sound.
+
+        MuJoCo answers a blow-up by resetting to the initial pose and going on: only the clock shows it.
+        """
+        self.control[:] = (action * self.control_scale)[:, None]
+        self.pool.rollout(
+            self.models, self.data, np.ascontiguousarray(full), self.control, skip_checks=True,
+            nstep=self.row.frame_skip, state=self.out, sensordata=self.sensors,
+        )  # fmt: skip
+        after = self.out[:, -1].copy()
+        on_time = np.abs(after[:, 0] - full[:, 0] - self.dt) < 0.5 * self.base.opt.timestep
+        return after, on_time & np.isfinite(after).all(1)
+
+    def render(self, i: int, full: Array, trail: list[Array], size: int) -> Array:
+        if self.renderer is None:
+            self.base.vis.global_.offwidth = self.base.vis.global_.offheight = max(size, 480)
+            self.renderer = mujoco.Renderer(self.base, size, size)
+        model, data = self.models[i], mujoco.MjData(self.models[i])
+        mujoco.mj_setState(model, data, full, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+        mujoco.mj_forward(model, data)
+        camera = "track" if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0 else -1
+        self.renderer.update_scene(data, camera)
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer:
+            self.renderer.close()
+            self.renderer = None
+        self.pool.close()
+
+
+# ------------------------------------------------------------------------------------------------------ environments
+class TaskVectorEnv(gymnasium.vector.VectorEnv):
+    """One sub-environment for each row of `tasks`, all stepped together.
+
+    With `autoreset` a sub-environment that ends is reset within the same step, alone (gymnasium's SAME_STEP): its row of
+    the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where `info["_final_obs"]`,
+    holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if the family has one.
+    Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what the others do never
+    changes it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tasks: Array,
+        seed: int = 0,
+        horizon: int | None = None,
+        threads: int | None = None,
+        autoreset: bool = True,
+        render_mode: str | None = None,
+        render_size: int = 240,
+    ):
+        self.name, self.family = name, family(name)
+        self.tasks = np.ascontiguousarray(tasks, np.float64)
+        if self.tasks.ndim != 2 or self.tasks.shape[1] != self.family.sample(np.random.default_rng(0), 1).shape[1]:
+            raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self.num_envs, self.autoreset = len(self.tasks), autoreset
+        self.horizon = self.family.horizon if horizon is None else horizon
+        self.render_mode, self.render_size = render_mode, render_size
+        kind = MujocoPhysics if self.family.xml else PointPhysics
+        self.physics = kind(self.family, self.tasks, threads or cores())
+        self.metadata = {
+            "autoreset_mode": gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"],
+            "render_modes": ["rgb_array"],
+            "render_fps": max(1, round(1 / self.physics.dt)) if self.family.xml else 10,
+        }
+        box = gymnasium.spaces.Box
+        self.single_observation_space = box(-np.inf, np.inf, (self.family.obs_dim,), np.float64)
+        self.single_action_space = box(-1.0, 1.0, (self.family.act_dim,), np.float32)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        self._seed = np.stack([np.full(self.num_envs, seed), np.arange(self.num_envs)], axis=1)
+        self._episode = np.full(self.num_envs, -1)
+        self._elapsed = np.zeros(self.num_envs, int)
+        self._full = np.stack([self.physics.initial(np.random.default_rng(0))] * self.num_envs)
+        self._trail: list[Array] = []
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
+        """New episodes everywhere, or where `options["reset_mask"]` (B,) says; a seed restarts their numbering too."""
+        mask = (options or {}).get("reset_mask")
+        rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        if seed is not None:
+            one = np.ndim(seed) == 0
+            self._seed[rows] = np.stack([np.broadcast_to(seed, self.num_envs), np.arange(self.num_envs) * one], 1)[rows]
+            self._episode[rows] = -1
+        self._reset_rows(rows)
+        self._trail = []
+        return self.observe(), {}
+
+    def observe(self) -> Array:
+        """(B, d) current observations."""
+        return self.family.observe(self._full[:, 1:])
+
+    def _reset_rows(self, rows: Array):
+        self._episode[rows] += 1
+        self._elapsed[rows] = 0
+        for i in rows:
+            self._full[i] = self.physics.initial(np.random.default_rng([*self._seed[i], self._episode[i], EPISODES]))
+
+    def step(self, actions: Array):
+        """Steps every sub-environment with `actions` (B, m); ValueError if they have another shape."""
+        action = np.asarray(actions, np.float64)
+        if action.shape != (self.num_envs, self.family.act_dim):
+            raise ValueError(f"actions have shape {action.shape}, expected {(self.num_envs, self.family.act_dim)}")
+        action = np.clip(action, -1, 1)
+        before = self._full
+        after, sound = self.physics.step(before, action)
+        after[~sound] = before[~sound]
+        state, next_state = before[:, 1:], after[:, 1:]
+        arguments = self.tasks, state, action, next_state, self.physics.dt
+        obs, reward = self.family.observe(next_state), np.where(sound, self.family.reward(*arguments), 0.0)
+        terminated = self.family.terminated(obs) & sound
+        self._elapsed += 1
+        truncated = (self._elapsed >= self.horizon) & ~terminated | ~sound
+        info: dict[str, Any] = {"blew_up": ~sound}
+        if self.family.sparse_reward:
+            info["sparse_reward"] = self.family.sparse_reward(*arguments)
+        if self.render_mode:
+            self._trail = [*self._trail[-self.horizon :], before]
+        self._full = after
+        ended = terminated | truncated
+        if self.autoreset and ended.any():
+            info["final_obs"], info["_final_obs"] = obs, ended
+            self._reset_rows(np.flatnonzero(ended))
+            obs = self.observe()
+        return obs, reward, terminated, truncated, info
+
+    def render(self) -> tuple[Array, ...]:
+        """One (size, size, 3) uint8 picture for each sub-environment."""
+        age = np.minimum(self._elapsed, len(self._trail))
+        trails = [[full[i] for full in self._trail[len(self._trail) - age[i] :]] for i in range(self.num_envs)]
+        return tuple(self.physics.render(i, self._full[i], trails[i], self.render_size) for i in range(self.num_envs))
+
+    def close_extras(self, **kwargs: Any):
+        self.physics.close()
+
+    def state_dict(self) -> dict[str, Array]:
+        """Everything needed to go on from here exactly."""
+        return {k: getattr(self, k).copy() for k in ("_seed", "_episode", "_elapsed", "_full")}
+
+    def load_state_dict(self, state: dict[str, Array]):
+        for key, value in state.items():
+            getattr(self, key)[:] = value
+
+
+def make(name: str, tasks: Array, seed: int = 0, **kwargs: Any) -> TaskVectorEnv:
+    """A vector environment with one sub-environment for each row of `tasks`, see `TaskVectorEnv`."""
+    return TaskVectorEnv(name, tasks, seed, **kwargs)
+
+
+class TaskEnv(gymnasium.Env):
+    """One task of a family behind gymnasium's single-environment interface.
+
+    `task` is an index into `sample_tasks(name, ..., seed)` or a row of parameters.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, name: str, task: int | Array = 0, seed: int = 0, render_mode: str | None = None, **kwargs: Any):
+        row = sample_tasks(name, task + 1, seed)[task] if np.ndim(task) == 0 else np.asarray(task)
+        self._vector = make(name, row[None], seed, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
+        self.render_mode = render_mode
+        self.metadata = {key: self._vector.metadata[key] for key in ("render_modes", "render_fps")}
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        obs, info = self._vector.reset(seed=seed)
+        return obs[0], info
+
+    def step(self, action: Array):
+        obs, reward, terminated, truncated, info = self._vector.step(np.asarray(action)[None])
+        info = {key: value[0] for key, value in info.items()}
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def render(self):
+        return self._vector.render()[0]
+
+    def close(self):
+        self._vector.close()
+
+
+for _name in FAMILIES:
+    gymnasium.register(id=f"{_name}-v0", entry_point=TaskEnv, kwargs={"name": _name})

@@ -1,0 +1,569 @@
+"""The task families against gymnasium's own environments, numbers worked out by hand, and themselves."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import envs
+
+mujoco = envs.mujoco  # envs chooses the GL back end before it imports mujoco
+NAMES = list(envs.FAMILIES)
+POINTS = ["sparse-point-robot", "point-robot-wind"]
+BODIES = ["cheetah-vel", "walker-params"]
+FAMILY_TABLE = {  # observation, action, horizon, data horizon, training tasks, test tasks, parameters, what differs
+    "sparse-point-robot": (2, 2, 20, 200, 80, 20, 2, "reward"),
+    "point-robot-wind": (2, 2, 20, 200, 40, 10, 2, "dynamics"),
+    "cheetah-vel": (20, 6, 200, 200, 80, 20, 1, "reward"),
+    "walker-params": (17, 6, 200, 200, 20, 5, 65, "dynamics"),
+}
+WALKER_PARTS = [(slice(0, 32), 1.5), (slice(32, 41), 1.3), (slice(41, 65), 1.5)]  # damping in the middle
+PITCH, SPEED = 3, -3  # places in a body's full state: the torso's pitch, the speed of a joint
+
+old_version = pytest.mark.filterwarnings("ignore:.*is out of date")
+
+
+def build(name, n=3, seed=0, threads=1, **kwargs):
+    return envs.make(name, envs.sample_tasks(name, n, 1), seed, threads=threads, **kwargs)
+
+
+def random_actions(env, steps, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, env.num_envs, env.family.act_dim))
+
+
+def play(env, actions):
+    """The step results in order, each stacked over time; the infos as a list."""
+    *arrays, infos = zip(*(env.step(action) for action in actions), strict=True)
+    return [np.stack(array) for array in arrays] + [list(infos)]
+
+
+def assert_same(a, b, rows=slice(None)):
+    """Bit-equal observations, rewards, terminated and truncated in these rows."""
+    for x, y in zip(a[:4], b[:4], strict=True):
+        np.testing.assert_array_equal(x[:, rows], y[:, rows])
+
+
+# ------------------------------------------------------------------------------------------- gymnasium's own bodies
+def gymnasium_body(name):
+    body = gymnasium.make({"cheetah-vel": "HalfCheetah-v4", "walker-params": "Walker2d-v4"}[name]).unwrapped
+    if name == "walker-params":
+        body.model.opt.timestep = 0.004
+    return body
+
+
+def side_by_side(env, bodies, steps):
+    """Steps env and, each time from the same states with the same actions, one gymnasium environment per row."""
+    env.reset()
+    for action in random_actions(env, steps):
+        before = env.state_dict()["_full"]
+        obs, reward, terminated, truncated, info = env.step(action)
+        after, obs = env.state_dict()["_full"], info.get("final_obs", obs)
+        assert not info["blew_up"].any() and not truncated.any()
+        for i, body in enumerate(bodies):
+            nq = body.model.nq
+            body.set_state(before[i, 1 : 1 + nq], before[i, 1 + nq :])
+            body.data.time = before[i, 0]
+            body.data.qacc_warmstart[:] = 0
+            theirs = body.step(action[i])
+            if not terminated[i]:
+                full = np.concatenate([[body.data.time], body.data.qpos, body.data.qvel])
+                np.testing.assert_allclose(after[i], full, rtol=1e-9, atol=1e-9)
+            yield i, action[i], (obs[i], reward[i], terminated[i]), theirs
+
+
+def assert_walker_steps_equal(env, bodies, steps):
+    """Returns how often a walker fell and how often a velocity was clipped."""
+    falls = clipped = 0
+    for _, _, ours, (obs, reward, terminated, _, _) in side_by_side(env, bodies, steps):
+        np.testing.assert_allclose(ours[0], obs, rtol=1e-9, atol=1e-9)
+        assert ours[1] == pytest.approx(reward, abs=1e-9)
+        assert ours[2] == terminated
+        falls, clipped = falls + terminated, clipped + (np.abs(obs[8:]) == 10).any()
+    return falls, clipped
+
+
+@old_version
+def test_walker_with_parameters_one_is_gymnasiums_walker():
+    env = envs.make("walker-params", np.ones((1, 65)), threads=1)
+    falls, clipped = assert_walker_steps_equal(env, [gymnasium_body("walker-params")], 150)
+    assert 5 < falls < 75 and clipped > 5
+
+
+@old_version
+def test_walker_parameters_multiply_gymnasiums_model_in_order():
+    tasks = envs.sample_tasks("walker-params", 3, seed=4)[[0, 1, 0, 2, 2]]
+    tasks[4, 64] *= 2
+    bodies = [gymnasium_body("walker-params") for _ in tasks]
+    for body, task in zip(bodies, tasks, strict=True):
+        body.model.body_mass[:] *= task[:8]
+        body.model.body_inertia[:] *= task[8:32].reshape(8, 3)
+        body.model.dof_damping[:] *= task[32:41]
+        body.model.geom_friction[:] *= task[41:].reshape(8, 3)
+    env = envs.make("walker-params", tasks, threads=1)
+    assert_walker_steps_equal(env, bodies, 50)
+    assert env.physics.models[0] is env.physics.models[2]  # equal tasks share a model
+    for model, body in zip(env.physics.models, bodies, strict=True):
+        for field in ("body_mass", "body_inertia", "dof_damping", "geom_friction", "body_invweight0", "dof_invweight0"):
+            np.testing.assert_array_equal(getattr(model, field), getattr(body.model, field))
+
+
+@old_version
+def test_walker_falls_where_gymnasiums_does():
+    body, terminated = gymnasium_body("walker-params"), envs.family("walker-params").terminated
+    for height, pitch in product([0.5, 0.8, 0.8001, 1.25, 1.9999, 2.0, 2.5], [-1.5, -1.0, -0.9999, 0.0, 0.9999, 1.0]):
+        state = np.zeros(18)
+        state[1:3] = height, pitch
+        body.set_state(state[:9], state[9:])
+        assert terminated(state[None, 1:]).tolist() == [body.terminated], (height, pitch)
+    assert terminated(np.full((1, 17), np.nan)).all()
+
+
+@old_version
+def test_cheetah_is_gymnasiums_cheetah():
+    env, body = build("cheetah-vel", 2), gymnasium_body("cheetah-vel")
+    after = mujoco.MjData(body.model)
+    for i, action, (obs, reward, terminated), theirs in side_by_side(env, [body, body], 100):
+        np.testing.assert_allclose(obs[:17], theirs[0], rtol=1e-9, atol=1e-9)
+        after.qpos[:] = body.data.qpos
+        mujoco.mj_forward(body.model, after)
+        np.testing.assert_allclose(obs[17:], after.body("torso").xpos, rtol=1e-9, atol=1e-9)
+        missed = abs(theirs[4]["x_velocity"] - env.tasks[i, 0])
+        assert reward == pytest.approx(-missed - 0.05 * sum(a * a for a in action), abs=1e-9)
+        assert not terminated
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_step_is_a_loop_of_mj_steps_from_a_cold_start(name):
+    env = build(name)
+    env.reset()
+    datas = [mujoco.MjData(model) for model in env.physics.models]
+    for action in random_actions(env, 60):
+        before = env.state_dict()["_full"]
+        ended = np.logical_or(*env.step(action)[2:4])
+        for i, (model, data) in enumerate(zip(env.physics.models, datas, strict=True)):
+            mujoco.mj_setState(model, data, before[i], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+            data.qacc_warmstart[:], data.ctrl[:] = 0, action[i]
+            for _ in range({"cheetah-vel": 5, "walker-params": 4}[name]):
+                mujoco.mj_step(model, data)
+            if not ended[i]:
+                np.testing.assert_array_equal(env._full[i], np.concatenate([[data.time], data.qpos, data.qvel]))
+
+
+@pytest.mark.parametrize("name, noise", [("cheetah-vel", 0.1), ("walker-params", 0.005)])
+def test_initial_states_of_bodies(name, noise):
+    env = envs.make(name, np.repeat(envs.sample_tasks(name, 1, 0), 500, axis=0), threads=1)
+    env.reset()
+    state = env._full[:, 1:] - np.concatenate([env.physics.base.qpos0, np.zeros(9)])
+    position, velocity = state[:, :9] / noise, state[:, 9:] / noise
+    assert (env._full[:, 0] == 0).all()
+    uniform = [position] if name == "cheetah-vel" else [position, velocity]
+    for part in uniform:
+        assert np.abs(part).max() <= 1 and (part.min(0) < -0.95).all() and (part.max(0) > 0.95).all()
+        np.testing.assert_allclose(part.mean(0), 0, atol=0.12)
+    if name == "cheetah-vel":
+        np.testing.assert_allclose(velocity.std(0), 1, atol=0.15)
+        assert 2.5 < np.abs(velocity).max() < 6
+    assert np.abs(np.corrcoef(state.T) - np.eye(18)).max() < 0.25
+
+
+# ---------------------------------------------------------------------------------------------------- tasks and rows
+@pytest.mark.parametrize("name", NAMES)
+def test_family_rows(name):
+    row, env = envs.family(name), build(name)
+    size = envs.sample_tasks(name, 1, 0).shape[1]
+    numbers = (row.obs_dim, row.act_dim, row.horizon, row.data_horizon, row.train, row.test, size, row.differs)
+    assert numbers == FAMILY_TABLE[name]
+    assert row.discount == (0.9 if name in POINTS else 0.99)
+    obs, info = env.reset()
+    result = env.step(np.zeros((3, row.act_dim)))
+    np.testing.assert_array_equal(env.observe(), result[0])
+    for array in (obs, result[0]):
+        assert array.shape == (3, row.obs_dim) and array.dtype == np.float64
+    assert [(x.shape, x.dtype) for x in result[1:4]] == [((3,), np.float64), ((3,), bool), ((3,), bool)]
+    assert info == {} and set(result[4]) == {"blew_up"} | ({"sparse_reward"} if name == "sparse-point-robot" else set())
+    assert env.observation_space.contains(result[0]) and env.horizon == row.horizon
+    assert env.single_action_space == gymnasium.spaces.Box(-1, 1, (row.act_dim,), np.float32)
+    assert env.action_space.shape == (3, row.act_dim)
+    assert env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_come_from_the_seed_alone(name):
+    tasks = envs.sample_tasks(name, 7, 5)
+    assert tasks.shape == (7, FAMILY_TABLE[name][6]) and tasks.dtype == np.float64
+    np.testing.assert_array_equal(tasks, envs.sample_tasks(name, 7, 5))
+    np.testing.assert_array_equal(tasks[:3], envs.sample_tasks(name, 3, 5))
+    assert envs.sample_tasks(name, 0, 5).shape == (0, tasks.shape[1])
+    several = np.concatenate([envs.sample_tasks(name, 20, seed) for seed in range(5)])
+    assert len(np.unique(several, axis=0)) == 100
+
+
+def test_ranges_of_tasks():
+    goals = envs.sample_tasks("sparse-point-robot", 300, 0)
+    np.testing.assert_allclose(np.linalg.norm(goals, axis=1), 1)
+    angles = np.arctan2(goals[:, 1], goals[:, 0])
+    assert 0 <= angles.min() < 0.1 and np.pi - 0.1 < angles.max() <= np.pi and abs(angles.mean() - np.pi / 2) < 0.2
+    winds = envs.sample_tasks("point-robot-wind", 300, 0)
+    assert np.abs(winds).max() <= 0.05
+    assert (winds.min(0) < -0.047).all() and (winds.max(0) > 0.047).all() and abs(np.corrcoef(winds.T)[0, 1]) < 0.2
+    speeds = envs.sample_tasks("cheetah-vel", 300, 0)
+    assert 0 <= speeds.min() < 0.05 and 2.95 < speeds.max() <= 3 and abs(speeds.mean() - 1.5) < 0.2
+
+
+def test_ranges_of_walker_multipliers():
+    tasks = envs.sample_tasks("walker-params", 300, 0)
+    for part, base in WALKER_PARTS:
+        exponents = np.log(tasks[:, part]) / np.log(base)
+        assert np.abs(exponents).max() <= 3 + 1e-12
+        assert (exponents.min(0) < -2.8).all() and (exponents.max(0) > 2.8).all()
+        np.testing.assert_allclose(np.abs(exponents).mean(0), 1.5, atol=0.25)
+    assert np.abs(np.corrcoef(tasks.T) - np.eye(65)).max() < 0.3
+
+
+def test_unknown_names_and_bad_arguments():
+    for call in (lambda: envs.sample_tasks("cheetah", 3, 0), lambda: envs.make("cheetah", np.ones((1, 1)))):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert all(name in str(error.value) for name in [*NAMES, "'cheetah'"])
+    for tasks in (np.ones((2, 3)), np.ones(2), np.ones((1, 2, 2))):
+        with pytest.raises(ValueError, match="point-robot-wind"):
+            envs.make("point-robot-wind", tasks)
+    with pytest.raises(ValueError, match="human"):
+        build("point-robot-wind", render_mode="human")
+
+
+# ------------------------------------------------------------------------------------------------------ point robots
+def test_point_robot_by_hand():
+    env = envs.make("sparse-point-robot", np.array([[0.0, 1.0], [1.0, 0.0]]))
+    obs, _ = env.reset()
+    np.testing.assert_array_equal(obs, np.zeros((2, 2)))
+    obs, reward, _, _, info = env.step(np.array([[1.0, -0.5], [0.3, 0.4]]))
+    np.testing.assert_allclose(obs, [[0.1, -0.05], [0.03, 0.04]], atol=1e-12)
+    np.testing.assert_allclose(reward, [-((0.01 + 1.1025) ** 0.5), -((0.9409 + 0.0016) ** 0.5)], atol=1e-12)
+    np.testing.assert_array_equal(info["sparse_reward"], [0, 0])
+    obs, reward, _, _, _ = env.step(np.array([[-1.0, 0.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(obs, [[0, -0.05], [0.13, 0.14]], atol=1e-12)
+    np.testing.assert_allclose(reward, [-1.05, -((0.7569 + 0.0196) ** 0.5)], atol=1e-12)
+
+
+def test_point_robot_walks_into_the_goal():
+    env = envs.make("sparse-point-robot", np.array([[0.0, 1.0]]))
+    env.reset()
+    _, reward, terminated, _, infos = play(env, np.tile([0.0, 1.0], (10, 1, 1)))
+    np.testing.assert_allclose(reward[:, 0], np.linspace(-0.9, 0, 10), atol=1e-12)
+    sparse = np.array([info["sparse_reward"][0] for info in infos])
+    np.testing.assert_allclose(np.delete(sparse, 7), [0] * 7 + [0.9, 1], atol=1e-12)  # the eighth step ends on the rim
+    assert not terminated.any()
+
+
+def test_sparse_reward_around_the_radius():
+    distances = [0, 0.1, 0.2, np.nextafter(0.2, 1), 0.5]
+    at = np.array([[0.0, d] for d in distances])
+    sparse = envs.family("sparse-point-robot").sparse_reward(np.zeros((5, 2)), at, at, at, 1.0)
+    np.testing.assert_allclose(sparse, [1, 0.9, 0.8, 0, 0], atol=1e-12)
+
+
+def test_wind_drifts_every_move():
+    env = envs.make("point-robot-wind", np.array([[0.03, -0.05], [0.0, 0.02]]))
+    env.reset()
+    obs, reward, _, _, info = env.step(np.array([[1.0, 0.5], [0.0, 0.0]]))
+    np.testing.assert_allclose(obs, [[0.13, 0], [0, 0.02]], atol=1e-12)
+    np.testing.assert_allclose(reward, [-0.87, -(1.0004**0.5)], atol=1e-12)
+    obs, reward, _, _, _ = env.step(np.zeros((2, 2)))
+    np.testing.assert_allclose(obs, [[0.16, -0.05], [0, 0.04]], atol=1e-12)
+    np.testing.assert_allclose(reward, [-((0.84**2 + 0.0025) ** 0.5), -(1.0016**0.5)], atol=1e-12)
+    assert "sparse_reward" not in info
+
+
+@pytest.mark.parametrize("name, horizon", list(product(POINTS, [20, 9])))
+def test_optimum_is_what_greedy_play_earns(name, horizon):
+    tasks = envs.sample_tasks(name, 50, 3)
+    goal, drift = (tasks, 0) if name == "sparse-point-robot" else (np.array([1.0, 0.0]), tasks)
+    env = envs.make(name, tasks, horizon=horizon)
+    position, returns = env.reset()[0], 0
+    for _ in range(horizon):
+        position, reward, _, truncated, info = env.step(np.clip((goal - position - drift) / 0.1, -1, 1))
+        returns = returns + info.get("sparse_reward", reward)
+    assert truncated.all()
+    np.testing.assert_allclose(env.family.optimum(tasks, horizon), returns, atol=1e-9)
+
+
+def test_mean_optima():
+    angle = np.linspace(0, np.pi, 100)
+    goals = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    assert envs.family("sparse-point-robot").optimum(goals, 20).mean() == pytest.approx(13.36, abs=0.01)
+    best = envs.family("point-robot-wind").optimum(envs.sample_tasks("point-robot-wind", 500, 0), 20)
+    assert best.mean() == pytest.approx(-5.0, abs=0.3) and best.std() == pytest.approx(1.8, abs=0.3)
+
+
+# --------------------------------------------------------------------------------------- episodes of the vector kind
+@pytest.mark.parametrize("name", NAMES)
+def test_horizon_truncates_and_starts_again(name):
+    env, longer = build(name, horizon=3), build(name, horizon=30)
+    start = longer.reset()[0]
+    np.testing.assert_array_equal(env.reset()[0], start)
+    actions = 0.1 * random_actions(env, 6)
+    obs, _, terminated, truncated, infos = play(env, actions)
+    np.testing.assert_array_equal(truncated, np.repeat([[0, 0, 1, 0, 0, 1]], 3, axis=0).T.astype(bool))
+    assert not terminated.any()
+    assert [("final_obs" in info, "_final_obs" in info) for info in infos] == [(t, t) for t in truncated[:, 0]]
+    assert infos[2]["_final_obs"].all()
+    expected = play(longer, actions[:3])[0]
+    np.testing.assert_array_equal(infos[2]["final_obs"], expected[2])
+    np.testing.assert_array_equal(obs[:2], expected[:2])
+    np.testing.assert_array_equal(obs[2], longer.reset()[0])
+    np.testing.assert_array_equal(obs[3:5], play(longer, actions[3:5])[0])
+    if name in BODIES:
+        assert not (obs[2] == start).all(1).any()
+
+
+def test_a_fallen_walker_terminates_and_resets_alone():
+    env, quiet = build("walker-params", horizon=4), build("walker-params", horizon=4)
+    env.reset(), quiet.reset()
+    actions = 0.1 * random_actions(env, 7)
+    calm = play(quiet, actions)
+    first = env.step(actions[0])
+    assert not first[2].any() and not first[3].any()
+    env._full[1, PITCH] = 1.5
+    obs, _, terminated, truncated, info = env.step(actions[1])
+    assert terminated.tolist() == info["_final_obs"].tolist() == [False, True, False]
+    assert not truncated.any() and not info["blew_up"].any()
+    assert info["final_obs"][1, 1] > 1
+    np.testing.assert_array_equal(info["final_obs"][[0, 2]], obs[[0, 2]])
+    np.testing.assert_array_equal(obs[1], calm[0][3][1])  # the row's second initial state
+    rest = play(env, actions[2:])
+    assert_same(rest, [x[2:] for x in calm[:4]], rows=[0, 2])
+    assert np.argwhere(rest[3].T).tolist() == [[0, 1], [1, 3], [2, 1]]  # the fallen row's new episode lasts four steps
+
+
+def test_a_fall_at_the_horizon_is_terminated_not_truncated():
+    env = build("walker-params", horizon=1)
+    env.reset()
+    env._full[1, PITCH] = 1.5
+    _, _, terminated, truncated, _ = env.step(np.zeros((3, 6)))
+    assert terminated.tolist() == [False, True, False] and truncated.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_the_others(name):
+    tasks, other = envs.sample_tasks(name, 3, 0), envs.sample_tasks(name, 3, 9)
+    other[1] = tasks[1]
+    a, b = (envs.make(name, t, seed=2, horizon=15, threads=1) for t in (tasks, other))
+    a.reset(), b.reset()
+    actions, changed = random_actions(a, 40), random_actions(a, 40, seed=1)
+    changed[:, 1] = actions[:, 1]
+    first, second = play(a, actions), play(b, changed)
+    assert_same(first, second, rows=1)
+    assert not np.array_equal(first[0][:, 0], second[0][:, 0])
+    fewer = envs.make(name, tasks[:2], seed=2, horizon=15, threads=1)
+    fewer.reset()
+    assert_same([x[:, :2] for x in first[:4]], play(fewer, actions[:, :2]))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_initial_states_come_from_seed_row_and_episode(name):
+    tasks = np.repeat(envs.sample_tasks(name, 1, 0), 3, axis=0)
+    env, again = envs.make(name, tasks, seed=7, threads=1), envs.make(name, tasks, seed=0, threads=1)
+    starts = [env.reset()[0], env.reset()[0], env.reset(seed=8)[0], env.reset(seed=7)[0], env.reset()[0]]
+    np.testing.assert_array_equal(starts[3:], starts[:2])
+    np.testing.assert_array_equal(again.reset(seed=7)[0], starts[0])
+    assert len(np.unique(np.concatenate(starts[:3]), axis=0)) == 9
+    env.step(np.ones((3, 6)))
+    np.testing.assert_array_equal(env.reset(seed=7)[0], starts[0])
+    listed = env.reset(seed=[8, 7, 8])[0]  # one seed for each row: each is like the only row of that seed
+    np.testing.assert_array_equal(listed, [starts[2][0], starts[0][0], starts[2][0]])
+
+
+def test_initial_states_do_not_repeat_the_draws_of_tasks():
+    """Else the first observation of an episode would tell the task."""
+    tasks = envs.sample_tasks("cheetah-vel", 200, 0)
+    env = envs.make("cheetah-vel", tasks, seed=0, threads=1)
+    first = env.reset()[0]
+    varying = first[:, first.std(0) > 0]
+    assert varying.shape[1] == 19  # all but the torso's y
+    assert np.abs(np.corrcoef(tasks.T, varying.T)[0, 1:]).max() < 0.3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_mask_restarts_only_these_rows(name):
+    env, quiet = build(name, horizon=5), build(name, horizon=5)
+    env.reset(), quiet.reset()
+    actions = 0.1 * random_actions(env, 7)
+    expected = play(quiet, actions)
+    before = play(env, actions[:2])[0]
+    obs, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_array_equal(obs[[0, 2]], before[-1][[0, 2]])
+    np.testing.assert_array_equal(obs[1], expected[0][4][1])
+    rest = play(env, actions[2:])
+    assert_same(rest, [x[2:] for x in expected[:4]], rows=[0, 2])
+    assert np.argwhere(rest[3].T).tolist() == [[0, 2], [1, 4], [2, 2]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_state_goes_on_exactly(name):
+    env, other = build(name, horizon=12), build(name, seed=5, horizon=12)
+    env.reset()
+    play(env, random_actions(env, 17))
+    saved = env.state_dict()
+    expected = play(env, random_actions(env, 20, seed=1))
+    for target in (env, other):
+        target.load_state_dict(saved)
+        assert_same(play(target, random_actions(env, 20, seed=1)), expected)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_number_of_threads_changes_nothing(name):
+    results = []
+    for threads in (1, 2):
+        env = build(name, 5, threads=threads, horizon=20)
+        assert env.physics.threads == threads
+        env.reset()
+        results.append(play(env, random_actions(env, 40)))
+        env.close()
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name, huge, steps", list(product(BODIES, [1e9, 1e12], [0, 2])))
+def test_a_blow_up_ends_only_its_own_episode(name, huge, steps):
+    env, quiet = build(name), build(name)
+    env.reset(), quiet.reset()
+    actions = 0.1 * random_actions(env, 8)
+    expected = play(quiet, actions)
+    for action in actions[:steps]:
+        env.step(action)
+    env._full[1, [PITCH, SPEED]] = 1.5, huge
+    last = env.observe()[1]
+    obs, reward, terminated, truncated, info = env.step(actions[steps])
+    for marked in (truncated, info["blew_up"], info["_final_obs"]):
+        assert marked.tolist() == [False, True, False]
+    assert not terminated.any()
+    assert np.isfinite(obs).all() and np.isfinite(info["final_obs"]).all() and np.isfinite(reward).all()
+    np.testing.assert_array_equal(info["final_obs"][1], last)
+    np.testing.assert_array_equal(obs[[0, 2]], expected[0][steps][[0, 2]])
+    np.testing.assert_array_equal(reward[[0, 2]], expected[1][steps][[0, 2]])
+    np.testing.assert_array_equal(obs[1], quiet.reset()[0][1])
+    rest = play(env, actions[steps + 1 :])
+    assert_same(rest, [x[steps + 1 :] for x in expected[:4]], rows=[0, 2])
+    assert np.isfinite(rest[0]).all() and not any(info["blew_up"].any() for info in rest[4])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_actions_of_the_wrong_shape_are_refused(name):
+    env = build(name)
+    obs, _ = env.reset()
+    m = env.family.act_dim
+    for shape in [(m,), (3, m + 1), (3, m - 1), (2, m), (1, m), (m, 3), (3 * m,), (3, m, 1), ()]:
+        with pytest.raises(ValueError, match=rf"actions have shape .*expected \(3, {m}\)"):
+            env.step(np.zeros(shape))
+    np.testing.assert_array_equal(env.observe(), obs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_actions_are_clipped(name):
+    wild, tame = build(name), build(name)
+    wild.reset(), tame.reset()
+    actions = 3 * random_actions(wild, 12)
+    assert_same(play(wild, actions), play(tame, np.clip(actions, -1, 1)))
+    assert np.abs(actions).max() > 2.5  # what step was given is left alone
+
+
+# ---------------------------------------------------------------------------------------- one task, pictures, files
+@pytest.fixture(scope="session")
+def has_gl():
+    try:
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error", "ignore:.*space (minimum|maximum) value is -?infinity")
+def test_one_task_passes_gymnasiums_checks(name, has_gl):
+    env = gymnasium.make(f"{name}-v0", task=3, seed=0)
+    check_env(env.unwrapped, skip_render_check=name in BODIES and not has_gl)
+    env.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_task_is_a_row_of_the_vector_kind(name):
+    task = envs.sample_tasks(name, 4, 0)[3]
+    for given in (3, task):
+        single = gymnasium.make(f"{name}-v0", task=given, seed=0, horizon=12)
+        vector = envs.make(name, task[None], seed=0, horizon=12, threads=1)
+        np.testing.assert_array_equal(single.reset()[0], vector.reset()[0][0])
+        for action in 0.3 * random_actions(vector, 12):
+            obs, reward, terminated, truncated, info = single.step(action[0].astype(np.float32))
+            theirs = vector.step(action.astype(np.float32))
+            ended = theirs[2][0] or theirs[3][0]
+            np.testing.assert_array_equal(obs, theirs[4]["final_obs"][0] if ended else theirs[0][0])
+            assert (reward, terminated, truncated) == tuple(x[0] for x in theirs[1:4])
+            assert info == {k: v[0] for k, v in theirs[4].items() if "final_obs" not in k}
+            if ended:
+                break
+        assert ended
+        np.testing.assert_array_equal(single.reset(seed=6)[0], vector.reset(seed=6)[0][0])
+
+
+@pytest.mark.parametrize("name, size", [(POINTS[0], 57), (POINTS[1], 96), (BODIES[0], 57), (BODIES[1], 96)])
+def test_pictures(name, size, has_gl):
+    if name in BODIES and not has_gl:
+        pytest.skip("no GL context")
+    env, quiet = (build(name, 2, render_mode=mode, render_size=size) for mode in ("rgb_array", None))
+    env.reset(), quiet.reset()
+    actions = random_actions(env, 6)
+    first = env.render()
+    for action in actions:
+        seen, unseen = env.step(action), quiet.step(action)
+        last = env.render()
+        np.testing.assert_array_equal(seen[0], unseen[0])
+    for pictures in (first, last):
+        assert isinstance(pictures, tuple) and len(pictures) == 2
+        for picture in pictures:
+            assert picture.shape == (size, size, 3) and picture.dtype == np.uint8 and picture.std() > 5
+    assert (last[0] != last[1]).any()
+    assert (first[0] != first[1]).any() == (name != "point-robot-wind")  # there the goal and the start are the same
+    assert all((a != b).any() for a, b in zip(first, last, strict=True))
+    env.close(), quiet.close()
+
+
+def test_a_point_robots_picture_shows_this_episodes_trail():
+    env, quiet = (build("point-robot-wind", 1, render_mode=mode, horizon=4) for mode in ("rgb_array", None))
+    env.reset(), quiet.reset()
+    empty = env.render()[0]
+    for _ in range(3):
+        env.step(np.ones((1, 2))), quiet.step(np.ones((1, 2)))
+    assert (env.render()[0] != quiet.render()[0]).any()
+    assert env.step(np.ones((1, 2)))[3].all()
+    np.testing.assert_array_equal(env.render()[0], empty)
+
+
+def test_pictures_of_one_task():
+    with gymnasium.make("point-robot-wind-v0", render_mode="rgb_array", render_size=50) as env:
+        env.reset()
+        env.step(np.ones(2, np.float32))
+        assert env.render().shape == (50, 50, 3)
+
+
+def test_no_log_file_in_the_working_directory(tmp_path):
+    program = """
+import numpy as np, envs
+for name in envs.FAMILIES:
+    for threads in (1, 2):
+        env = envs.make(name, envs.sample_tasks(name, 3, 0), threads=threads)
+        env.reset()
+        env._full[1, -1] = 1e12
+        env.step(np.zeros((3, env.family.act_dim)))
+        env.close()
+"""
+    root = os.path.dirname(envs.__file__)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert list(tmp_path.iterdir()) == [] and b"WARN" not in result.stdout + result.stderr
