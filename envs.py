@@ -129,9 +129,7 @@ def _reachable_distance(goal, drift, horizon):
     the goal at full speed on each axis is as close as possible at every k at once.
     """
     k = np.arange(1, horizon + 1)[None, :, None]
-    moved = np.cumsum(np.full(horizon, STEP))[
-        None, :, None
-    ]  # eight steps: just short of 0.8, as in play
+    moved = np.cumsum(np.full(horizon, STEP))[None, :, None]  # eight steps: just short of 0.8, as in play
     gap = np.maximum(np.abs(goal[:, None] - k * drift[:, None]) - moved, 0)
     return np.linalg.norm(gap, axis=2)
 

@@ -1,0 +1,905 @@
+"""Offline datasets for every task of a family: made here, stored, checked, loaded.
+
+Two stages, each cached, resumable and atomic, under `<data-dir>/<env>/<train>+<test>-seed<k>/`:
+
+1. *Behaviour* (`behaviour.pt`): one SAC agent for each task, all trained at once. Every weight carries a leading task
+   axis and one batched matrix product serves all tasks, so a gradient step of 100 agents is one step; no information
+   passes between tasks. Policies are kept from the untrained one to the last.
+2. *Rollouts* (`<quality>.npz`): the kept policies act in their tasks, actions sampled, and their trajectories become
+   the dataset. `random` is the untrained policy, `expert` the last, `medium` the one nearest half-way between them in
+   return, `mixed` all of them, evenly spread over training; `replay` is what SAC itself collected first.
+
+A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
+episode. Your own data needs the same arrays (those marked * may be left out):
+
+    observations, next_observations  (T, N, d) float32      actions  (T, N, m) float32, in [-1, 1]
+    rewards, terminals               (T, N)    float32      terminals: 1 where the MDP itself ended, not at a time limit
+    episodes                         (T, N)    int32        the episode of its task that a row belongs to
+    tasks                            (T, P)    float64      task parameters, as in envs.py
+    train_tasks, test_tasks          (n,)      int64        indices into the task axis
+    sparse_rewards *                 (T, N)    float32      what the task encoder sees, where it is not `rewards`
+    returns *                        (T,)      float32      mean return of the data in each task, over envs' horizon
+    meta *                           JSON text              environment, quality, settings, versions, checksum
+
+    python data.py --env walker-params                      # builds (or finds) the mixed dataset and describes it
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import envs
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; then nothing keeps two builders apart
+    fcntl = None
+
+FORMAT = 1
+QUALITIES = ("random", "medium", "expert", "mixed", "replay")
+SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
+
+
+class DataError(Exception):
+    """A dataset that cannot be used or made; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the behaviour of a family is trained and rolled out."""
+
+    steps: int = 200_000  # environment steps for each task
+    envs: int = 8  # sub-environments for each task
+    episode: int = 200  # steps of an episode while SAC learns
+    updates: int = 2  # gradient steps for each step of all sub-environments
+    start: int = 1_000  # first steps of each task, with uniformly random actions
+    hidden: int = 64
+    batch: int = 128
+    lr: float = 1e-3
+    alpha: float = 0.1  # initial temperature
+    alpha_lr: float = 1e-3
+    tau: float = 0.02  # of the slow targets
+    discount: float = 0.99
+    nstep: int = 3  # rewards summed before the target bootstraps
+    checkpoints: int = 50
+    trajectories: int = 50  # of each task in a dataset
+    shard: int = 7  # most tasks of one process on a CPU; fixed, so that results do not depend on the number of cores
+    core_minutes: float = 40.0  # what this costs on one core, to tell the user
+    replay: int = 10_000  # first transitions of each task that become the `replay` dataset
+
+
+# What differs from the class's defaults, for each family: `small` is for a machine without a GPU.
+POINT = {"steps": 6_400, "episode": 40, "start": 400, "updates": 4, "hidden": 32, "batch": 32, "lr": 3e-3, "tau": 0.05}
+POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes": 2.0}
+SMALL = {
+    "sparse-point-robot": POINT,
+    "point-robot-wind": POINT | {"steps": 9_600},
+    "cheetah-vel": {"envs": 4, "alpha": 1.0, "alpha_lr": 3e-4},
+    "walker-params": {},
+}
+FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # beside a family's own row
+
+
+def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
+    """The family's settings for this device, with `changes` (those that are not None) on top."""
+    row = SMALL.get(env, {})
+    if device.type == "cuda" and not envs.family(env).xml:
+        row = row | {"hidden": 256, "batch": 256}
+    elif device.type == "cuda":
+        row = row | FULL
+    return Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
+
+
+# --------------------------------------------------------------------------------------- SAC for all tasks at once
+class BatchedLinear(nn.Module):
+    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
+
+    def __init__(self, n: int, d_in: int, d_out: int, generator: torch.Generator | None = None):
+        super().__init__()
+        bound = 1 / math.sqrt(d_in)
+        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        """`frozen`: gradients reach x only."""
+        if frozen:
+            return torch.baddbmm(self.bias.detach(), x, self.weight.detach())
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class BatchedMLP(nn.Module):
+    """n independent networks with two hidden layers."""
+
+    def __init__(self, n: int, d_in: int, hidden: int, d_out: int, generator: torch.Generator | None = None):
+        super().__init__()
+        sizes = [d_in, hidden, hidden, d_out]
+        self.layers = nn.ModuleList(BatchedLinear(n, i, o, generator) for i, o in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.relu_(layer(x, frozen))
+        return self.layers[-1](x, frozen)
+
+
+def twins(critic: BatchedMLP, obs: torch.Tensor, action: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+    """(2, T, B) values of twin critics, stacked as 2T networks; obs (T, B, d), action (T, B, m)."""
+    x = torch.cat([obs, action], dim=-1)
+    return critic(torch.cat([x, x]), frozen).view(2, *x.shape[:2])
+
+
+def gaussian(actor_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log standard deviation, kept in [-5, 2], of the Gaussian before tanh."""
+    mean, log_std = actor_out.chunk(2, dim=-1)
+    return mean, log_std.clamp(-5, 2)
+
+
+def sample_action(actor_out: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tanh-Gaussian action (..., m) and its log density (...)."""
+    mean, log_std = gaussian(actor_out)
+    u = mean + log_std.exp() * noise
+    # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
+    log_pi = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), log_pi.sum(-1)
+
+
+class SAC(nn.Module):
+    """Soft actor-critic (Haarnoja et al. 2018) with tuned temperature for T tasks at once.
+
+    Losses are summed over tasks and nothing is normalised or clipped across them, so a task's weights are the same
+    whatever the other tasks are. A minibatch row is [s, a, R, s', weight]: R sums the discounted rewards of up to
+    `nstep` steps, s' is where they end and `weight` is what the value there counts, gamma^n or 0 if terminal.
+    """
+
+    def __init__(self, tasks: int, obs_dim: int, act_dim: int, settings: Settings, generator: torch.Generator | None):
+        super().__init__()
+        self.tasks, self.obs_dim, self.act_dim, self.settings = tasks, obs_dim, act_dim, settings
+        hidden = settings.hidden
+        self.actor = BatchedMLP(tasks, obs_dim, hidden, 2 * act_dim, generator)
+        self.critic = BatchedMLP(2 * tasks, obs_dim + act_dim, hidden, 1, generator)  # twins: two blocks of T
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.full((tasks,), math.log(settings.alpha)))
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """One fused Adam for everything; learning rates are tensors, so that a captured graph can change them."""
+        s, device = self.settings, self.log_alpha.device
+        networks = [*self.actor.parameters(), *self.critic.parameters()]
+        groups = [
+            {"params": networks, "lr": torch.tensor(s.lr, device=device)},
+            {"params": [self.log_alpha], "lr": torch.tensor(s.alpha_lr, device=device)},
+        ]
+        return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+
+    def loss(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Losses of critics, actor and temperature: means over the minibatch, sums over tasks.
+
+        rows (T, B, D), noise (2, T, B, m). Each network gets the gradient of its own loss only.
+        """
+        d, m = self.obs_dim, self.act_dim
+        obs, action, reward, next_obs, weight = rows.split([d, m, 1, d, 1], dim=-1)
+        alpha = self.log_alpha.exp()
+        with torch.no_grad():
+            # y = R + weight (min Qbar(s', a') - alpha log pi(a'|s'))
+            next_action, next_log_pi = sample_action(self.actor(next_obs), noise[0])
+            value = twins(self.target, next_obs, next_action).amin(0) - alpha[:, None] * next_log_pi
+            y = reward[..., 0] + weight[..., 0] * value
+        critic_loss = (twins(self.critic, obs, action) - y).square().mean(-1).sum()
+        # alpha log pi(a|s) - min Q(s, a), the critic's weights held fixed
+        a, log_pi = sample_action(self.actor(obs), noise[1])
+        actor_loss = (alpha.detach()[:, None] * log_pi - twins(self.critic, obs, a, frozen=True).amin(0)).mean(-1).sum()
+        # the entropy is driven to -m
+        alpha_loss = -(alpha * (log_pi.detach().mean(-1) - m)).sum()
+        return critic_loss + actor_loss + alpha_loss
+
+    def update(self, rows: torch.Tensor, noise: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
+        """One gradient step of every network of every task."""
+        optimiser.zero_grad()
+        self.loss(rows, noise).backward()
+        optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.settings.tau)
+
+
+def n_step(rows: torch.Tensor, d: int, m: int, discount: float) -> torch.Tensor:
+    """Folds k consecutive rows (k, ..., [s, a, r, s', terminal, ended]) into one [s, a, R, s', weight] (...)."""
+    s_a, total, following, terminal, ended = rows[0].split([d + m, 1, d, 1, 1], dim=-1)
+    power, going = torch.full_like(total, discount), 1 - ended
+    for row in rows[1:]:
+        _, r, s2, d2, ended = row.split([d + m, 1, d, 1, 1], dim=-1)
+        total = total + going * power * r
+        following, terminal = torch.lerp(following, s2, going), torch.lerp(terminal, d2, going)
+        power, going = torch.where(going > 0, power * discount, power), going * (1 - ended)
+    return torch.cat([s_a, total, following, power * (1 - terminal)], dim=-1)
+
+
+class Trainer:
+    """SAC, its replay and its environments for some tasks; may be saved after any iteration, and goes on exactly."""
+
+    def __init__(self, env: str, tasks: np.ndarray, seed: int, settings: Settings, device: torch.device, threads: int):
+        row = envs.family(env)
+        self.settings, self.device, self.n, e = settings, device, len(tasks), settings.envs
+        self.vector = envs.make(env, tasks.repeat(e, axis=0), seed, horizon=settings.episode, threads=threads)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.agent = SAC(self.n, row.obs_dim, row.act_dim, settings, torch.Generator().manual_seed(seed)).to(device)
+        self.optimiser = self.agent.optimiser()
+        self.iterations = settings.steps // e
+        width = 2 * row.obs_dim + row.act_dim + 3  # s, a, r, s', terminal, ended
+        # row t of the replay is the t-th step of every sub-environment
+        self.replay = torch.zeros(self.n, self.iterations, e, width, device=device)  # nothing is ever dropped
+        self.filled = torch.zeros((), device=device)  # on the device, so that drawing needs no new graph
+        self.marks = np.linspace(0, self.iterations, settings.checkpoints).round().astype(int)
+        self.policies: list[torch.Tensor] = []
+        self.iteration = 0
+        self.obs = self.vector.reset()[0]
+        self.score = np.zeros(len(self.obs))  # running return of each sub-environment
+        self.last_score = np.full(len(self.obs), np.nan)  # of the last episode that ended
+        self.learn = capture(self.learn_eagerly, self.generator) if device.type == "cuda" else self.learn_eagerly
+
+    def act(self) -> np.ndarray:
+        e, m = self.settings.envs, self.agent.act_dim
+        if self.iteration * e < self.settings.start:
+            action = 2 * torch.rand(self.n, e, m, generator=self.generator, device=self.device) - 1
+        else:
+            obs = torch.as_tensor(self.obs, dtype=torch.float32).view(self.n, e, -1).to(self.device)
+            noise = torch.randn(self.n, e, m, generator=self.generator, device=self.device)
+            with torch.no_grad():
+                action = sample_action(self.agent.actor(obs), noise)[0]
+        return action.view(-1, m).cpu().numpy()
+
+    def collect(self) -> None:
+        """One step of every sub-environment into the replay."""
+        action, obs = self.act(), self.obs
+        self.obs, reward, terminated, truncated, info = self.vector.step(action)
+        ended = terminated | truncated
+        after = np.where(ended[:, None], info.get("final_obs", self.obs), self.obs)
+        parts = obs, action, reward[:, None], after, terminated[:, None], ended[:, None]
+        rows = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
+        rows = rows.view(self.n, self.settings.envs, -1)
+        if (
+            info["blew_up"].any() and self.iteration
+        ):  # that step never happened: its place takes the step before, as an end
+            blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
+            before = self.replay[:, self.iteration - 1]
+            before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
+            rows = torch.where(blown, before, rows.to(self.device))
+        self.replay[:, self.iteration] = rows.to(self.device)
+        self.score += reward
+        self.last_score[ended] = self.score[ended]
+        self.score[ended] = 0
+
+    def anneal(self) -> None:
+        """The networks' learning rate falls linearly to a tenth, so that the last policies are steady."""
+        self.optimiser.param_groups[0]["lr"].fill_(self.settings.lr * (1 - 0.9 * self.iteration / self.iterations))
+
+    def learn_eagerly(self) -> None:
+        """`settings.updates` gradient steps on minibatches drawn uniformly, for each task on its own."""
+        n, (u, b, k, e) = self.n, (getattr(self.settings, name) for name in ("updates", "batch", "nstep", "envs"))
+        per_task = self.replay.shape[1] * e
+        draw = torch.rand(u, n, b, generator=self.generator, device=self.device, dtype=torch.float64)
+        start = (draw * (self.filled - (k - 1) * e)).long() + torch.arange(n, device=self.device)[:, None] * per_task
+        index = start.flatten() + torch.arange(k, device=self.device)[:, None] * e  # the next step is e rows further
+        rows = self.replay.view(n * per_task, -1).index_select(0, index.flatten()).view(k, u, n, b, -1)
+        rows = n_step(rows, self.agent.obs_dim, self.agent.act_dim, self.settings.discount)
+        noise = torch.randn(u, 2, n, b, self.agent.act_dim, generator=self.generator, device=self.device)
+        for i in range(u):
+            self.agent.update(rows[i], noise[i], self.optimiser)
+
+    def step(self) -> None:
+        """Keeps the policy if one is due; then one step of every sub-environment and its gradient steps."""
+        self.keep()
+        self.collect()
+        self.iteration += 1
+        self.filled.fill_(self.iteration * self.settings.envs)
+        if self.iteration * self.settings.envs >= self.settings.start:
+            self.anneal()
+            self.learn()
+
+    def keep(self) -> None:
+        while len(self.policies) < len(self.marks) and self.marks[len(self.policies)] <= self.iteration:
+            flat = [p.detach().reshape(self.n, -1) for p in self.agent.actor.parameters()]
+            self.policies.append(torch.cat(flat, dim=1).cpu())  # (tasks, parameters)
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.iterations
+
+    def result(self) -> dict[str, torch.Tensor]:
+        self.keep()
+        early = self.replay[:, : self.settings.replay // self.settings.envs].cpu().clone()
+        return {"policies": torch.stack(self.policies), "early": early}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "agent": self.agent.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "replay": self.replay[:, : self.iteration].cpu(),
+            "policies": torch.stack(self.policies),
+            "generator": self.generator.get_state(),
+            "vector": {key: torch.from_numpy(value) for key, value in self.vector.state_dict().items()},
+            "score": torch.from_numpy(np.stack([self.score, self.last_score])),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.agent.load_state_dict(state["agent"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.replay[:, : state["replay"].shape[1]] = state["replay"].to(self.device)
+        self.filled.fill_(self.iteration * self.settings.envs)
+        self.policies = list(state["policies"])
+        self.generator.set_state(state["generator"])
+        self.vector.load_state_dict({key: value.numpy() for key, value in state["vector"].items()})
+        self.obs = self.vector.observe()
+        self.score, self.last_score = (row.copy() for row in state["score"].numpy())
+
+
+def capture(fn, generator: torch.Generator):
+    """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other."""
+    graph, calls = None, 0
+
+    def replay():
+        nonlocal graph, calls
+        calls += 1
+        if calls <= 3:  # warm-up on a side stream, as capture asks for
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                fn()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):
+                fn()
+        graph.replay()
+
+    return replay
+
+
+# ------------------------------------------------------------------------------------------------- files and locks
+def write(path: Path, save) -> None:
+    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Only one process at a time builds in a folder; another one says so and waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that builds in {folder}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Progress:
+    """One line on long work: share done, rate and time left; rewritten on a terminal, now and then in a log."""
+
+    def __init__(self, title: str, total: int, unit: str):
+        self.title, self.total, self.unit = title, total, unit
+        self.tty = sys.stdout.isatty()
+        self.began, self.first, self.shown = time.time(), None, 0.0
+
+    def show(self, done: int, note: str = "") -> None:
+        self.first = done if self.first is None else self.first  # work of an earlier run does not count in the rate
+        now = time.time()
+        if done < self.total and now - self.shown < (1.0 if self.tty else 20.0):
+            return
+        self.shown = now
+        rate = (done - self.first) / max(now - self.began, 1e-9)
+        left = f"{(self.total - done) / rate / 60:.1f} min left" if rate > 0 else "time left not known yet"
+        line = f"{self.title}: {done / self.total:4.0%}, {rate:,.0f} {self.unit}/s, {left}{note}"
+        print(f"\r{line:<110}" if self.tty else line, end="" if self.tty else "\n", flush=True)
+        if done >= self.total and self.tty:
+            print()
+
+
+# ------------------------------------------------------------------------------------------------ stage 1: behaviour
+_progress: Any = None  # in a worker: iterations done and mean return, two numbers for each shard
+
+
+def _start_worker(progress: Any) -> None:
+    global _progress
+    _progress = progress
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(1)
+
+
+def _train_shard(job: tuple) -> None:
+    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`."""
+    index, path, env, tasks, seed, settings, device, threads, parent = job
+    trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
+    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    if path.exists():
+        saved = _load_checkpoint(path, label)
+        if "policies" in saved:
+            trainer.iteration = trainer.iterations
+        else:
+            trainer.load_state_dict(saved["trainer"])
+    done = trainer.finished
+    saved_at = time.time()
+    while not trainer.finished:
+        trainer.step()
+        if trainer.iteration % 32 == 0 or trainer.finished:
+            scores = trainer.last_score[np.isfinite(trainer.last_score)]
+            _progress[2 * index : 2 * index + 2] = trainer.iteration, scores.mean() if len(scores) else math.nan
+            if parent is not None and os.getppid() != parent:
+                os._exit(1)  # the parent was killed: stop, the last save stands
+        if time.time() - saved_at > SAVE_EVERY:
+            write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
+            saved_at = time.time()
+    if not done:
+        write(path, lambda file: torch.save(label | trainer.result(), file))
+    _progress[2 * index] = trainer.iterations
+
+
+def _load_checkpoint(path: Path, label: dict) -> dict:
+    """A behaviour file, whole or in the making; DataError if it is damaged or made with other settings than `label`."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        then = {key: saved[key] for key in label}
+    except Exception as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew") from None
+    for key in then["settings"].keys() | label["settings"].keys():
+        old, new = then["settings"].get(key), label["settings"].get(key)
+        if old != new and key != "core_minutes":
+            raise DataError(f"{path}: made with {key} = {old}, asked for {new}; delete it or use another --data-dir")
+    if then["env"] != label["env"] or not torch.equal(then["tasks"], label["tasks"]):
+        raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
+    return saved
+
+
+def build_behaviour(env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device,
+                    workers: int | None = None) -> dict:  # fmt: skip
+    """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`.
+
+    On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
+    CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
+    """
+    path = folder / "behaviour.pt"
+    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    if path.exists():
+        return _load_checkpoint(path, label)
+    on_cpu = device.type == "cpu"
+    shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
+    workers = min(workers or envs.cores(), len(shards)) if on_cpu else 1
+    jobs = [
+        (i, folder / f"behaviour-part{i}.pt", env, tasks[shard], 1_000_003 * seed + i, settings, str(device),
+         1 if on_cpu else envs.cores(), os.getpid() if on_cpu else None)
+        for i, shard in enumerate(shards)
+    ]  # fmt: skip
+    _run_jobs(jobs, workers, env, settings)
+    parts = [
+        _load_checkpoint(job[1], {**label, "tasks": torch.from_numpy(tasks[s])})
+        for job, s in zip(jobs, shards, strict=True)
+    ]
+    whole = label | {
+        "policies": torch.cat([part["policies"] for part in parts], dim=1),
+        "early": torch.cat([part["early"] for part in parts]),
+    }
+    write(path, lambda file: torch.save(whole, file))
+    for job in jobs:
+        job[1].unlink()
+    return whole
+
+
+def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> None:
+    iterations = settings.steps // settings.envs
+    tasks = [len(job[3]) for job in jobs]
+    bar = Progress(f"SAC on {env}, {sum(tasks)} tasks", iterations * settings.envs * sum(tasks), "steps")
+    context = multiprocessing.get_context("spawn")
+    progress = context.Array("d", [0.0, math.nan] * len(jobs), lock=False)
+
+    def show():
+        done, score = np.array(progress[::2]), np.array(progress[1::2])
+        known = np.isfinite(score)
+        note = f", return {np.average(score[known], weights=np.array(tasks)[known]):.1f}" if known.any() else ""
+        bar.show(int((done * tasks).sum()) * settings.envs, note)
+
+    if jobs[0][6] != "cpu":  # in this process; progress from a thread beside it
+        _start_here(progress)
+        with _every(1.0, show):
+            _train_shard(jobs[0])
+        return show()
+    threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
+    try:
+        with context.Pool(workers, _start_worker, (progress,)) as pool:
+            result = pool.map_async(_train_shard, jobs, chunksize=1)
+            while not result.ready():
+                result.wait(0.5)
+                show()
+            result.get()
+    finally:
+        for key, value in threads.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def _start_here(progress: Any) -> None:
+    global _progress
+    _progress = progress
+
+
+@contextlib.contextmanager
+def _every(seconds: float, call):
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: [call() for _ in iter(lambda: stop.wait(seconds), True)], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------------- stage 2: rollouts
+def collect(
+    env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int
+) -> dict[str, np.ndarray]:
+    """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions.
+
+    Every trajectory is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be
+    cut short. Returns the arrays of a dataset, and "first_return" (T, trajectories): the return of each trajectory's
+    first episode over the family's horizon.
+    """
+    row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
+    steps, n = row.data_horizon, len(tasks) * s
+    actor = BatchedMLP(count * k, row.obs_dim, settings.hidden, 2 * row.act_dim)
+    with torch.no_grad():
+        flat = policies.flatten(0, 1).split([p[0].numel() for p in actor.parameters()], dim=1)
+        for parameter, value in zip(actor.parameters(), flat, strict=True):
+            parameter.copy_(value.view_as(parameter))
+    vector = envs.make(env, tasks.repeat(s, axis=0), seed=seed, horizon=steps)
+    generator = torch.Generator().manual_seed(seed)
+    d, m = row.obs_dim, row.act_dim
+    out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
+    filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
+    obs = vector.reset()[0]
+    for _ in range(2 * steps):
+        x = torch.as_tensor(obs, dtype=torch.float32).view(count * k, s // k, d)
+        noise = torch.randn(count * k, s // k, m, generator=generator)
+        with torch.no_grad():
+            action = sample_action(actor(x), noise)[0].view(n, m).numpy()
+        following, reward, terminated, truncated, info = vector.step(action)
+        ended = terminated | truncated
+        after = np.where(ended[:, None], info.get("final_obs", following), following)
+        sparse = info.get("sparse_reward", reward)
+        good = ~info["blew_up"] & (filled < steps)
+        columns = obs, action, reward[:, None], after, terminated[:, None], sparse[:, None], episode[:, None]
+        out[slots[good], filled[good]] = np.concatenate(columns, axis=1)[good]
+        filled += good
+        episode += ended
+        obs = following
+        if filled.min() == steps:
+            break
+    else:
+        raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
+    vector.close()
+    return _arrays(out.reshape(len(tasks), s, steps, -1), row)
+
+
+def _arrays(out: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
+    """Dataset arrays from rows (T, trajectories, steps, D) of s, a, r, s', terminal, sparse r, episode."""
+    d, m, (t, s, steps) = row.obs_dim, row.act_dim, out.shape[:3]
+    episode = out[..., -1].astype(int)
+    first = np.zeros((t, s, steps), bool)
+    first[..., 0] = True
+    first[..., 1:] = episode[..., 1:] != episode[..., :-1]
+    counted = (episode == episode[..., :1]) & (np.arange(steps) < row.horizon)
+    flat = out.reshape(t, s * steps, -1)
+    return {
+        "observations": flat[..., :d],
+        "actions": flat[..., d : d + m],
+        "rewards": flat[..., d + m],
+        "next_observations": flat[..., d + m + 1 : 2 * d + m + 1],
+        "terminals": flat[..., -3],
+        **({"sparse_rewards": flat[..., -2]} if row.sparse_reward else {}),
+        "episodes": (first.reshape(t, -1).cumsum(1) - 1).astype(np.int32),
+        "first_return": (out[..., -2] * counted).sum(2, dtype=np.float64),
+    }
+
+
+def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, settings: Settings, seed: int) -> dict:
+    """The arrays of the dataset of this quality, see the top of this file."""
+    policies = behaviour["policies"].transpose(0, 1)  # (T, checkpoints, parameters)
+    stream = 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
+    if quality == "replay":
+        return _replay(env, tasks, behaviour["early"])
+    if quality == "mixed":
+        spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)
+        return collect(env, tasks, policies[:, spread], settings, stream)
+    chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
+    if quality == "medium":
+        returns = roll_out(env, tasks, "mixed", behaviour, settings, seed)["first_return"]
+        smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
+        half = (smooth[:, :1] + smooth[:, -1:]) / 2
+        spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)
+        chosen = torch.from_numpy(spread[np.abs(smooth - half).argmin(1)])
+    return collect(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
+
+
+def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
+    """SAC's first transitions (T, iterations, envs, D), each sub-environment's in time order."""
+    row = envs.family(env)
+    rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
+    d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
+    sparse = rows[..., d + m]
+    if row.sparse_reward:
+        t, s, steps, _ = rows.shape
+        flat = rows.reshape(t * s * steps, -1)
+        state, action, after = flat[:, :d], flat[:, d : d + m], flat[:, d + m + 1 : 2 * d + m + 1]
+        sparse = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
+    episode = np.concatenate([np.zeros_like(ended[:, :, :1]), ended[:, :, :-1].cumsum(2)], axis=2)
+    return _arrays(np.concatenate([rows[..., :-1], sparse[..., None], episode], axis=-1).astype(np.float32), row)
+
+
+# --------------------------------------------------------------------------------------------------- stored datasets
+REQUIRED = {
+    "observations": (3, np.float32), "actions": (3, np.float32), "rewards": (2, np.float32),
+    "next_observations": (3, np.float32), "terminals": (2, np.float32), "episodes": (2, np.int32),
+    "tasks": (2, np.float64), "train_tasks": (1, np.int64), "test_tasks": (1, np.int64),
+}  # fmt: skip
+OPTIONAL = {"sparse_rewards": (2, np.float32), "returns": (1, np.float32)}
+
+
+@dataclass
+class Dataset:
+    """A dataset on its device; T tasks, N transitions of each. See the top of this file for the arrays."""
+
+    observations: torch.Tensor  # (T, N, d)
+    actions: torch.Tensor  # (T, N, m)
+    rewards: torch.Tensor  # (T, N)
+    next_observations: torch.Tensor  # (T, N, d)
+    terminals: torch.Tensor  # (T, N)
+    episodes: torch.Tensor  # (T, N)
+    context_rewards: torch.Tensor  # (T, N) sparse rewards where the family has them, else the rewards
+    tasks: np.ndarray  # (T, P)
+    train_tasks: np.ndarray
+    test_tasks: np.ndarray
+    returns: np.ndarray  # (T,), not a number where not known
+    meta: dict
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(memoryview(array.reshape(-1)).cast("B"))
+    return digest.hexdigest()
+
+
+def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """Writes a dataset whole or not at all, with its format and checksum beside `meta`."""
+    arrays = {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
+    text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: np.savez(file, meta=np.array(text), **arrays))
+
+
+def load(path: Path | str, env: str | None = None, device: torch.device | str = "cpu") -> Dataset:
+    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`."""
+    path = Path(path)
+    arrays, meta = _read(path)
+    problem = _problem(arrays, meta, env)
+    if problem:
+        raise DataError(f"{path}: {problem}")
+    tensor = {name: torch.from_numpy(arrays[name]).to(device) for name in REQUIRED if REQUIRED[name][0] > 1}
+    tensor.pop("tasks")
+    sparse = arrays.get("sparse_rewards")
+    return Dataset(
+        **tensor,
+        context_rewards=tensor["rewards"] if sparse is None else torch.from_numpy(sparse).to(device),
+        **{name: arrays[name] for name in ("tasks", "train_tasks", "test_tasks")},
+        returns=arrays.get("returns", np.full(len(arrays["tasks"]), np.nan, np.float32)),
+        meta=meta,
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected a dataset (.npz)")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
+    except Exception as error:  # np.load raises a different error for each way a file can be damaged
+        raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: meta is not a JSON object")
+    return arrays, meta
+
+
+def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str | None:
+    """What is wrong with a dataset, in words, or None."""
+    if meta.get("format", FORMAT) != FORMAT:
+        return f"format {meta['format']}, expected {FORMAT}; build it anew"
+    if env is not None and meta.get("env", env) != env:
+        return f"made for {meta['env']}, expected {env}"
+    missing = [name for name in REQUIRED if name not in arrays]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
+        if name in arrays and (arrays[name].ndim != ndim or arrays[name].dtype != dtype):
+            found = f"{arrays[name].dtype} with {arrays[name].ndim} axes"
+            return f"{name} is {found}, expected {np.dtype(dtype)} with {ndim}"
+    if "checksum" in meta and checksum(arrays) != meta["checksum"]:
+        return "the checksum does not match: the file was changed or damaged"
+    return _shape_problem(arrays, env) or _value_problem(arrays)
+
+
+def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
+    t, n, d = arrays["observations"].shape
+    m = arrays["actions"].shape[2]
+    expected = dict.fromkeys(("rewards", "terminals", "episodes", "sparse_rewards"), (t, n)) | {
+        "actions": (t, n, m), "next_observations": (t, n, d), "tasks": (t, arrays["tasks"].shape[1]), "returns": (t,),
+    }  # fmt: skip
+    if env is not None:
+        row = envs.family(env)
+        expected |= {"observations": (t, n, row.obs_dim), "actions": (t, n, row.act_dim)}
+        expected |= {"tasks": (t, envs.sample_tasks(env, 1, 0).shape[1])}
+    if t == 0 or n == 0:
+        return f"observations have shape {(t, n, d)}, expected at least one task and one transition"
+    for name, shape in expected.items():
+        if name in arrays and arrays[name].shape != shape:
+            return f"{name} has shape {arrays[name].shape}, expected {shape}"
+    return None
+
+
+def _value_problem(arrays: dict[str, np.ndarray]) -> str | None:
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and name != "returns" and not np.isfinite(array).all():
+            return f"{name} holds values that are not finite"
+    if np.abs(arrays["actions"]).max() > 1:
+        return f"actions reach {np.abs(arrays['actions']).max():.3g}, expected them in [-1, 1]"
+    if not np.isin(arrays["terminals"], (0, 1)).all():
+        return "terminals hold values other than 0 and 1"
+    if (np.diff(arrays["episodes"], axis=1) < 0).any():
+        return "episodes are not in order"
+    t, train, test = len(arrays["tasks"]), arrays["train_tasks"], arrays["test_tasks"]
+    for name, index in (("train_tasks", train), ("test_tasks", test)):
+        if len(index) == 0 or index.min() < 0 or index.max() >= t or len(set(index.tolist())) < len(index):
+            return f"{name} are not distinct indices below {t}"
+    overlap = set(train.tolist()) & set(test.tolist())
+    if overlap and set(train.tolist()) != set(test.tolist()):
+        return f"tasks {sorted(overlap)} are both training and test tasks"
+    return None
+
+
+def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", train: int | None = None,
+            test: int | None = None, device: str = "auto", workers: int | None = None, **changes: Any) -> Path:  # fmt: skip
+    """The path of the dataset of this quality; builds what is missing, one step after the other, and says so."""
+    row = envs.family(env)
+    if quality not in QUALITIES:
+        raise DataError(f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}")
+    train, test = train or row.train, test or row.test
+    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}"
+    path = folder / f"{quality}.npz"
+    if path.exists():
+        return path
+    device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    settings = settings_for(env, device, **changes)
+    tasks = envs.sample_tasks(env, train + test, seed)
+    try:
+        with locked(folder):
+            if not path.exists():
+                _announce(path, settings, folder, device, workers)
+                behaviour = build_behaviour(env, tasks, seed, settings, folder, device, workers)
+                arrays = roll_out(env, tasks, quality, behaviour, settings, seed)
+                arrays |= {
+                    "tasks": tasks,
+                    "train_tasks": np.arange(train),
+                    "test_tasks": np.arange(train, train + test),
+                }
+                arrays["returns"] = arrays["first_return"].mean(1)
+                versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
+                meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
+                save(path, arrays, meta | {"versions": versions, "device": str(device)})
+                print(
+                    f"{path}: {arrays['rewards'].shape[1]:,} transitions a task, return {arrays['returns'].mean():.2f}"
+                )
+    except OSError as error:
+        raise DataError(f"{folder}: cannot build there ({error.strerror})") from None
+    return path
+
+
+def _announce(path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None) -> None:
+    if (folder / "behaviour.pt").exists():
+        print(f"building {path}: rolling out the policies that are there", flush=True)
+        return
+    parts = "going on with" if any(folder.glob("behaviour-part*.pt")) else "building"
+    cores = min(workers or envs.cores(), 64)
+    about = f", about {settings.core_minutes / cores:.0f} min on {cores} cores" if device.type == "cpu" else ""
+    print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def describe(path: Path) -> str:
+    """A few lines on a dataset."""
+    dataset = load(path)
+    t, n, d = dataset.observations.shape
+    length = n / (dataset.episodes.max(1).values.double().mean().item() + 1)
+    lines = [
+        f"{path}  ({path.stat().st_size / 1e6:.0f} MB)",
+        f"  {dataset.meta.get('env', 'your own data')}, {dataset.meta.get('quality', 'your own data')}: {t} tasks "
+        f"({len(dataset.train_tasks)} training, {len(dataset.test_tasks)} test), {n:,} transitions each, "
+        f"episodes of {length:.0f} steps, {dataset.terminals.mean().item():.2%} terminal",
+    ]
+    for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
+        r = dataset.returns[index]
+        lines.append(f"  return, {name} tasks: mean {r.mean():.2f}, worst {r.min():.2f}, best {r.max():.2f}")
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        _fail(message)
+
+
+def _fail(message: Any, code: int = 2):
+    print(f"data.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _Parser(description="Builds (or finds) offline datasets and describes them.")
+    parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
+    parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of everything drawn")
+    parser.add_argument("--train", type=int, help="number of training tasks; default: the papers'")
+    parser.add_argument("--test", type=int, help="number of test tasks; default: the papers'")
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where SAC learns")
+    parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
+    for field in dataclasses.fields(Settings):
+        if field.name not in ("core_minutes", "shard"):
+            flag = f"--{'sac-' if field.name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{field.name}"
+            kind = float if isinstance(field.default, float) else int
+            parser.add_argument(flag.replace("_", "-"), dest=field.name, type=kind, help=argparse.SUPPRESS)
+    args = vars(parser.parse_args(argv))
+    for name, value in args.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+            _fail(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
+    try:
+        for quality in args.pop("quality"):
+            print(describe(prepare(quality=quality, **args)))
+    except DataError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last save", 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,713 @@
+"""FOCAL: efficient fully-offline meta-reinforcement learning (Li, Yang, Luo; ICLR 2021; arXiv:2010.01112).
+
+Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are the paper's equations):
+    repeat: draw a meta-batch of tasks; for each task draw contexts c_i, c_j and an RL minibatch b_i from D_i
+        z_i = mean of q_phi over c_i                                     deterministic task embedding in (-1, 1)^l
+        phi   <- descend the distance metric loss over all pairs (13)    pulls a task together, pushes tasks apart
+        psi   <- descend the Bellman error given (s, z_i) (27)           z_i detached: it does not train the encoder
+        theta <- descend log pi - min Q + alpha D(pi, behaviour) (28)    behaviour regularisation (BRAC)
+        D is the dual form of KL with a discriminator g, which learns beside them
+At test time (Algorithm 2) z comes from a context of the test task's own offline data.
+
+    python focal.py --env sparse-point-robot --small
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import envs
+
+# ==================================================================================================== 1. arguments
+# Table 4 of the paper; the quality of the data from its Table 2.
+TABLE = {
+    "sparse-point-robot": {
+        "reward_scale": 100, "beta": 1, "alpha": 0, "value_penalty": False, "meta_batch_size": 16, "latent": 5,
+        "discount": 0.9, "quality": "expert",
+    },
+    "point-robot-wind": {
+        "reward_scale": 100, "beta": 1, "alpha": 0, "value_penalty": False, "meta_batch_size": 16, "latent": 5,
+        "discount": 0.9, "quality": "expert",
+    },
+    "cheetah-vel": {
+        "reward_scale": 5, "beta": 10, "alpha": 50, "value_penalty": False, "meta_batch_size": 16, "latent": 20,
+        "discount": 0.99, "quality": "expert",
+    },
+    "walker-params": {
+        "reward_scale": 5, "beta": 10, "alpha": 50, "value_penalty": False, "meta_batch_size": 16, "latent": 20,
+        "discount": 0.99, "quality": "mixed",
+    },
+}  # fmt: skip
+# --small: what differs on a machine without a GPU.
+SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 128, "meta_batch_size": 8, "batch_size": 64, "context_size": 64}
+SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 12_000, "eval_every": 1_000}
+SMALL = {
+    "sparse-point-robot": SMALL_POINT,
+    "point-robot-wind": SMALL_POINT,
+    "cheetah-vel": SMALL_NETWORKS | {"steps": 30_000, "eval_every": 2_000},
+    "walker-params": SMALL_NETWORKS | {"steps": 30_000, "eval_every": 2_000},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message, code=2):
+    """Ends the run with one line."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def whole(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def positive(text):
+    try:
+        if float(text) >= 0 and math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
+
+
+def parse_args(argv=None):
+    """A flag on the command line wins over the table's row for --env, which wins over the defaults here."""
+    choose = argparse.ArgumentParser(add_help=False)
+    choose.add_argument("--env", default="walker-params")
+    choose.add_argument("--small", action="store_true")
+    known, _ = choose.parse_known_args(argv)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shared_arguments(parser.add_argument)
+    algorithm_arguments(parser.add_argument)
+    parser.set_defaults(**TABLE.get(known.env, {}) | (SMALL.get(known.env, {}) if known.small else {}))
+    args = parser.parse_args(argv)
+    args.test_quality = args.test_quality or args.quality
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
+    return args
+
+
+def shared_arguments(add):
+    add("--env", default="walker-params", choices=list(TABLE), help="task family")
+    add("--small", action="store_true", help="sizes for a machine without a GPU")
+    add("--seed", type=int, default=0, help="fixes everything the run draws")
+    add("--steps", type=whole, default=200_000, help="gradient steps")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where the networks and the data are")
+    add("--data", type=Path, default=None, metavar="FILE", help="a dataset of your own (.npz, see data.py)")
+    add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
+    add("--data-seed", type=int, default=0, help="seed of the tasks and of their datasets")
+    add("--quality", choices=data.QUALITIES, default="mixed", help="quality of the training tasks' data")
+    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
+    add("--eval-every", type=whole, default=10_000, help="gradient steps between evaluations")
+    add("--eval-episodes", type=whole, default=4, help="episodes of each task in an evaluation")
+    add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
+    add("--no-graph", action="store_true", help="on CUDA: run every operation by itself instead of one graph")
+    add("--hidden", type=whole, default=300, help="width of the actor, the critics and the discriminator")
+    add("--meta-batch-size", type=whole, default=16, help="tasks in a gradient step")
+    add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
+    add("--context-size", type=whole, default=256, help="transitions in a context")
+    add("--lr", type=positive, default=1e-3, help="learning rate of actor and critic")
+    add("--tau", type=positive, default=0.005, help="rate of the slow target")
+    add("--discount", type=positive, default=0.99, help="discount factor")
+    add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
+
+
+def algorithm_arguments(add):
+    add("--latent", type=whole, default=20, help="size l of the task embedding")
+    add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
+    add("--encoder-lr", type=positive, default=1e-3, help="learning rate of the task encoder")
+    add("--encoder-steps", type=whole, default=None, help="its rate falls to 0 by this step; default: steps / 5")
+    add("--no-next-obs", action="store_true", help="leave s' out of the context, as PEARL does")
+    add("--beta", type=positive, default=1.0, help="weight of the negative pairs, Eq. 13")
+    add("--power", type=positive, default=2.0, help="the power n of the distance, Eq. 13")
+    add("--eps", type=positive, default=0.1, help="epsilon of Eq. 13")
+    add("--coupled", action="store_true", help="the Bellman error trains the encoder too (section 5.2.3)")
+    add("--alpha", type=positive, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
+    add("--tune-alpha", action="store_true", help="let alpha seek the target divergence (FOCAL++)")
+    add("--alpha-lr", type=positive, default=1.0, help="with --tune-alpha")
+    add("--alpha-max", type=positive, default=2e3, help="with --tune-alpha")
+    add("--target-divergence", type=positive, default=0.05, help="with --tune-alpha")
+    add("--value-penalty", action=argparse.BooleanOptionalAction, default=False, help="D in the target too, Eq. 7")
+    add("--discriminator-lr", type=positive, default=1e-4, help="learning rate of the discriminator g")
+    add("--discriminator-steps", type=whole, default=3, help="its gradient steps in an update")
+
+
+# ===================================================================================================== 2. networks
+class BatchedLinear(nn.Module):
+    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
+
+    def __init__(self, n, d_in, d_out):
+        super().__init__()
+        bound = 1 / math.sqrt(d_in)
+        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(d_in, hidden, d_out, linear=nn.Linear):
+    """Three hidden layers, as every network of the paper."""
+    layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, linear(hidden, d_out))
+
+
+class Actor(nn.Module):
+    """pi(a | s, z): a tanh-Gaussian."""
+
+    def __init__(self, obs_dim, latent, act_dim, hidden):
+        super().__init__()
+        self.net = mlp(obs_dim + latent, hidden, 2 * act_dim)
+
+    def forward(self, s, z):
+        mean, log_std = self.net(torch.cat([s, z], -1)).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+    def sample(self, s, z):
+        """An action (..., m) that carries gradients, and its log density (...)."""
+        mean, log_std = self(s, z)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
+        return torch.tanh(u), (log_normal - log_det).sum(-1)
+
+
+class Critic(nn.Module):
+    """Q(s, z, a), two of them as one batch: (N, ...) -> (2, N)."""
+
+    def __init__(self, obs_dim, latent, act_dim, hidden):
+        super().__init__()
+        self.net = mlp(obs_dim + latent + act_dim, hidden, 1, lambda a, b: BatchedLinear(2, a, b))
+
+    def forward(self, s, z, a):
+        x = torch.cat([s, z, a], -1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+# ================================================================================================= 3. task encoder
+class Encoder(nn.Module):
+    """q_phi: transitions (M tasks, B, d) -> embeddings (M, l) in (-1, 1), the mean over the context."""
+
+    def __init__(self, d_in, hidden, latent):
+        super().__init__()
+        self.net = mlp(d_in, hidden, latent)
+
+    def forward(self, context):
+        return torch.tanh(self.net(context)).mean(1)
+
+
+# ======================================================================================================= 4. losses
+def dml_loss(z_i, z_j, same, beta, power, eps):
+    """Distance metric loss over all pairs of a meta-batch; z_i, z_j (M, l) from independent contexts, same (M, M).
+
+    |d|^2 is the mean over the latent dimensions, as Table 5b's weights presuppose.
+    """
+    d2 = (z_i[:, None] - z_j[None]).square().mean(-1)  # (M, M)
+    # Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} beta / (|q_i - q_j|^n + eps)
+    return torch.where(same, d2, beta / ((d2 + 1e-12) ** (power / 2) + eps)).mean()
+
+
+def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
+    """y of Eq. 27 with Eq. 7's value penalty; q_next (2, N) of the slow target, divergence_next (N,) or 0."""
+    # c r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
+    return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
+
+
+def critic_loss(q, y):
+    """Eq. 27: (y - Q(s, z, a))^2, mean over rows, sum over the twins; q (2, N), y (N,)."""
+    return (y - q).square().mean(1).sum()
+
+
+def actor_loss(log_pi, q, divergence, alpha):
+    """Eq. 28 with entropy (appendix F): log pi(a''|s, z) - min Q(s, z, a'') + alpha D(s); q (2, N)."""
+    return (log_pi - q.amin(0) + alpha * divergence).mean()
+
+
+def kl_dual(logit_pi, logit_data):
+    """D, one sample a row: log g(a_pi) + 1 - g(a_data), g = softplus(logit) (Nowozin et al. 2016)."""
+    return torch.log(F.softplus(logit_pi) + 1e-8) + 1 - F.softplus(logit_data)
+
+
+def discriminator_loss(divergence, grad):
+    """-mean D + 5 mean max(|grad_a logit| - 1, 0)^2; grad (N, m) at actions between the policy's and the data's."""
+    return -divergence.mean() + 5 * (grad.norm(dim=-1) - 1).clamp_min(0).square().mean()
+
+
+# ======================================================================================================= 5. update
+class Agent(nn.Module):
+    """Every network of the algorithm, and what else its update keeps."""
+
+    METRICS = ("dml_loss", "critic_loss", "actor_loss", "discriminator_loss", "q_mean", "divergence", "alpha")
+
+    def __init__(self, args, obs_dim, act_dim):
+        super().__init__()
+        sizes = obs_dim, args.latent, act_dim, args.hidden
+        context_dim = obs_dim + act_dim + 1 + (0 if args.no_next_obs else obs_dim)
+        self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent)
+        self.actor, self.critic = Actor(*sizes), Critic(*sizes)
+        self.target = Critic(*sizes).requires_grad_(False)
+        self.target.load_state_dict(self.critic.state_dict())
+        regularised = args.alpha > 0 or args.tune_alpha
+        self.discriminator = mlp(obs_dim + args.latent + act_dim, args.hidden, 1) if regularised else None
+        self.register_buffer("alpha", torch.tensor(float(args.alpha)))
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("metrics", torch.zeros(len(self.METRICS)))  # sums since the last evaluation
+        self.register_buffer("bad_step", torch.full((len(self.METRICS),), math.inf, dtype=torch.float64))
+
+    @property
+    def judges(self):
+        return nn.ModuleList([self.critic] + ([self.discriminator] if self.discriminator is not None else []))
+
+    def logit(self, s, z, a):
+        return self.discriminator(torch.cat([s, z, a], -1)).squeeze(-1)
+
+    def divergence(self, s, z, a_pi, a_data):
+        return kl_dual(self.logit(s, z, a_pi), self.logit(s, z, a_data))
+
+    def record(self, *values):
+        """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
+        values = torch.stack([value.float() for value in values])
+        self.metrics += values
+        self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
+
+
+def make_optimisers(args, agent, device):
+    def adam(module, lr):
+        lr = torch.tensor(lr, device=device)  # a tensor, so that a captured graph can change it
+        return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+
+    optimisers = {
+        "encoder": adam(agent.encoder, args.encoder_lr),
+        "critic": adam(agent.critic, args.lr),
+        "actor": adam(agent.actor, args.lr),
+    }
+    if agent.discriminator is not None:
+        optimisers["discriminator"] = adam(agent.discriminator, args.discriminator_lr)
+    return optimisers
+
+
+def step_down(optimiser, loss):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+class Batches:
+    """The training tasks' transitions, one row each, on the device; every draw from them is made there."""
+
+    def __init__(self, args, rows, split):
+        self.args, self.rows, self.split = args, rows, split  # (n tasks, N, D), widths of the parts of a row
+        self.replace = args.meta_batch_size > len(rows)  # two-task families draw tasks with replacement
+
+    def tasks(self):
+        n, m = len(self.rows), self.args.meta_batch_size
+        if self.replace:
+            return torch.randint(n, (m,), device=self.rows.device)
+        return torch.rand(n, device=self.rows.device).argsort()[:m]
+
+    def draw(self, task, size):
+        """(M, size, D) rows drawn uniformly for each task."""
+        n, count, width = self.rows.shape
+        index = torch.randint(count, (len(task), size), device=task.device) + task[:, None] * count
+        return self.rows.view(n * count, width).index_select(0, index.flatten()).view(len(task), size, width)
+
+    def contexts(self, task):
+        """(M, B, d): s, a, r and s' of transitions, as the encoder sees them."""
+        return context_of(self.draw(task, self.args.context_size), self.split, self.args)
+
+    def transitions(self, task):
+        """s, a, r, s', d and, for the value penalty, the data's next action and whether there is one; (M x B, ...)."""
+        rows = self.draw(task, self.args.batch_size).flatten(0, 1)
+        s, a, _, s2, r, d, a2, has_next = rows.split(self.split, -1)
+        return s, a, r[:, 0], s2, d[:, 0], a2, has_next[:, 0]
+
+
+def context_of(rows, split, args):
+    s, a, r, s2, *_ = rows.split(split, -1)
+    return torch.cat([s, a, r] if args.no_next_obs else [s, a, s2, r], -1)
+
+
+def make_update(args, agent, optimisers, batches):
+    """update(): one gradient step of every network. It never waits for the device, so CUDA can replay it whole."""
+
+    def update(learn_encoder=True):
+        agent.step += 1
+        # Algorithm 1, lines 9 to 14: M tasks, for each an RL minibatch b_i and independent contexts c_i, c_j
+        task = batches.tasks()
+        b, c_i = batches.transitions(task), batches.contexts(task)
+        with torch.set_grad_enabled(learn_encoder):
+            z_i = agent.encoder(c_i)  # (M, l)
+        dml = torch.zeros_like(agent.alpha)
+        if learn_encoder:
+            z_j, same = agent.encoder(batches.contexts(task)), task[:, None] == task[None]
+            dml = dml_loss(z_i, z_j, same, args.beta, args.power, args.eps)  # Eq. 13
+            optimisers["encoder"].zero_grad()
+            dml.backward(retain_graph=args.coupled)
+        z = z_i.repeat_interleave(args.batch_size, 0)  # (M x B, l)
+        critic, q_mean = learn_critic(b, z if args.coupled else z.detach())  # the Bellman error stops at z
+        if learn_encoder:
+            optimisers["encoder"].param_groups[0]["lr"].copy_(args.encoder_lr * encoder_rate(args, agent.step))
+            optimisers["encoder"].step()
+        actor, discriminator, divergence = learn_actor(b, z.detach())
+        with torch.no_grad():
+            torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+            agent.record(dml, critic, actor, discriminator, q_mean, divergence, agent.alpha)
+
+    def learn_critic(b, z):
+        s, a, r, s2, d, a2_data, has_next = b
+        with torch.no_grad():
+            a2, log_pi2 = agent.actor.sample(s2, z)
+            divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if args.value_penalty else 0
+            y = critic_target(
+                r, d, agent.target(s2, z, a2), log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha
+            )
+        q = agent.critic(s, z, a)
+        loss = critic_loss(q, y)  # Eq. 27
+        step_down(optimisers["critic"], loss)
+        return loss.detach(), q.detach().mean()
+
+    def learn_actor(b, z):
+        s, a = b[:2]
+        discriminator = divergence = torch.zeros_like(agent.alpha)
+        if agent.discriminator is not None:
+            for _ in range(args.discriminator_steps):
+                discriminator = learn_discriminator(s, z, a)
+        agent.judges.requires_grad_(False)  # only the policy learns from Eq. 28
+        a_pi, log_pi = agent.actor.sample(s, z)
+        if agent.discriminator is not None:
+            divergence = agent.divergence(s, z, a_pi, a)
+        loss = actor_loss(log_pi, agent.critic(s, z, a_pi), divergence, agent.alpha)  # Eq. 28
+        step_down(optimisers["actor"], loss)
+        agent.judges.requires_grad_(True)
+        if args.tune_alpha:
+            with torch.no_grad():
+                agent.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
+                agent.alpha.clamp_(0, args.alpha_max)
+        return loss.detach(), discriminator, divergence.detach().mean()
+
+    def learn_discriminator(s, z, a):
+        with torch.no_grad():
+            a_pi = agent.actor.sample(s, z)[0]
+            mix = torch.rand_like(a[:, :1])
+        between = (mix * a + (1 - mix) * a_pi).requires_grad_(True)
+        grad = torch.autograd.grad(agent.logit(s, z, between).sum(), between, create_graph=True)[0]
+        loss = discriminator_loss(agent.divergence(s, z, a_pi, a), grad)
+        step_down(optimisers["discriminator"], loss)
+        return loss.detach()
+
+    return update
+
+
+def encoder_rate(args, step):
+    """Its loss does not depend on the policy, but the policy depends on it: it learns first, then stands still."""
+    return (1 - step / args.encoder_steps).clamp_min(0)
+
+
+def capture(fn):
+    """`fn`, without arguments, as one CUDA graph; three warm-up calls run eagerly and are steps like any other."""
+    graph, calls = torch.cuda.CUDAGraph(), 0
+
+    def replay():
+        nonlocal calls
+        calls += 1
+        if calls <= 3:  # on a side stream, as capture asks for
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                fn()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if calls == 4:
+            with torch.cuda.graph(graph):  # records, does not run
+                fn()
+        graph.replay()
+
+    return replay
+
+
+# ===================================================================================================== 6. evaluate
+def standardisation(rows, obs_dim):
+    """Mean and standard deviation of the training tasks' observations (obs_dim,), over all their transitions."""
+    obs = rows[..., :obs_dim].flatten(0, 1).double()
+    return obs.mean(0).float(), obs.std(0).clamp_min(1e-3).float()
+
+
+def pack(dataset, tasks, mean=None, std=None):
+    """Rows (n, N, D): s, a, context r, s', r, d, next a, whether there is one; observations standardised."""
+    episodes = dataset.episodes[tasks]
+    has_next = torch.zeros_like(dataset.rewards[tasks])
+    has_next[:, :-1] = (episodes[:, 1:] == episodes[:, :-1]).float()
+    s, a, s2 = dataset.observations[tasks], dataset.actions[tasks], dataset.next_observations[tasks]
+    if mean is not None:
+        s, s2 = (s - mean) / std, (s2 - mean) / std
+    columns = dataset.context_rewards[tasks], dataset.rewards[tasks], dataset.terminals[tasks], has_next
+    r_context, r, d, has_next = (column[..., None] for column in columns)
+    return torch.cat([s, a, r_context, s2, r, d, a.roll(-1, 1), has_next], -1)
+
+
+class World:
+    """The data of every task as packed rows, and one sub-environment for each task and evaluation episode."""
+
+    def __init__(self, args, device):
+        train = open_data(args, args.quality, device)
+        test = open_data(args, args.test_quality, device) if args.test_quality != args.quality else train
+        row, e = envs.family(args.env), args.eval_episodes
+        obs_dim, act_dim = row.obs_dim, row.act_dim
+        self.split = [obs_dim, act_dim, 1, obs_dim, 1, 1, act_dim, 1]
+        plain = pack(train, train.train_tasks)
+        self.mean, self.std = standardisation(plain, obs_dim)
+        self.train_rows = pack(train, train.train_tasks, self.mean, self.std)
+        self.test_rows = pack(test, test.test_tasks, self.mean, self.std)
+        tasks = np.concatenate([train.tasks[train.train_tasks], test.tasks[test.test_tasks]])
+        self.env = envs.make(args.env, tasks.repeat(e, axis=0), seed=args.seed)
+        self.behaviour = float(np.nanmean(test.returns[test.test_tasks]))
+        self.optimum = None
+        if row.optimum:
+            self.optimum = float(row.optimum(test.tasks[test.test_tasks], row.horizon).mean())
+        self.checksum = train.meta.get("checksum"), test.meta.get("checksum")
+
+
+def open_data(args, quality, device):
+    """The dataset of this quality, built on the spot if it is missing; tensors on the device."""
+    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir)
+    return data.load(path, env=args.env, device=device)
+
+
+@torch.no_grad()
+def evaluate(args, agent, world):
+    """Mean return of each task's episodes, and their embeddings: (n_train, E), (n_test, E), each with z (n, E, l).
+
+    Every task and episode is one batch. Contexts (Algorithm 2) and initial states are the same at every evaluation.
+    """
+    e, device = args.eval_episodes, world.train_rows.device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    contexts = []
+    for rows in (world.train_rows, world.test_rows):
+        n, count, width = rows.shape
+        index = torch.randint(count, (n, e * args.context_size), generator=generator, device=device)
+        drawn = rows.gather(1, index[..., None].expand(-1, -1, width)).view(n * e, args.context_size, width)
+        contexts.append(context_of(drawn, world.split, args))
+    z = agent.encoder(torch.cat(contexts))  # (n_all x E, l)
+    obs, _ = world.env.reset(seed=args.seed)
+    total, alive = np.zeros(len(obs)), np.ones(len(obs), bool)
+    for _ in range(world.env.horizon):
+        s = (torch.as_tensor(obs, dtype=torch.float32).to(device) - world.mean) / world.std
+        action = torch.tanh(agent.actor(s, z)[0]).cpu().numpy()  # the deterministic action
+        obs, reward, terminated, truncated, info = world.env.step(action)
+        total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
+        alive &= ~(terminated | truncated)
+    n = len(world.train_rows)
+    returns, z = total.reshape(-1, e), z.view(-1, e, args.latent).cpu()
+    return returns[:n], returns[n:], z[:n], z[n:]
+
+
+def separation(z):
+    """ESR and RMS of Table 1 over all pairs of embeddings of different tasks; z (n, E, l)."""
+    n, e, latent = z.shape
+    flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
+    d2 = (flat[:, None] - flat[None]).square().sum(-1)[task[:, None] != task[None]]
+    return (d2.sqrt() > math.sqrt(2 * latent / 3)).double().mean().item(), (d2.mean() / latent).sqrt().item()
+
+
+# ================================================================================================ 7. plots and files
+def summarise(step, seconds, agent, count, result):
+    """One row of metrics.csv: means of the losses since the last evaluation, returns and separation."""
+    train, test, z_train, z_test = result
+    row = {"step": step, "seconds": round(seconds, 1)}
+    row |= dict(zip(agent.METRICS, (agent.metrics / max(1, count)).tolist(), strict=True))
+    row |= {"return_mean": test.mean(), "return_std": test.mean(1).std()}
+    row |= {"train_return_mean": train.mean(), "train_return_std": train.mean(1).std()}
+    row["esr"], row["rms"] = separation(z_test)
+    row["train_esr"], row["train_rms"] = separation(z_train)
+    return {key: float(value) if key != "step" else value for key, value in row.items()}
+
+
+def check_finite(agent, run):
+    """Ends a run that diverged, before anything is saved over its last good checkpoint."""
+    bad = agent.bad_step.tolist()
+    if min(bad) < math.inf:
+        name = agent.METRICS[bad.index(min(bad))]
+        fail(f"diverged: {name} is not finite since step {int(min(bad))}; the last good checkpoint is kept in {run}", 3)
+
+
+def write_text(path, text):
+    data.write(path, lambda file: file.write(text.encode()))
+
+
+def write_metrics(run, rows):
+    lines = [",".join(rows[0])] + [",".join(repr(value) for value in row.values()) for row in rows]
+    write_text(run / "metrics.csv", "\n".join(lines) + "\n")
+
+
+def plot_curve(run, args, rows, world):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="gradient steps", ylabel="return", title=f"{Path(__file__).stem} on {args.env}")
+    step = np.array([row["step"] for row in rows])
+    for prefix, label, colour in (("train_", "training tasks", "tab:gray"), ("", "test tasks", "tab:blue")):
+        mean, std = (np.array([row[f"{prefix}return_{part}"] for row in rows]) for part in ("mean", "std"))
+        axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step, mean, color=colour, label=f"{label} (band: std over tasks)")
+    axes.axhline(world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
+    if world.optimum is not None:
+        axes.axhline(world.optimum, color="tab:green", linestyle="--", label="optimum")
+    axes.legend(fontsize="small", loc="lower right", framealpha=0.8)
+    data.write(run / "curve.png", lambda file: figure.savefig(file, dpi=130))
+
+
+def plot_embeddings(run, args, z_train, z_test):
+    """Embeddings of several contexts of each task on their first two principal components."""
+    from matplotlib.figure import Figure
+
+    flat = torch.cat([z_train, z_test]).flatten(0, 1)
+    centre = flat.mean(0)
+    _, size, axes_2d = torch.linalg.svd((flat - centre).double(), full_matrices=False)
+    share = size.square() / size.square().sum().clamp_min(1e-12)
+    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, z, title in zip(panels, (z_train, z_test), ("training", "test"), strict=True):
+        point = (z.double() - centre) @ axes_2d[:2].T  # (n, E, 2)
+        colour = np.arange(len(z)).repeat(z.shape[1])
+        axes.scatter(*point.flatten(0, 1).T, c=colour, cmap="turbo", s=14, linewidths=0)
+        axes.set(title=f"{len(z)} {title} tasks, one colour each", xlabel=f"first component ({share[0]:.0%})")
+    panels[0].set_ylabel(f"second component ({share[1]:.0%})" if len(share) > 1 else "")
+    data.write(run / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
+
+
+def save(run, step, seconds, args, agent, optimisers, rows):
+    cuda = torch.cuda.get_rng_state() if agent.step.is_cuda else None
+    checkpoint = {
+        "step": step, "seconds": seconds, "rows": rows, "args": settings(args), "agent": agent.state_dict(),
+        "optimisers": {key: optimiser.state_dict() for key, optimiser in optimisers.items()},
+        "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+    }  # fmt: skip
+    data.write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def settings(args):
+    """The resolved arguments as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def resume(run, args, agent, optimisers, device):
+    """Loads the checkpoint; the run then goes on as if it had never stopped. Returns step, seconds and rows."""
+    path = run / "checkpoint.pt"
+    if not args.resume or not path.exists():
+        return 0, 0.0, []
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        then = checkpoint["args"]
+    except Exception as error:
+        fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
+    free = ("steps", "resume", "run_dir", "data_dir", "device", "no_graph")
+    for key, value in settings(args).items():
+        if key not in free and then.get(key) != value:
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
+    agent.load_state_dict(checkpoint["agent"])
+    for key, optimiser in optimisers.items():
+        optimiser.load_state_dict(checkpoint["optimisers"][key])
+    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
+    return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
+
+
+def prepare_run(args):
+    """<run-dir>/<script>/<env>/<variant>/seed<k>/ with the settings and the source in it."""
+    run = args.run_dir / Path(__file__).stem / args.env / variant(args) / f"seed{args.seed}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "args.json", json.dumps(settings(args), indent=1))
+        data.write(run / "source.py", lambda file: file.write(Path(__file__).read_bytes()))
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: cannot write there ({error.strerror})")
+    return run
+
+
+def write_final(run, args, rows, world, seconds):
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    final = rows[-1] | {
+        "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
+        "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
+    }  # fmt: skip
+    write_text(run / "final.json", json.dumps(final, indent=1))
+
+
+# =========================================================================================================== 8. main
+def variant(args):
+    """The name of the run's folder: what differs from the paper's algorithm."""
+    parts = ["small"] if args.small else ["paper"]
+    parts += ["no-next-obs"] * args.no_next_obs + ["coupled"] * args.coupled + ["tuned-alpha"] * args.tune_alpha
+    parts += [f"{args.quality}-{args.test_quality}"] if args.test_quality != args.quality else []
+    return "-".join(parts)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    args.encoder_steps = args.encoder_steps or max(1, args.steps // 5)
+    run = prepare_run(args)
+    torch.manual_seed(args.seed)
+    try:
+        world = World(args, device)
+    except data.DataError as error:
+        fail(error)
+    torch.manual_seed(args.seed)
+    agent = Agent(args, world.split[0], world.split[1]).to(device)
+    optimisers = make_optimisers(args, agent, device)
+    update = make_update(args, agent, optimisers, Batches(args, world.train_rows, world.split))
+    learn, settle = update, lambda: update(learn_encoder=False)
+    if device.type == "cuda" and not args.no_graph:
+        learn, settle = capture(learn), capture(settle)
+    start, seconds, rows = resume(run, args, agent, optimisers, device)
+    began, last = time.time() - seconds, start
+    for step in range(start + 1, args.steps + 1):
+        learn() if step <= args.encoder_steps else settle()
+        if step % args.eval_every == 0 or step == args.steps:
+            check_finite(agent, run)
+            result = evaluate(args, agent, world)
+            rows.append(summarise(step, time.time() - began, agent, step - last, result))
+            agent.metrics.zero_()
+            last = step
+            write_metrics(run, rows)
+            plot_curve(run, args, rows, world)
+            plot_embeddings(run, args, *result[2:])
+            save(run, step, time.time() - began, args, agent, optimisers, rows)
+            report(rows[-1], world, args)
+    write_final(run, args, rows, world, time.time() - began)
+    print(f"curve, embeddings, metrics and checkpoint: {run}")
+
+
+def report(row, world, args):
+    best = f" of {world.optimum:.2f}" if world.optimum is not None else ""
+    rate = row["step"] / max(row["seconds"], 1e-9)
+    print(
+        f"step {row['step']:>7}/{args.steps}  test return {row['return_mean']:8.2f}{best}  (train "
+        f"{row['train_return_mean']:.2f}, data {world.behaviour:.2f})  ESR {row['esr']:.2f}  Q {row['q_mean']:.1f}  "
+        f"{rate:.0f} steps/s  {(args.steps - row['step']) / rate / 60:.1f} min left",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
