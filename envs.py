@@ -362,11 +362,11 @@ class MujocoPhysics:
 class TaskVectorEnv(gymnasium.vector.VectorEnv):
     """One sub-environment for each row of `tasks`, all stepped together.
 
-    With `autoreset` a sub-environment that ends is reset within the same step, alone (gymnasium's SAME_STEP): its row of
-    the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where `info["_final_obs"]`,
-    holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if the family has one.
-    Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what the others do never
-    changes it.
+    With `autoreset` a sub-environment that ends is reset within the same step, alone (gymnasium's SAME_STEP): its row
+    of the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where
+    `info["_final_obs"]`, holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if
+    the family has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
+    the others do never changes it.
     """
 
     def __init__(

@@ -1,0 +1,55 @@
+"""Batched stepping against a bare loop around `Rollout.rollout` with the same models, interleaved in one run.
+
+python benchmark/stepping.py
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+
+
+def steps_per_second(call, batch, repeats=40):
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return repeats * batch / (time.perf_counter() - began)
+
+
+def main():
+    print("environment steps per second")
+    print(f"{'family':<14} {'threads':>7} {'bare loop':>10} {'vector env':>10} {'ratio':>6}")
+    for name in (name for name, row in envs.FAMILIES.items() if row.xml):
+        for threads in sorted({1, envs.cores()}):
+            tasks = envs.sample_tasks(name, 25, seed=0).repeat(8, axis=0)
+            env = envs.make(name, tasks, threads=threads)
+            env.reset()
+            physics, action = env.physics, np.random.default_rng(0).uniform(-1, 1, env.action_space.shape)
+            control = np.repeat((action * physics.control_scale)[:, None], physics.row.frame_skip, axis=1)
+            start = np.stack([physics.initial(np.random.default_rng(i)) for i in range(len(tasks))])
+
+            def bare(physics=physics, control=control, state=start):
+                physics.pool.rollout(
+                    physics.models, physics.data, state, control, skip_checks=True,
+                    nstep=physics.row.frame_skip, state=physics.out, sensordata=physics.sensors,
+                )  # fmt: skip
+                state[:] = physics.out[:, -1]
+
+            def full(env=env, action=action):
+                env.step(action)
+
+            pairs = []
+            for _ in range(5):
+                start[:] = env._full  # both step the same states
+                pairs.append((steps_per_second(bare, len(tasks)), steps_per_second(full, len(tasks))))
+            slow, fast = np.median(pairs, axis=0)
+            ratio = np.median([full / bare for bare, full in pairs])
+            print(f"{name:<14} {threads:>7} {slow:>10,.0f} {fast:>10,.0f} {ratio:>6.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,954 @@
+"""Batched SAC against loops over tasks, builds that are killed and go on, what is in a dataset, and files refused."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+import data
+import envs
+
+ROOT = Path(data.__file__).resolve().parent
+SPARSE, WIND, WALKER = "sparse-point-robot", "point-robot-wind", "walker-params"
+CPU = torch.device("cpu")
+TINY = {"steps": 400, "envs": 4, "episode": 40, "updates": 1, "start": 80, "hidden": 16, "batch": 16, "lr": 0.003}
+TINY |= {"alpha": 0.1, "alpha_lr": 0.003, "tau": 0.05, "discount": 0.9, "nstep": 1, "checkpoints": 5, "shard": 1}
+TINY |= {"trajectories": 5, "core_minutes": 0.1, "replay": 200}
+PITCH, SPEED = 3, -3  # places in a walker's full state; a huge speed makes the physics blow up
+
+
+def tiny(**changes):
+    return data.Settings(**(TINY | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_equal(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# --------------------------------------------------------------------------------------------------- SAC's arithmetic
+def make_agent(tasks=3, d=3, m=2, **changes):
+    """In float64; the slow targets differ from the critics, the temperatures from each other."""
+    generator = torch.Generator().manual_seed(0)
+    agent = data.SAC(tasks, d, m, tiny(**changes), generator).double()
+    with torch.no_grad():
+        for p in [*agent.target.parameters(), agent.log_alpha]:
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return agent
+
+
+def draws(agent, batch=5, seed=1):
+    """A minibatch (T, B, [s, a, R, s', weight]) and noise (2, T, B, m)."""
+    generator = torch.Generator().manual_seed(seed)
+    d, m = agent.obs_dim, agent.act_dim
+    rows = torch.randn(agent.tasks, batch, 2 * d + m + 2, generator=generator, dtype=torch.float64)
+    rows[..., d : d + m] = rows[..., d : d + m].tanh()
+    rows[..., -1] = torch.tensor([0.9, 0, 0.729, 0.81, 0])[:batch]
+    return rows, torch.randn(2, agent.tasks, batch, m, generator=generator, dtype=torch.float64)
+
+
+def forward(net, i, x):
+    """Network i on one input, layer by layer."""
+    for k, layer in enumerate(net.layers):
+        x = (x if k == 0 else x.clamp(min=0)) @ layer.weight[i] + layer.bias[i, 0]
+    return x
+
+
+def tanh_gaussian(out, noise):
+    """The action that noise picks and its log density, as torch has them."""
+    mean, log_std = out.chunk(2, dim=-1)
+    normal, squash = Normal(mean, log_std.exp()), TanhTransform(cache_size=1)
+    action = squash(mean + log_std.exp() * noise)
+    return action, TransformedDistribution(normal, squash).log_prob(action).sum(-1)
+
+
+def naive_losses(agent, i, rows, noise):
+    """Critic's, actor's and temperature's loss of task i, one transition after the other."""
+    d, m, alpha, total = agent.obs_dim, agent.act_dim, agent.log_alpha[i].exp(), torch.zeros(3, dtype=torch.float64)
+    twins = i, agent.tasks + i
+    for row, first, second in zip(rows[i], *noise[:, i], strict=True):
+        s, a, r, s2, weight = row.split([d, m, 1, d, 1])
+        a2, log_pi2 = tanh_gaussian(forward(agent.actor, i, s2), first)
+        low = min(forward(agent.target, k, torch.cat([s2, a2])) for k in twins)
+        y = (r + weight * (low - alpha * log_pi2)).detach()
+        critic = sum((forward(agent.critic, k, torch.cat([s, a])) - y) ** 2 for k in twins)
+        b, log_pi = tanh_gaussian(forward(agent.actor, i, s), second)
+        actor = alpha.detach() * log_pi - min(forward(agent.critic, k, torch.cat([s, b])) for k in twins)
+        total = total + torch.cat([critic, actor, -alpha[None] * (log_pi.detach() - m)]) / len(rows[i])
+    return total
+
+
+def test_losses_and_gradients_are_those_of_a_loop():
+    agent = make_agent()
+    rows, noise = draws(agent)
+    critic, actor, temperature = sum(naive_losses(agent, i, rows, noise) for i in range(3))
+    loss = agent.loss(rows, noise)
+    loss.backward()
+    torch.testing.assert_close(loss, critic + actor + temperature, rtol=1e-10, atol=1e-10)
+    for own, params in (
+        (critic, [*agent.critic.parameters()]),
+        (actor, [*agent.actor.parameters()]),
+        (temperature, [agent.log_alpha]),
+    ):
+        for p, expected in zip(params, torch.autograd.grad(own, params, retain_graph=True), strict=True):
+            torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-10)
+            assert p.grad.flatten(1).any(1).all() if p.dim() > 1 else p.grad.all()
+    assert all(p.grad is None for p in agent.target.parameters())
+
+
+def test_log_density_is_torchs():
+    out = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for ours, theirs in zip(data.sample_action(out, noise), tanh_gaussian(out, noise), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    far, log_pi = data.sample_action(torch.tensor([[40.0, 0.0]]), torch.zeros(1, 1))  # where tanh is one
+    assert far == 1 and log_pi == pytest.approx(-0.5 * np.log(2 * np.pi) + 80 - 2 * np.log(2), abs=1e-3)
+
+
+def test_log_standard_deviation_is_kept_in_range():
+    mean, log_std = data.gaussian(torch.tensor([7.0, -9.0, 0.5, -30.0, 30.0, -1.0]))
+    assert mean.tolist() == [7, -9, 0.5] and log_std.tolist() == [-5, 2, -1]
+
+
+def test_slow_target_follows_by_tau_and_steps_have_their_own_rates():
+    agent = make_agent(tau=0.3, lr=0.01, alpha_lr=0.05)
+    optimiser, start = agent.optimiser(), {k: v.clone() for k, v in agent.state_dict().items()}
+    for i in range(3):
+        before = [p.clone() for p in agent.target.parameters()]
+        agent.update(*draws(agent, seed=i), optimiser)
+        for p, old, new in zip(agent.target.parameters(), before, agent.critic.parameters(), strict=True):
+            torch.testing.assert_close(p, 0.7 * old + 0.3 * new, rtol=1e-12, atol=1e-12)
+        if i == 0:  # Adam's first step is the learning rate
+            for key, value in agent.state_dict().items():
+                rate = 0.05 if key == "log_alpha" else 0.01
+                assert "target" in key or (value - start[key]).abs().max().item() == pytest.approx(rate, rel=1e-3)
+
+
+def test_slow_target_starts_as_the_critic():
+    agent = data.SAC(2, 3, 2, tiny(), torch.Generator().manual_seed(0))
+    for p, q in zip(agent.critic.parameters(), agent.target.parameters(), strict=True):
+        assert_equal(p.detach(), q)
+        assert not q.requires_grad and p.data_ptr() != q.data_ptr() and len(p.unique(dim=0)) == 4  # none are alike
+    torch.testing.assert_close(agent.log_alpha.exp().tolist(), [TINY["alpha"]] * 2)
+
+
+def test_no_cross_talk_between_agents():
+    agents = [make_agent(2), make_agent(2)]
+    for agent, scale in zip(agents, (1, 1000), strict=True):
+        optimiser = agent.optimiser()
+        for i in range(5):
+            rows, noise = draws(agent, seed=i)
+            rows[1], noise[:, 1] = scale * rows[1] + scale, noise[:, 1] / scale
+            agent.update(rows, noise, optimiser)
+    for (key, a), b in zip(agents[0].state_dict().items(), agents[1].state_dict().values(), strict=True):
+        assert_equal(a[::2], b[::2])  # the twins of task 0 are networks 0 and 2
+        assert not torch.equal(a[1::2], b[1::2]), key
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_n_step_rows_are_those_of_a_loop(k):
+    d, m, gamma = 3, 2, 0.9
+    ways = list(product(["on", "cut", "end"], repeat=k))
+    rows = torch.randn(k, len(ways), 2 * d + m + 3, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    rows[..., -2] = torch.tensor([[way[j] == "end" for way in ways] for j in range(k)])
+    rows[..., -1] = torch.tensor([[way[j] != "on" for way in ways] for j in range(k)])
+    result = data.n_step(rows, d, m, gamma)
+    for i, way in enumerate(ways):
+        total, n = 0, 0
+        for row in rows[:, i]:
+            total, n = total + gamma**n * row[d + m], n + 1
+            if way[n - 1] != "on":
+                break
+        weight = torch.tensor([0 if way[n - 1] == "end" else gamma**n])
+        last = rows[n - 1, i, d + m + 1 : 2 * d + m + 1]
+        expected = torch.cat([rows[0, i, : d + m], total[None], last, weight])
+        torch.testing.assert_close(result[i], expected, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ the trainer
+def make_trainer(env, tasks, seed=0, **changes):
+    return data.Trainer(env, tasks, seed, tiny(**changes), CPU, 1)
+
+
+def finish(trainer):
+    while not trainer.finished:
+        trainer.step()
+    return trainer
+
+
+def assert_same_runs(a, b, tasks=slice(None)):
+    """Bit-equal policies and replay of these tasks."""
+    for x, y in zip(a.result()["policies"], b.result()["policies"], strict=True):
+        assert_equal(x[tasks], y[tasks])
+    assert_equal(a.replay[tasks], b.replay[tasks])
+
+
+@pytest.mark.parametrize("env, nstep", [(WIND, 1), (WALKER, 3)])
+def test_no_cross_talk_between_tasks_in_training(env, nstep):
+    a, b, c = envs.sample_tasks(env, 3, 0)
+    first, second = (finish(make_trainer(env, np.stack([a, x]), steps=240, nstep=nstep)) for x in (b, c))
+    assert_same_runs(first, second, tasks=[0])
+    assert not torch.equal(first.result()["policies"][-1, 1], second.result()["policies"][-1, 1])
+
+
+@pytest.mark.parametrize("env, nstep", [(WIND, 1), (WALKER, 3)])
+def test_a_saved_trainer_goes_on_exactly(env, nstep):
+    """Saved while actions are still random, in the middle of an episode, and at the end of one."""
+    tasks, changes, files = envs.sample_tasks(env, 2, 0), {"steps": 240, "nstep": nstep}, []
+    whole = make_trainer(env, tasks, **changes)
+    while not whole.finished:
+        whole.step()
+        if whole.iteration in (7, 33, 40):
+            files.append(io.BytesIO())
+            torch.save(whole.state_dict(), files[-1])
+    assert len(files) == 3
+    for file in files:
+        file.seek(0)
+        other = make_trainer(env, tasks, seed=99, **changes)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert_same_runs(finish(other), whole)
+        assert_equal(other.last_score, whole.last_score)
+        for key, value in whole.agent.state_dict().items():
+            assert_equal(value, other.agent.state_dict()[key])
+
+
+def test_policies_are_kept_from_the_untrained_to_the_last():
+    trainer, seen = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0), checkpoints=6), []
+    for _ in range(101):
+        seen.append(torch.cat([p.detach().flatten(1) for p in trainer.agent.actor.parameters()], 1))
+        if not trainer.finished:
+            trainer.step()
+    assert trainer.finished
+    assert_equal(trainer.result()["policies"], torch.stack(seen[::20]))
+    moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert moved == [False] * 19 + [True] * 81  # learning begins with the 80th transition of each task
+
+
+def test_minibatches_come_from_a_tasks_own_steps_in_a_row():
+    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 3, 0), nstep=3, batch=500, updates=2, discount=1.0)
+    task, step, e = torch.meshgrid(torch.arange(3), torch.arange(100), torch.arange(4), indexing="ij")
+    trainer.replay.zero_()
+    trainer.replay[..., 0], trainer.replay[..., 1], trainer.replay[..., 2] = task, step, e
+    trainer.replay[..., 4], trainer.replay[..., 5], trainer.replay[..., 6] = 1, task, step + 1
+    trainer.filled.fill_(20 * 4)
+    seen = []
+    trainer.agent.update = lambda rows, noise, optimiser: seen.append((rows, noise))
+    trainer.learn_eagerly()
+    assert len(seen) == 2 and not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
+    for i in range(3):
+        rows = torch.cat([rows[i] for rows, _ in seen])
+        assert (rows[:, 0] == i).all() and (rows[:, 5] == i).all()
+        assert (rows[:, 6] == rows[:, 1] + 3).all() and (rows[:, 4] == 3).all() and (rows[:, 7] == 1).all()
+        assert len(rows[:, 1:3].unique(dim=0)) == 18 * 4 and rows[:, 6].max() == 20
+
+
+def test_a_blow_up_is_not_learned_from():
+    trainer = make_trainer(WALKER, envs.sample_tasks(WALKER, 2, 0), envs=2)
+    for _ in range(3):
+        trainer.step()
+    trainer.vector._full[1, [PITCH, SPEED]] = 1.5, 1e12
+    trainer.step()
+    before, blown = trainer.replay[:, 2], trainer.replay[:, 3]
+    assert trainer.replay.isfinite().all() and trainer.replay[:, :4].abs().max() < 100
+    assert_equal(before[0, 1], blown[0, 1])
+    assert before[0, 1, -1] == 1 and before[0, 1, -2] == 0  # cut, not terminal
+    for i, j in ((0, 0), (1, 0), (1, 1)):
+        assert before[i, j, -1] == 0 and not torch.equal(before[i, j], blown[i, j])
+    assert_equal(trainer.vector._elapsed, [4, 0, 4, 4])
+
+
+# ---------------------------------------------------------------------------------------------------- whole builds
+def prepare(folder, env=WIND, quality="mixed", seed=3, train=3, test=2, workers=1, **changes):
+    return data.prepare(env, quality, seed, folder, train, test, "cpu", workers, **(TINY | changes))
+
+
+def run_here(jobs, *_):
+    """In place of processes."""
+    data._start_here([0.0] * 2 * len(jobs))
+    for job in jobs:
+        data._train_shard((*job[:-1], None))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(data, "_run_jobs", run_here)
+
+
+@pytest.fixture
+def copied(folder, here, tmp_path):
+    """A folder with a behaviour in it and nothing else."""
+    made = prepare(folder)
+    there = tmp_path / made.relative_to(folder).parent
+    there.mkdir(parents=True)
+    shutil.copy(made.with_name("behaviour.pt"), there)
+    return there
+
+
+def python(code, cwd):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": path})
+
+
+def wait_for(condition, process):
+    until = time.time() + 60
+    while not condition():
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.005)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+@pytest.mark.parametrize("quality", data.QUALITIES)
+def test_every_quality_builds(quality, folder, here):
+    path = prepare(folder, quality=quality)
+    assert path == folder / WIND / "3+2-seed3" / f"{quality}.npz"
+    dataset = data.load(path, WIND)
+    n = 200 if quality == "replay" else 1000
+    assert dataset.observations.shape == dataset.next_observations.shape == dataset.actions.shape == (5, n, 2)
+    assert dataset.rewards.shape == dataset.terminals.shape == dataset.episodes.shape == (5, n)
+    assert dataset.train_tasks.tolist() == [0, 1, 2] and dataset.test_tasks.tolist() == [3, 4]
+    assert_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 3))
+    assert [dataset.meta[key] for key in ("env", "quality", "seed")] == [WIND, quality, 3]
+    assert dataset.meta["settings"] == TINY and dataset.meta["versions"]["torch"] == torch.__version__
+    random = data.load(prepare(folder, quality="random")).observations
+    assert quality == "random" or not torch.equal(random[:, :n], dataset.observations)
+
+
+def test_nothing_is_built_twice(folder, here, monkeypatch):
+    mixed, expert = prepare(folder), prepare(folder, quality="expert")
+    stamps = [path.stat().st_mtime_ns for path in sorted(mixed.parent.iterdir())]
+    assert prepare(folder) == mixed and prepare(folder, quality="expert") == expert
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(mixed.parent.iterdir())]
+    assert all(name.endswith(".npz") for name in names(mixed.parent) - {"behaviour.pt"})
+    monkeypatch.setattr(data, "_run_jobs", None)
+    before = expert.read_bytes()
+    expert.unlink()
+    assert prepare(folder, quality="expert").read_bytes()[:2] == b"PK"
+    assert data.load(expert).meta["checksum"] in before.decode("latin1").replace("\0", "")
+
+
+def test_another_seed_is_other_data(folder, here):
+    a, b = data.load(prepare(folder, quality="random")), data.load(prepare(folder, quality="random", seed=4))
+    for x, y in zip(a.actions, b.actions, strict=True):
+        assert (x != y).float().mean() > 0.9
+    assert not np.isclose(a.tasks, b.tasks).any()
+
+
+def test_a_killed_build_goes_on_with_more_workers(folder, here, tmp_path, monkeypatch, capfd):
+    """Finished parts are kept; the number of processes changes nothing."""
+    expected, there = data.load(prepare(folder)), tmp_path / WIND / "3+2-seed3"
+    process = python("import test_data; test_data.prepare('.')", tmp_path)
+    wait_for(lambda: list(there.glob("behaviour-part*.pt")), process)
+    process.kill()
+    process.wait()
+    assert not (there / "behaviour.pt").exists() and not (there / "mixed.npz").exists()
+    monkeypatch.undo()
+    capfd.readouterr()
+    dataset = data.load(prepare(tmp_path, workers=2))
+    assert "going on" in capfd.readouterr().out
+    assert dataset.meta["checksum"] == expected.meta["checksum"]
+    assert {name for name in names(there) if not name.endswith(".tmp")} == {"behaviour.pt", "mixed.npz"}
+
+
+def train_part(path, save_every, steps=1200, parent=None):
+    """One part of a behaviour, two tasks, in this process."""
+    data.SAVE_EVERY = save_every
+    data._start_here([0.0, 0.0])
+    data._train_shard((0, Path(path), WIND, envs.sample_tasks(WIND, 2, 0), 5, tiny(steps=steps), "cpu", 1, parent))
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def save_every(monkeypatch):
+    monkeypatch.setattr(data, "SAVE_EVERY", data.SAVE_EVERY)  # train_part changes it
+
+
+def test_a_part_killed_in_training_goes_on_exactly(tmp_path, save_every):
+    whole = train_part(tmp_path / "whole.pt", 1e9)
+    part = tmp_path / "part.pt"
+    process = python("import test_data; test_data.train_part('part.pt', 0)", tmp_path)
+    saved = lambda: torch.load(part, weights_only=True)  # at no moment is the file half-written
+    wait_for(lambda: part.exists() and saved()["trainer"]["iteration"] >= 50, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 50 <= saved()["trainer"]["iteration"] < 300
+    resumed = train_part(part, 1e9)
+    for key in ("policies", "early"):
+        assert_equal(resumed[key], whole[key])
+    stamp = part.stat().st_mtime_ns
+    train_part(part, 1e9)
+    assert part.stat().st_mtime_ns == stamp  # finished: nothing to do
+    with pytest.raises(data.DataError, match=r"part\.pt: .*steps.*1200.*1600"):
+        train_part(part, 1e9, steps=1600)
+
+
+def test_a_part_stops_without_its_parent(tmp_path, save_every, monkeypatch):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left):
+        train_part(tmp_path / "part.pt", 1e9, parent=-1)
+    assert names(tmp_path) == set()
+
+
+def test_another_settings_is_refused(copied, here):
+    for change in ({"discount": 0.8}, {"hidden": 8}, {"steps": 800}):
+        (key, value), before = *change.items(), (copied / "behaviour.pt").read_bytes()
+        with pytest.raises(data.DataError) as error:
+            prepare(copied.parent.parent, **change)
+        text = str(error.value)
+        assert all(str(x) in text for x in (copied / "behaviour.pt", key, value, TINY[key])) and "\n" not in text
+        assert (copied / "behaviour.pt").read_bytes() == before and names(copied) == {"behaviour.pt"}
+    assert prepare(copied.parent.parent, core_minutes=7.0).exists()  # this one changes nothing
+
+
+@pytest.mark.parametrize("way", ["empty", "cut", "noise", "not a dictionary", "without tasks", "other tasks"])
+def test_a_damaged_behaviour_is_refused(way, copied, here):
+    path = copied / "behaviour.pt"
+    whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
+    if way in ("empty", "cut", "noise"):
+        noise = np.random.default_rng(0).bytes(5000)
+        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": noise}[way])
+    elif way == "not a dictionary":
+        torch.save(torch.zeros(3), path)
+    elif way == "without tasks":
+        torch.save({key: saved[key] for key in saved if key != "tasks"}, path)
+    else:
+        torch.save(saved | {"tasks": saved["tasks"] + 0.01}, path)
+    with pytest.raises(data.DataError) as error:
+        prepare(copied.parent.parent)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert names(copied) == {"behaviour.pt"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused(here, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(data.DataError, match="file") as error:
+        prepare(tmp_path / "file")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(data.DataError, match="'best'.*mixed"):
+        prepare(tmp_path, quality="best")
+    with pytest.raises(ValueError, match="'cheetah'"):
+        prepare(tmp_path, env="cheetah")
+    assert names(tmp_path) == set()
+
+
+def test_settings_are_a_familys_with_changes_on_top():
+    usual = data.settings_for(WIND, CPU)
+    changed = data.settings_for(WIND, CPU, hidden=7, lr=None, discount=0.5)
+    assert (changed.hidden, changed.discount) == (7, 0.5)
+    assert changed == data.dataclasses.replace(usual, hidden=7, discount=0.5)
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="needs file locks")
+def test_one_builder_at_a_time(tmp_path, capsys):
+    def other():
+        with data.locked(tmp_path):
+            entered.set()
+
+    entered, thread = threading.Event(), threading.Thread(target=other)
+    with data.locked(tmp_path):
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    thread.join()
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file(error, tmp_path):
+    def fail(file):
+        file.write(b"half of the n")
+        assert path.read_bytes() == b"old"
+        raise error
+
+    path = tmp_path / "file"
+    data.write(path, lambda file: file.write(b"old"))
+    with pytest.raises(error):
+        data.write(path, fail)
+    assert path.read_bytes() == b"old" and names(tmp_path) == {"file"}
+    data.write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and names(tmp_path) == {"file"}
+
+
+# ---------------------------------------------------------------------------------------------- what a dataset holds
+CONTENT = [*product([WIND], data.QUALITIES), *product([SPARSE, WALKER], ["mixed", "replay"])]
+
+
+@pytest.fixture
+def dataset(request, folder, here):
+    env, quality = request.param
+    changes = {"nstep": 3, "trajectories": 3} if env == WALKER else {}
+    return env, quality, data.load(prepare(folder, env, quality, train=2, test=1, **changes), env)
+
+
+def slots(env, quality, dataset):
+    """Rows of one trajectory, and the longest episode in it."""
+    return (50, 40) if quality == "replay" else (envs.family(env).data_horizon, envs.family(env).data_horizon)
+
+
+def step_again(env, dataset, tasks, every):
+    """Errors of stored next observations and rewards, taking every so many rows as states of these tasks."""
+    obs, action = (x[:, ::every].flatten(0, 1).numpy().astype(float) for x in (dataset.observations, dataset.actions))
+    after, reward = dataset.next_observations[:, ::every].flatten(0, 1), dataset.rewards[:, ::every].flatten()
+    vector = envs.make(env, tasks.repeat(len(obs) // len(tasks), axis=0), threads=1, horizon=9, autoreset=False)
+    vector.reset()
+    vector._full[:] = np.concatenate([np.zeros((len(obs), vector._full.shape[1] - obs.shape[1])), obs], axis=1)
+    after2, reward2, *_ = vector.step(action)
+    vector.close()
+    sound = np.abs(obs).max(1) < 10  # a walker's clipped velocities cannot be set again
+    assert sound.mean() > 0.5
+    return np.abs(after2 - after.numpy()).max(1)[sound], np.abs(reward2 - reward.numpy())[sound]
+
+
+@pytest.mark.parametrize("dataset", CONTENT, indirect=True)
+def test_transitions_are_those_of_their_own_task(dataset):
+    env, _, dataset = dataset
+    every, share, tolerance = (7, 90, 1e-3) if env == WALKER else (1, 100, 1e-6)
+    for errors in step_again(env, dataset, dataset.tasks, every):
+        assert np.percentile(errors, share) < tolerance
+    other = step_again(env, dataset, np.roll(dataset.tasks, 1, axis=0), every)
+    assert np.median(np.maximum(*other)) > 10 * tolerance
+
+
+@pytest.mark.parametrize("dataset", CONTENT, indirect=True)
+def test_episodes_are_in_order_and_end_where_they_should(dataset):
+    env, quality, dataset = dataset
+    slot, longest = slots(env, quality, dataset)
+    episodes, terminals = dataset.episodes.numpy(), dataset.terminals.numpy()
+    assert episodes.shape[1] % slot == 0
+    for task, ends in zip(episodes, terminals, strict=True):
+        number, length = -1, 0
+        for t, found in enumerate(task):
+            if t % slot == 0 or length == longest or ends[t - 1]:
+                number, length = number + 1, 0
+            length += 1
+            assert found == number, t
+    inside = episodes[:, 1:] == episodes[:, :-1]
+    assert_equal(dataset.next_observations[:, :-1][inside], dataset.observations[:, 1:][inside])
+    assert not (dataset.next_observations[:, :-1][~inside] == dataset.observations[:, 1:][~inside]).all(1).any()
+    starts = dataset.observations[:, 1:][~inside]
+    assert (starts == 0).all() if env != WALKER else ((starts[:, 0] - 1.25).abs() < 0.006).all()
+    fell = [envs.family(env).terminated(x.numpy()) for x in dataset.next_observations]
+    assert_equal(terminals.astype(bool), np.stack(fell))
+    if env == WALKER:
+        assert 5 < terminals.sum() < 0.2 * terminals.size
+    else:
+        assert not terminals.any()  # a time limit is not the MDP's end
+
+
+@pytest.mark.parametrize("dataset", CONTENT, indirect=True)
+def test_returns_are_those_of_first_episodes(dataset):
+    env, quality, dataset = dataset
+    slot, _ = slots(env, quality, dataset)
+    for i, rewards in enumerate(dataset.context_rewards.double()):
+        returns = []
+        for start in range(0, len(rewards), slot):
+            rows = range(start, start + min(slot, envs.family(env).horizon))
+            returns.append(sum(rewards[t].item() for t in rows if dataset.episodes[i, t] == dataset.episodes[i, start]))
+        assert dataset.returns[i] == pytest.approx(np.mean(returns), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dataset", [c for c in CONTENT if c[1] == "replay"], indirect=True)
+def test_replay_begins_with_uniform_actions(dataset):
+    dataset = dataset[2]
+    first = dataset.actions.unflatten(1, (4, 50))[:, :, :20].flatten()
+    assert first.abs().max() <= 1 and abs(first.mean()) < 0.15 and first.var().item() == pytest.approx(1 / 3, rel=0.2)
+
+
+def constant(actions, log_std=-5.0, hidden=16, d=2):
+    """Policies (checkpoints, T, parameters) with these mean actions (checkpoints, T, m) everywhere."""
+    actions = torch.as_tensor(actions)
+    last = torch.cat([actions.atanh(), torch.full_like(actions, log_std)], dim=-1)
+    sizes = [d * hidden, hidden, hidden * hidden, hidden, hidden * last.shape[-1]]
+    return torch.cat([torch.zeros(*last.shape[:2], sum(sizes)), last.float()], dim=-1)
+
+
+def test_each_quality_plays_its_own_policies():
+    """Five checkpoints that move faster and faster towards the goal, and two tasks that learn at different times."""
+    tasks, speed = np.array([[0.0, 0.0], [0.01, 0.0]]), 0.1 * np.array([[0, 1, 2, 3, 4], [0, 2, 4, 4, 4]])
+    actions = np.stack([speed, [[0.5] * 5, [-0.5] * 5]], axis=-1)  # (T, checkpoints, m)
+    behaviour = {"policies": constant(actions.swapaxes(0, 1))}
+    chosen = {"random": [[0] * 10] * 2, "expert": [[4] * 10] * 2, "medium": [[2] * 10, [1] * 10]}
+    chosen["mixed"] = [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 2
+    for quality, checkpoints in chosen.items():
+        arrays = data.roll_out(WIND, tasks, quality, behaviour, tiny(trajectories=10), 0)
+        played = arrays["actions"].reshape(2, 10, 200, 2)
+        np.testing.assert_allclose(played.mean(2), actions[[[0], [1]], checkpoints], atol=0.005, err_msg=quality)
+        assert len(np.unique(played[..., 0])) > 3000  # every trajectory has draws of its own
+
+
+def test_actions_are_sampled():
+    arrays = data.roll_out(
+        WIND, np.zeros((1, 2)), "expert", {"policies": constant([[[0.2, -0.2]]], log_std=-1.0)}, tiny(), 0
+    )
+    noise = (np.arctanh(arrays["actions"]) - np.arctanh([0.2, -0.2])) * np.e
+    assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
+    assert abs((noise[..., 0] * noise[..., 1]).mean()) < 0.1
+
+
+def naive_sparse(goal, position):
+    distance = np.linalg.norm(goal - position)
+    return 1 - distance if distance <= 0.2 else 0.0
+
+
+def test_sparse_rewards_and_their_returns():
+    tasks = envs.sample_tasks(SPARSE, 2, 0)
+    arrays = data.roll_out(SPARSE, tasks, "expert", {"policies": constant(0.6 * tasks[None])}, tiny(), 0)
+    expected = [[naive_sparse(g, s) for s in rows] for g, rows in zip(tasks, arrays["next_observations"], strict=True)]
+    np.testing.assert_allclose(arrays["sparse_rewards"], expected, atol=1e-5)
+    returns = np.reshape(expected, (2, 5, 200))[..., :20].sum(2)
+    np.testing.assert_allclose(arrays["first_return"], returns, atol=1e-4)
+    assert (returns > 2).all() and (arrays["rewards"] < 0).all()
+
+
+def test_replay_dataset_is_made_of_the_first_steps():
+    """Two tasks, two sub-environments, four steps, rows by hand."""
+    tasks, rng = envs.sample_tasks(SPARSE, 2, 0), np.random.default_rng(0)
+    early = rng.uniform(-1, 1, (2, 4, 2, 9)).astype(np.float32)  # (T, iterations, envs, D)
+    early[..., 5:7] = tasks[:, None, None] + 0.2 * early[..., 5:7]
+    early[..., 7:] = 0
+    early[0, 1, 1, 8] = early[1, 0, 0, 8] = early[1, 2, 0, 7] = early[1, 2, 0, 8] = 1
+    arrays = data.roll_out(SPARSE, tasks, "replay", {"early": torch.from_numpy(early), "policies": early}, tiny(), 0)
+    rows = early.swapaxes(1, 2).reshape(2, 8, 9)
+    for key, part in (("observations", slice(2)), ("actions", slice(2, 4)), ("next_observations", slice(5, 7))):
+        assert_equal(arrays[key], rows[..., part])
+    assert_equal(arrays["rewards"], rows[..., 4])
+    assert_equal(arrays["terminals"], rows[..., 7])
+    assert arrays["episodes"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 3, 3, 3, 3]]
+    sparse = [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, rows, strict=True)]
+    np.testing.assert_allclose(arrays["sparse_rewards"], sparse, atol=1e-6)
+    counted = np.array([[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]])
+    np.testing.assert_allclose(arrays["first_return"], (np.reshape(sparse, (2, 2, 4)) * counted).sum(2), atol=1e-6)
+    assert 3 < np.count_nonzero(sparse) < 16
+
+
+class Fragile(envs.TaskVectorEnv):
+    """Walkers whose second row, or all, blow up at the given steps."""
+
+    at, rows = (), slice(1, 2)
+
+    def step(self, actions):
+        self.count = getattr(self, "count", -1) + 1
+        if self.count in self.at:
+            self._full[self.rows, PITCH], self._full[self.rows, SPEED] = 1.5, 1e12
+        return super().step(actions)
+
+
+def roll_out_walkers():
+    torch.manual_seed(0)
+    actor = data.BatchedMLP(1, 17, 16, 12)
+    policies = torch.cat([p.detach().flatten(1) for p in actor.parameters()], 1)[None]
+    return data.roll_out(
+        WALKER, envs.sample_tasks(WALKER, 1, 0), "expert", {"policies": policies}, tiny(trajectories=2), 0
+    )
+
+
+def test_blown_up_steps_are_not_stored(monkeypatch):
+    calm = roll_out_walkers()
+    monkeypatch.setattr(envs, "TaskVectorEnv", Fragile)
+    monkeypatch.setattr(Fragile, "at", (7, 8))
+    blown = roll_out_walkers()
+    assert all(np.isfinite(array).all() and array.shape == calm[key].shape for key, array in blown.items())
+    for key in ("observations", "next_observations", "actions", "rewards", "terminals"):
+        assert_equal(blown[key][0, :207], calm[key][0, :207])
+    assert np.abs(blown["next_observations"]).max() < 20
+    assert (blown["observations"] != blown["next_observations"]).any(2).all()
+    episodes, terminals = blown["episodes"][0], blown["terminals"][0]
+    assert episodes[207] == episodes[206] + 1 and terminals[206] == 0  # a cut
+    assert blown["first_return"][0, 1] == pytest.approx(blown["rewards"][0, 200:207].sum(), rel=1e-5)
+    assert abs(blown["observations"][0, 207, 0] - 1.25) < 0.006
+
+
+def test_physics_that_always_blows_up_is_an_error(monkeypatch):
+    monkeypatch.setattr(envs, "TaskVectorEnv", Fragile)
+    monkeypatch.setattr(Fragile, "at", range(1000))
+    with pytest.raises(data.DataError, match=WALKER):
+        roll_out_walkers()
+
+
+# ------------------------------------------------------------------------------------------------------ stored files
+def sample(seed=0):
+    """Three tasks of point-robot-wind, six transitions of each in two episodes."""
+    rng = np.random.default_rng(seed)
+    arrays = {"observations": (3, 6, 2), "actions": (3, 6, 2), "rewards": (3, 6), "next_observations": (3, 6, 2)}
+    arrays = {key: rng.uniform(-1, 1, shape).astype(np.float32) for key, shape in arrays.items()}
+    arrays["terminals"] = np.float32([[0, 0, 1, 0, 0, 0]] * 3)
+    arrays["episodes"] = np.int32([[0, 0, 0, 1, 1, 1]] * 3)
+    arrays |= {"tasks": rng.uniform(-0.05, 0.05, (3, 2)), "train_tasks": np.array([2, 0]), "test_tasks": np.array([1])}
+    return arrays | {"sparse_rewards": arrays["rewards"] + 1, "returns": np.float32([1, 2, 3])}
+
+
+def refused(path, *words, env=None):
+    with pytest.raises(data.DataError) as error:
+        data.load(path, env)
+    text = str(error.value)
+    assert str(path) in text and "\n" not in text and len(text) < len(str(path)) + 150
+    assert all(word in text.replace(str(path), "") for word in words), text
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    arrays, path = sample(), tmp_path / "new" / "x.npz"
+    data.save(path, arrays | {"first_return": np.zeros(3)}, {"env": WIND, "note": "mine"})
+    dataset = data.load(str(path), WIND)
+    for key, (ndim, kind) in (data.REQUIRED | data.OPTIONAL).items():
+        found = np.asarray(getattr(dataset, {"sparse_rewards": "context_rewards"}.get(key, key)))
+        assert_equal(found, arrays[key])
+        assert found.dtype == kind and found.ndim == ndim
+    assert dataset.meta["note"] == "mine" and names(path.parent) == {"x.npz"}
+    assert isinstance(dataset.observations, torch.Tensor) and isinstance(dataset.tasks, np.ndarray)
+    assert set(np.load(path, allow_pickle=False).files) == {*arrays, "meta"}
+
+
+def test_your_own_file_loads(tmp_path):
+    arrays = {key: value for key, value in sample().items() if key in data.REQUIRED}
+    np.savez(tmp_path / "own.npz", **arrays)
+    for env in (None, WIND):
+        dataset = data.load(tmp_path / "own.npz", env)
+        assert np.isnan(dataset.returns).all() and dataset.returns.shape == (3,)
+        assert_equal(dataset.context_rewards, arrays["rewards"])
+        assert dataset.meta == {}
+    assert "2 training, 1 test" in data.describe(tmp_path / "own.npz")
+
+
+def test_tasks_may_be_both_training_and_test_tasks_if_all_are(tmp_path):
+    np.savez(tmp_path / "x.npz", **sample() | {"train_tasks": np.arange(3), "test_tasks": np.array([2, 1, 0])})
+    assert data.load(tmp_path / "x.npz").test_tasks.tolist() == [2, 1, 0]
+
+
+def put(array, value, *place):
+    array = array.copy()
+    array[place or (1,) * array.ndim] = value
+    return array
+
+
+FLOATS = ["observations", "actions", "rewards", "next_observations", "terminals", "tasks", "sparse_rewards"]
+DAMAGE = {f"{key} {value}": (lambda a, k=key, v=value: {k: put(a[k], v)}, [key])
+          for key, value in product(FLOATS, [np.nan, np.inf])}  # fmt: skip
+DAMAGE |= {f"{key} longer": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 0)}, ["shape"])
+           for key in (*FLOATS, "episodes", "returns")}  # fmt: skip
+DAMAGE |= {f"{key} wider": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 1)}, ["shape"])
+           for key in (*FLOATS, "episodes") if key != "tasks"}  # fmt: skip
+DAMAGE |= {f"{key} of another type": (lambda a, k=key: {k: a[k].astype(np.float16)}, [key, "float16"])
+           for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
+DAMAGE |= {f"{key} flat": (lambda a, k=key: {k: a[k][..., None]}, [key, "axes"])
+           for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
+DAMAGE |= {
+    "no rows": (lambda a: {k: a[k][:, :0] for k in a if a[k].ndim > 1 and k != "tasks"}, ["observations"]),
+    "action too large": (lambda a: {"actions": put(a["actions"], 1.01)}, ["actions", "1.01"]),
+    "action too small": (lambda a: {"actions": put(a["actions"], -1.01)}, ["actions", "1.01"]),
+    "half terminal": (lambda a: {"terminals": put(a["terminals"], 0.5)}, ["terminals"]),
+    "episodes fall": (lambda a: {"episodes": put(a["episodes"], 0, 2, 5)}, ["episodes"]),
+    "both kinds of task": (lambda a: {"test_tasks": np.array([1, 2])}, ["2", "training", "test"]),
+    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks", "3"]),
+    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks"]),
+    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks"]),
+    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks"]),
+}
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_damaged_arrays_are_refused(way, tmp_path):
+    """With and without a checksum that fits them."""
+    change, words = DAMAGE[way]
+    arrays = sample()
+    damaged = arrays | change(arrays)
+    np.savez(tmp_path / "x.npz", **damaged)
+    refused(tmp_path / "x.npz", *words)
+    if all(array.size for array in damaged.values()):
+        meta = json.dumps({"format": data.FORMAT, "env": WIND, "checksum": data.checksum(damaged)})
+        np.savez(tmp_path / "x.npz", meta=np.array(meta), **damaged)
+        refused(tmp_path / "x.npz", *words)
+
+
+@pytest.mark.parametrize("key", data.REQUIRED)
+def test_a_missing_array_is_refused(key, tmp_path):
+    arrays = sample()
+    del arrays[key]
+    np.savez(tmp_path / "x.npz", **arrays)
+    refused(tmp_path / "x.npz", key)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    refused(tmp_path / "x.npz")
+    refused(tmp_path)
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    data.save(path, sample(), {"env": WIND})
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 101), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        refused(path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    for content in (b"", np.random.default_rng(0).bytes(3000), b"observations\n1,2,3\n", b"PK\x03\x04" + bytes(200)):
+        path.write_bytes(content)
+        refused(path)
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+    refused(path)
+
+
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "trodden").mkdir, ()
+
+    for key in ("observations", "extra"):
+        np.savez(tmp_path / "x.npz", **sample() | {key: np.array([Trap()], dtype=object)})
+        refused(tmp_path / "x.npz")
+    assert names(tmp_path) == {"x.npz"}
+
+
+def test_another_environment_is_refused(tmp_path):
+    path, arrays = tmp_path / "x.npz", sample()
+    data.save(path, arrays, {"env": WIND})
+    refused(path, WIND, SPARSE, env=SPARSE)  # though the shapes are the same
+    np.savez(path, **arrays)
+    refused(path, "shape", env=WALKER)
+    np.savez(path, **arrays | {"tasks": np.zeros((3, 4))})
+    refused(path, "tasks", "shape", env=WIND)
+
+
+def test_another_format_and_bad_meta_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, meta=np.array(json.dumps({"format": data.FORMAT + 1})), **sample())
+    refused(path, "format", str(data.FORMAT), str(data.FORMAT + 1))
+    for meta in ("{", "", "[1, 2]", "null", "3"):
+        np.savez(path, meta=np.array(meta), **sample())
+        refused(path)
+
+
+@pytest.mark.parametrize("key", data.REQUIRED | data.OPTIONAL)
+def test_changed_arrays_do_not_match_the_checksum(key, tmp_path):
+    path = tmp_path / "x.npz"
+    data.save(path, sample(), {"env": WIND})
+    with np.load(path) as file:
+        arrays = dict(file)
+    raw = bytearray(arrays[key].tobytes())
+    raw[0] ^= 1
+    np.savez(path, **arrays | {key: np.frombuffer(raw, arrays[key].dtype).reshape(arrays[key].shape)})
+    refused(path, "checksum")
+
+
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path):
+    path, count = tmp_path / "x.npz", 0
+    data.save(path, sample(), {"env": WIND})
+    whole, expected = path.read_bytes(), data.load(path)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            found = data.load(path)
+        except data.DataError as error:
+            assert "\n" not in str(error)
+            count += 1
+        else:
+            for key, value in vars(expected).items():
+                assert value == vars(found)[key] if key == "meta" else np.array_equal(value, vars(found)[key]), place
+    assert count > 0.5 * len(whole) / 7
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+BAD = {
+    "unknown environment": (["--env", "cheetah"], ["--env", "cheetah", WALKER]),
+    "no environment": ([], ["--env"]),
+    "unknown quality": (["--env", WIND, "--quality", "best"], ["--quality", "best", "mixed"]),
+    "negative seed": (["--env", WIND, "--seed", "-1"], ["--seed", "-1"]),
+    "seed of words": (["--env", WIND, "--seed", "one"], ["--seed", "one"]),
+    "negative count": (["--env", WIND, "--train", "-3"], ["--train", "-3"]),
+    "unknown flag": (["--env", WIND, "--colour", "red"], ["--colour"]),
+    "file for a folder": (["--env", WIND, "--data-dir", "file"], ["file"]),
+}
+
+
+def exit_of(capsys, *arguments):
+    """Exit code, standard output and error of main."""
+    with pytest.raises(SystemExit) as error:
+        data.main(list(arguments))
+    return error.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("way", BAD)
+def test_bad_arguments_end_with_one_line(way, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.chdir(tmp_path)
+    arguments, words = BAD[way]
+    code, _, line = exit_of(capsys, *arguments)
+    assert code == 2 and line.count("\n") == 1 and line.endswith("\n")
+    assert all(word in line for word in words), line
+    assert names(tmp_path) == {"file"}
+
+
+def test_command_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, ROOT / "data.py", "--env", "cheetah"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "cheetah" in result.stderr and "Traceback" not in result.stderr
+    assert names(tmp_path) == set()
+
+
+def test_help(capsys):
+    code, out, err = exit_of(capsys, "--help")
+    assert code == 0 and err == ""
+    assert all(word in out for word in ("--env", "--quality", "--data-dir", *envs.FAMILIES, *data.QUALITIES))
+
+
+def test_interruption_is_one_line(capsys, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "prepare", interrupt)
+    code, _, line = exit_of(capsys, "--env", WIND)
+    assert code == 130 and line.count("\n") == 1
+
+
+def test_command_builds_and_describes(here, capsys, tmp_path):
+    flags = f"--env {WIND} --seed 1 --train 2 --test 1 --device cpu --data-dir {tmp_path} --quality random replay"
+    flags += " --sac-steps 200 --sac-envs 4 --episode 40 --updates 1 --start 80 --sac-hidden 8 --sac-batch 8"
+    flags += " --checkpoints 3 --trajectories 3 --nstep 1 --replay 160"
+    data.main(flags.split())
+    out = capsys.readouterr().out
+    for quality, rows in (("random", 600), ("replay", 160)):
+        path = tmp_path / WIND / "2+1-seed1" / f"{quality}.npz"
+        assert str(path) in out and f"{rows} transitions each" in out
+        assert data.load(path, WIND).meta["settings"]["hidden"] == 8
+    assert "3 tasks (2 training, 1 test)" in out and "0.00% terminal" in out
+    data.main(flags.split())
+    assert "building" not in capsys.readouterr().out

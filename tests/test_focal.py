@@ -1,0 +1,978 @@
+"""FOCAL against float64 loops written from the paper, who trains whom, and whole runs on tiny datasets."""
+
+import copy
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+import data
+import envs
+import focal
+
+TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3"
+TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu"
+TRAIN, TEST = [0, 2, 3, 5], [4, 1]
+WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
+COLUMNS = ["step", "seconds", *focal.Agent.METRICS, "return_mean", "return_std"]
+COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "train_esr", "train_rms"]
+REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
+
+
+def cuda(test):
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def collect(name, train, test, count, length, policy=None, seed=0):
+    """The arrays of a dataset: `count` real transitions of each task, random actions or those of policy(obs, rng)."""
+    tasks, rng, rows = envs.sample_tasks(name, len(train) + len(test), 1), np.random.default_rng(seed), []
+    env = envs.make(name, tasks, seed=seed, horizon=length, threads=1)
+    obs, episode = env.reset()[0], np.zeros(len(tasks), int)
+    for _ in range(count):
+        action = policy(obs, rng) if policy else rng.uniform(-1, 1, (len(tasks), env.family.act_dim))
+        after, reward, terminated, truncated, info = env.step(action)
+        rows.append({"observations": obs, "actions": action, "rewards": reward, "terminals": terminated})
+        rows[-1] |= {"next_observations": info.get("final_obs", after), "episodes": episode}
+        rows[-1] |= {"sparse_rewards": info["sparse_reward"]} if "sparse_reward" in info else {}
+        obs, episode = after, episode + (terminated | truncated)
+    env.close()
+    arrays = {key: np.stack([row[key] for row in rows], 1) for key in rows[0]}
+    return arrays | {"tasks": tasks, "train_tasks": train, "test_tasks": test, "returns": arrays["rewards"].sum(1)}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """One tiny dataset for each family: four training tasks, two test tasks, their indices mixed."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
+        data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
+    return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
+
+
+def load_arrays(file):
+    with np.load(file) as stored:
+        return {key: stored[key] for key in stored.files if key != "meta"}
+
+
+def changed(file, path, name, **arrays):
+    """A copy of a dataset with some arrays replaced."""
+    data.save(path, load_arrays(file) | arrays, {"env": name})
+    return path
+
+
+def flags(name, file, more=""):
+    return ["--env", name, "--data", str(file), *TINY.split(), *more.split()]
+
+
+def build(name, file, more="", device="cpu"):
+    """What main builds before its loop, from the same seed."""
+    k = SimpleNamespace(args=focal.parse_args(flags(name, file, more)))
+    k.world = focal.World(k.args, torch.device(device))
+    torch.manual_seed(k.args.seed)
+    k.agent = focal.Agent(k.args, *k.world.split[:2]).to(device)
+    k.optimisers = focal.make_optimisers(k.args, k.agent, torch.device(device))
+    k.batches = focal.Batches(k.args, k.world.train_rows, k.world.split)
+    k.update = focal.make_update(k.args, k.agent, k.optimisers, k.batches)
+    return k
+
+
+def run(folder, name, file, more=""):
+    focal.main([*flags(name, file, more), "--run-dir", str(folder)])
+    (path,) = folder.glob("focal/*/*/seed*")
+    return path
+
+
+def weights(agent):
+    return {key: value.detach().cpu().clone() for key, value in agent.named_parameters()}
+
+
+def moved(before, after):
+    """The networks of which some weights differ."""
+    return {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+
+
+def assert_equal(a, b):
+    """Bit-equal nested dictionaries and lists of tensors and values."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def checkpoint(path):
+    return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def metrics(path, but=("seconds",)):
+    with open(path / "metrics.csv") as file:
+        return [{key: float(value) for key, value in row.items() if key not in but} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(focal, name, lambda *args: None)
+
+
+# ------------------------------------------------------------------------------------------ losses, from the page
+def eq13(z_i, z_j, task, beta, power, eps):
+    total, m, latent = 0, *z_i.shape
+    for i in range(m):
+        for j in range(m):
+            d2 = sum((z_i[i, k] - z_j[j, k]) ** 2 for k in range(latent)) / latent
+            total = total + (d2 if task[i] == task[j] else beta / (d2 ** (power / 2) + eps))
+    return total / m**2
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def random_tensors(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def assert_gradients(loss, oracle, inputs):
+    """Equal values, and equal gradients for every input."""
+    inputs = [x.requires_grad_(True) for x in inputs]
+    ours, theirs = loss(), oracle()
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for x, y in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        assert y.abs().max() > 0
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("task", [[0, 1, 2, 3], [2, 0, 2, 1, 2], [1, 1, 1]])
+def test_distance_metric_loss(task, power):
+    task, (z_i, z_j) = torch.tensor(task), random_tensors((len(task), 3), (len(task), 3))
+    z_i, z_j, same = z_i.tanh(), z_j.tanh(), task[:, None] == task[None]
+    ours = lambda: focal.dml_loss(z_i, z_j, same, 3.0, power, 0.1)
+    assert_gradients(ours, lambda: eq13(z_i, z_j, task, 3.0, power, 0.1), [z_i, z_j])
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_distance_metric_loss_where_embeddings_coincide(power):
+    z, same = torch.full((3, 2), 0.5, requires_grad=True), torch.eye(3, dtype=torch.bool)
+    loss = focal.dml_loss(z, z.detach().clone(), same, 1.0, power, 0.1)
+    torch.testing.assert_close(loss.item(), 6 / 9 * 10, rtol=1e-4, atol=0)
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_critic_target_and_loss():
+    r, log_pi, divergence, q_next, q = random_tensors(9, 9, 9, (2, 9), (2, 9))
+    d = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)
+    y = focal.critic_target(r, d, q_next, log_pi, divergence, 5, 0.9, 7)
+    for n in range(9):
+        value = min(q_next[0, n], q_next[1, n]) - log_pi[n] - 7 * divergence[n]
+        assert y[n].item() == pytest.approx((5 * r[n] + (0 if d[n] else 0.9 * value)).item(), abs=1e-12)
+    without = focal.critic_target(r, d, q_next, log_pi, 0, 5, 0.9, 7)
+    torch.testing.assert_close(without, y + 0.9 * (1 - d) * 7 * divergence)
+    oracle = lambda: sum((y[n] - q[k, n]) ** 2 for k in range(2) for n in range(9)) / 9
+    assert_gradients(lambda: focal.critic_loss(q, y), oracle, [q])
+
+
+def test_actor_loss():
+    log_pi, divergence, q = random_tensors(7, 7, (2, 7))
+    oracle = lambda: sum(log_pi[n] - min(q[0, n], q[1, n]) + 3 * divergence[n] for n in range(7)) / 7
+    assert_gradients(lambda: focal.actor_loss(log_pi, q, divergence, 3), oracle, [log_pi, divergence, q])
+
+
+def test_dual_kl():
+    pi, behaviour = (4 * x for x in random_tensors(20, 20))
+    expected = [
+        math.log(softplus(x) + 1e-8) + 1 - softplus(y) for x, y in zip(pi.tolist(), behaviour.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(focal.kl_dual(pi, behaviour), expected, rtol=1e-12)
+    assert focal.kl_dual(torch.tensor([-500.0]), torch.tensor([0.0])).isfinite().all()  # g = 0
+
+
+def test_discriminator_loss():
+    divergence, grad = random_tensors(8, (8, 3))
+    norms = grad.norm(dim=1)
+    assert norms.min() < 1 < norms.max()
+
+    def oracle():
+        penalty = sum(max(sum(g**2 for g in row).sqrt() - 1, 0) ** 2 for row in grad)
+        return -sum(divergence) / 8 + 5 * penalty / 8
+
+    assert_gradients(lambda: focal.discriminator_loss(divergence, grad), oracle, [divergence, grad])
+    assert grad.grad is None and (torch.autograd.grad(oracle(), grad)[0][norms < 1] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+def test_density_of_the_actors_actions():
+    torch.manual_seed(0)
+    actor = focal.Actor(3, 2, 2, 8).double()
+    s, z = torch.randn(3000, 3, dtype=torch.float64), torch.randn(3000, 2, dtype=torch.float64)
+    mean, log_std = actor(s, z)
+    action, log_density = actor.sample(s, z)
+    policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    torch.testing.assert_close(log_density, policy.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
+    noise = (torch.atanh(action) - mean) / log_std.exp()
+    assert noise.mean().item() == pytest.approx(0, abs=0.05) and noise.std().item() == pytest.approx(1, abs=0.05)
+    assert log_density.shape == (3000,) and action.requires_grad and log_density.requires_grad
+
+
+def test_the_actors_spread_is_bounded():
+    actor = focal.Actor(3, 2, 2, 8)
+    s, z = torch.randn(50, 3), torch.randn(50, 2)
+    for bias, bound in ((99, 2), (-99, -5)):
+        actor.net[-1].bias.data[2:] = bias
+        assert (actor(s, z)[1] == bound).all() and actor.sample(s, z)[1].isfinite().all()
+
+
+# ------------------------------------------------------------------- one update against a loop over single transitions
+RATE, NOISE, MIX = 0.25, 0.3, 0.625
+CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-penalty", "--alpha 2 --no-next-obs"]
+CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --power 1", "--alpha 2 --value-penalty --coupled --tune-alpha"]
+
+
+def descend(network, loss, rate=RATE, retain=False):
+    parameters = list(network.parameters())
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=retain), strict=True):
+        p.data -= rate * g
+
+
+def naive_update(args, agent, split, task, b, c_i, c_j):
+    """Algorithm 1, lines 9 to 20, one transition at a time, by plain gradient descent; returns the metrics."""
+    tasks = range(len(task))
+    b = [[transition.split(split) for transition in rows] for rows in b]
+    batch = [(i, x) for i in tasks for x in b[i]]
+    mean = lambda values: sum(values) / len(batch)
+
+    def embed(rows):
+        total = 0
+        for s, a, r, s2, *_ in (row.split(split) for row in rows):
+            total = total + torch.tanh(agent.encoder.net(torch.cat([s, a, r] if args.no_next_obs else [s, a, s2, r])))
+        return total / len(rows)
+
+    def act(s, z):
+        out = agent.actor.net(torch.cat([s, z]))
+        mu, log_std = out[: len(out) // 2], out[len(out) // 2 :]
+        u = mu + log_std.exp() * NOISE
+        return u.tanh(), (Normal(mu, log_std.exp()).log_prob(u) - (1 - u.tanh() ** 2).log()).sum()
+
+    def q_values(critic, s, z, a):
+        values = []
+        for twin in range(2):
+            x = torch.cat([s, z, a])
+            for layer in critic.net:
+                x = x @ layer.weight[twin] + layer.bias[twin, 0] if hasattr(layer, "weight") else x.relu()
+            values.append(x[0])
+        return values
+
+    def g(s, z, a):
+        return agent.discriminator(torch.cat([s, z, a]))[0].exp().log1p()
+
+    def divergence(s, z, a_pi, a):
+        return (g(s, z, a_pi) + 1e-8).log() + 1 - g(s, z, a)
+
+    z_i, z_j = (torch.stack([embed(rows) for rows in c]) for c in (c_i, c_j))
+    dml = eq13(z_i, z_j, task, args.beta, args.power, args.eps)
+    z = z_i.detach()
+
+    errors, q_sum, alpha = [], 0, agent.alpha.item()
+    for i, (s, a, _, s2, r, d, a2_data, has_next) in batch:
+        with torch.no_grad():
+            a2, log_pi = act(s2, z[i])
+            value = min(q_values(agent.target, s2, z[i], a2)) - log_pi
+            if args.value_penalty and has_next:
+                value = value - alpha * divergence(s2, z[i], a2, a2_data)
+            y = args.reward_scale * r[0] + (0 if d else args.discount * value)
+        q = q_values(agent.critic, s, z_i[i] if args.coupled else z[i], a)
+        errors += [(y - q[0]) ** 2 + (y - q[1]) ** 2]
+        q_sum = q_sum + q[0] + q[1]
+    critic = mean(errors)
+    encoder_loss = dml + critic if args.coupled else dml
+    descend(agent.encoder, encoder_loss, args.encoder_lr * (1 - 1 / args.encoder_steps), retain=args.coupled)
+    descend(agent.critic, critic)
+
+    discriminator = torch.zeros(())
+    for _ in range(args.discriminator_steps if agent.discriminator else 0):
+        losses = []
+        for i, (s, a, *_) in batch:
+            a_pi = act(s, z[i])[0].detach()
+            between = (MIX * a + (1 - MIX) * a_pi).requires_grad_(True)
+            logit = agent.discriminator(torch.cat([s, z[i], between]))
+            norm = torch.autograd.grad(logit, between, create_graph=True)[0].norm()
+            losses += [-divergence(s, z[i], a_pi, a) + (5 * (norm - 1) ** 2 if norm > 1 else 0)]
+        discriminator = mean(losses)
+        descend(agent.discriminator, discriminator)
+
+    losses, divergences = [], []
+    for i, (s, a, *_) in batch:
+        a_pi, log_pi = act(s, z[i])
+        divergences += [divergence(s, z[i], a_pi, a) if agent.discriminator else torch.zeros(())]
+        losses += [log_pi - min(q_values(agent.critic, s, z[i], a_pi)) + alpha * divergences[-1]]
+    descend(agent.actor, mean(losses))
+    if args.tune_alpha:
+        alpha += args.alpha_lr * (mean(divergences).item() - args.target_divergence)
+        agent.alpha.fill_(min(max(alpha, 0), args.alpha_max))
+    for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+        slow.data = (1 - args.tau) * slow + args.tau * fast.data
+    values = dml, critic, mean(losses), discriminator, q_sum / 2 / len(batch), mean(divergences), agent.alpha
+    return [value.item() for value in values]
+
+
+@pytest.mark.parametrize("more", CASES)
+def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more):
+    sizes = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --meta-batch-size 5 --discriminator-steps 2"
+    k = build(WIND, files[WIND], f"{sizes} --encoder-steps 2 --encoder-lr {RATE} --reward-scale 2 --tau 0.25 {more}")
+    agent, split = k.agent.double(), k.world.split
+    rows = torch.randn(4, 9, sum(split), dtype=torch.float64)
+    rows[..., [-1, -4]] = (rows[..., [-1, -4]] > 0).double()  # has_next, d
+    with torch.no_grad():
+        for p in agent.target.parameters():
+            p += 0.3 * torch.randn_like(p)
+        for network in (agent.encoder, agent.discriminator or torch.nn.Identity()):
+            for p in network.parameters():
+                p *= 2.5  # embeddings far apart, slopes of logits on both sides of 1
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, MIX))
+    rate = lambda: torch.tensor(RATE, dtype=torch.float64)
+    optimisers = {name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate()) for name in k.optimisers}
+    batches, tasks, draws = focal.Batches(k.args, rows, split), [], {3: [], 4: []}
+    batches.tasks = lambda: tasks.append(focal.Batches.tasks(batches)) or tasks[-1]
+    batches.draw = lambda t, n: draws[n].append(focal.Batches.draw(batches, t, n)) or draws[n][-1]
+    expected = copy.deepcopy(agent)
+    focal.make_update(k.args, agent, optimisers, batches)()
+    (task,), (b,), (c_i, c_j) = tasks, draws[3], draws[4]
+    assert len(set(task.tolist())) < 5 and not torch.equal(c_i, c_j)
+    values = naive_update(k.args, expected, split, task, b, c_i, c_j)
+    for (name, p), q in zip(agent.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    assert agent.metrics.tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
+    assert agent.alpha.item() == pytest.approx(expected.alpha.item(), rel=1e-9)
+
+
+def test_the_gradient_penalty_is_taken_between_the_policys_and_the_datas_actions(files, monkeypatch):
+    k = build(WALKER, files[WALKER], "--alpha 5 --discriminator-steps 2 --batch-size 20")
+    actions, slopes, loss = [], [], focal.discriminator_loss
+    k.agent.logit = lambda s, z, a: actions.append((s, z, a)) or focal.Agent.logit(k.agent, s, z, a)
+    monkeypatch.setattr(focal, "discriminator_loss", lambda d, grad: slopes.append(grad.detach()) or loss(d, grad))
+    k.optimisers["discriminator"].param_groups[0]["lr"].zero_()
+    k.update()
+    leaves = [x for x in actions if x[2].requires_grad and x[2].is_leaf]
+    others = [x[2] for x in actions[:-2] if not x[2].requires_grad]
+    assert len(leaves) == len(slopes) == 2 and len(others) == 4
+    for (s, z, between), a_pi, a, slope in zip(leaves, others[::2], others[1::2], slopes, strict=True):
+        t = (between - a_pi).detach() / (a - a_pi)
+        assert (t - t.median(1, keepdim=True).values).abs().max() < 1e-2 and t.std(0).min() > 0.2
+        assert t.min() > -1e-2 and t.max() < 1 + 1e-2
+        point = between.detach().clone().requires_grad_(True)
+        logit = focal.Agent.logit(k.agent, s, z, point).sum()
+        torch.testing.assert_close(torch.autograd.grad(logit, point)[0], slope)
+
+
+# ------------------------------------------------------------------------------------------------ who trains whom
+def after_updates(files, more="", count=1, name=WALKER, prepare=lambda k: None, learn=True):
+    k = build(name, files[name], more)
+    prepare(k)
+    before = weights(k.agent)
+    for _ in range(count):
+        k.update(learn)
+    return before, weights(k.agent), k
+
+
+@pytest.mark.parametrize("more", ["", REGULARISED, "--coupled"])
+@pytest.mark.parametrize("name", ["encoder", "critic", "actor", "discriminator"])
+def test_only_the_network_with_a_learning_rate_moves(files, more, name):
+    def prepare(k):
+        k.args.encoder_lr *= name == "encoder"
+        for key, optimiser in k.optimisers.items():
+            optimiser.param_groups[0]["lr"] *= key == name
+
+    before, after, _ = after_updates(files, more, 2, prepare=prepare)
+    assert moved(before, after) == {name} | ({"target"} if name == "critic" else set())
+
+
+@pytest.mark.parametrize("more", ["", "--coupled"])
+def test_rewards_reach_the_encoder_only_if_coupled(files, more):
+    plain, scaled = (after_updates(files, f"{more} --reward-scale {c}", 3)[1] for c in (5, 50))
+    same = [torch.equal(plain[key], scaled[key]) for key in plain if key.startswith("encoder")]
+    assert all(same) != bool(more)
+    assert moved(plain, scaled) >= {"critic", "actor"}
+
+
+def test_critics_gradient_reaches_the_encoder_only_if_coupled(files):
+    for more, expected in (("", False), ("--coupled", True)):
+        for beta in (0, 1):  # beta = 0 and one task: the distance loss is that of positive pairs alone
+            k = build(WIND, files[WIND], f"{more} --beta {beta} --meta-batch-size 1")
+            k.batches.draw = lambda t, n, k=k: k.world.train_rows[t, :1].expand(-1, n, -1)
+            k.update()  # one context of one task, seen twice: the distance loss has no gradient
+            grad = torch.cat([p.grad.flatten() for p in k.agent.encoder.parameters()])
+            assert (grad.abs().max() > 0) == expected
+
+
+def test_the_slow_target_moves_by_tau(files):
+    def prepare(k):
+        for p in k.agent.target.parameters():
+            p.data += 0.1
+
+    before, after, k = after_updates(files, "--tau 0.25", prepare=prepare)
+    for key, p in k.agent.critic.state_dict().items():
+        torch.testing.assert_close(after[f"target.{key}"], 0.75 * before[f"target.{key}"] + 0.25 * p)
+    assert all(p.grad is None for p in k.agent.target.parameters())
+
+
+def test_alpha_zero_means_no_discriminator(files):
+    before, after, k = after_updates(files, "--alpha 0")
+    assert k.agent.discriminator is None and "discriminator" not in k.optimisers
+    assert moved(before, after) == {"encoder", "critic", "actor", "target"}
+    before, after, _ = after_updates(files, "--alpha 50")
+    assert moved(before, after) == {"encoder", "critic", "actor", "target", "discriminator"}
+
+
+@pytest.mark.parametrize("more", ["--alpha 0", "--alpha 50", "--alpha 1 --alpha-lr 1e6", "--alpha 50 --alpha-max 3"])
+def test_alpha_seeks_its_target(files, more):
+    _, _, k = after_updates(files, f"--tune-alpha --target-divergence 0.5 {more}")
+    divergence = k.agent.metrics[focal.Agent.METRICS.index("divergence")].item()
+    alpha = k.args.alpha + k.args.alpha_lr * (divergence - 0.5)
+    assert k.agent.alpha.item() == pytest.approx(min(max(alpha, 0), k.args.alpha_max), rel=1e-5)
+    assert k.agent.discriminator is not None
+    fixed = after_updates(files, more)[2]
+    assert fixed.agent.alpha.item() == fixed.args.alpha != k.agent.alpha.item() or "--alpha 0" in more
+
+
+def test_the_value_penalty_uses_next_actions_of_the_same_episode_only(files):
+    def change(where):
+        def prepare(k):
+            rows = k.batches.rows
+            chosen = torch.ones_like(rows[..., -1:]) if where is None else (rows[..., -1:] == where).float()
+            rows[..., -1 - k.world.split[1] : -1] *= 1 - 0.5 * chosen
+
+        return prepare
+
+    def no_next(k):
+        k.batches.rows[..., -1] = 0
+
+    critic = lambda *args, **kw: [p for key, p in after_updates(files, *args, **kw)[1].items() if "critic" in key]
+    plain, penalised = critic("--alpha 50"), critic("--alpha 50 --value-penalty")
+    unequal = lambda a, b: not all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert unequal(plain, penalised)
+    assert not unequal(plain, critic("--alpha 50", prepare=change(None)))
+    assert not unequal(penalised, critic("--alpha 50 --value-penalty", prepare=change(0)))
+    assert unequal(penalised, critic("--alpha 50 --value-penalty", prepare=change(1)))
+    assert not unequal(plain, critic("--alpha 50 --value-penalty", prepare=no_next))
+
+
+def test_the_encoder_learns_first_and_then_stands_still(files):
+    k = build(WALKER, files[WALKER], "--encoder-steps 4 --coupled")
+    seen = [weights(k.agent)]
+    for step in range(8):
+        k.update(learn_encoder=step < 6)
+        seen.append(weights(k.agent))
+    networks = [moved(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert ["encoder" in names for names in networks] == [True] * 3 + [False] * 5
+    assert all({"critic", "actor", "target", "discriminator"} <= names for names in networks)
+    rates = [focal.encoder_rate(k.args, torch.tensor(float(step))).item() for step in (0, 1, 2, 3, 4, 9)]
+    assert rates == [1, 0.75, 0.5, 0.25, 0, 0]
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+def test_draws_of_tasks(files):
+    for size in (2, 4):
+        batches = build(WIND, files[WIND], f"--meta-batch-size {size}").batches
+        draws = [batches.tasks().tolist() for _ in range(200)]
+        assert all(len(set(draw)) == len(draw) == size for draw in draws)
+        assert np.bincount(np.concatenate(draws), minlength=4).min() > 200 * size / 4 * 0.6 - 1
+    batches = build(WIND, files[WIND], "--meta-batch-size 9").batches
+    draws = [batches.tasks().tolist() for _ in range(200)]
+    assert all(len(draw) == 9 for draw in draws) and len({tuple(sorted(draw)) for draw in draws}) > 20
+    assert np.bincount(np.concatenate(draws), minlength=4).min() > 300
+
+
+def test_draws_of_rows_are_uniform_and_independent(files):
+    batches = build(WIND, files[WIND], "--batch-size 8 --context-size 5").batches
+    batches.rows = torch.arange(3 * 7 * 2.0).view(3, 7, 2)  # row j of task i holds 14 i + 2 j
+    task = torch.tensor([2, 0, 2])
+    drawn = batches.draw(task, 3000)
+    assert drawn.shape == (3, 3000, 2) and (drawn[..., 1] == drawn[..., 0] + 1).all()
+    place = drawn[..., 0] / 2 - 7 * task[:, None]
+    counts = torch.stack([(place == j).sum(1) for j in range(7)], 1)
+    assert counts.sum(1).tolist() == [3000] * 3 and counts.min() > 300 and counts.max() < 560
+    assert not torch.equal(place[0], place[2]) and not torch.equal(place[0], place[1])
+
+
+@pytest.mark.parametrize("name, more", [(WIND, ""), (SPARSE, ""), (SPARSE, "--no-next-obs"), (WALKER, "")])
+def test_batches_hold_rows_of_their_own_training_tasks(files, tmp_path, name, more):
+    arrays = load_arrays(files[name])
+    stamp = np.repeat(np.arange(6.0)[:, None], arrays["rewards"].shape[1], axis=1)
+    stamps = {"rewards": 10 + stamp} | ({"sparse_rewards": 20 + stamp} if name == SPARSE else {})
+    k = build(name, changed(files[name], tmp_path / "d.npz", name, **stamps), more)
+    d, m = k.world.split[:2]
+    train = torch.tensor(TRAIN)
+    for _ in range(30):
+        task = k.batches.tasks()
+        s, a, r, s2, terminal, a2, has_next = k.batches.transitions(task)
+        shapes = [(24, d), (24, m), (24,), (24, d), (24,), (24, m), (24,)]
+        assert [x.shape for x in (s, a, r, s2, terminal, a2, has_next)] == shapes
+        assert (r.view(3, 8) == 10 + train[task][:, None]).all()
+        context = k.batches.contexts(task)
+        assert context.shape == (3, 8, d + m + 1 + (0 if more else d))
+        assert (context[..., -1] == (20 if name == SPARSE else 10) + train[task][:, None]).all()
+    assert k.agent.encoder.net[0].in_features == context.shape[-1]
+
+
+@pytest.mark.parametrize("name", [SPARSE, WALKER])
+def test_packed_rows(files, name):
+    arrays, k = load_arrays(files[name]), build(name, files[name])
+    obs = arrays["observations"][TRAIN].astype(np.float64).reshape(-1, k.world.split[0])
+    mean, std = obs.mean(0), np.maximum(obs.std(0), 1e-3)
+    np.testing.assert_allclose(k.world.mean, mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(k.world.std, std, rtol=5e-3)
+    context_rewards, seen = arrays.get("sparse_rewards", arrays["rewards"]), set()
+    for rows, tasks in ((k.world.train_rows, TRAIN), (k.world.test_rows, TEST)):
+        for i, task in enumerate(tasks):
+            for n in range(rows.shape[1]):
+                episode = arrays["episodes"][task]
+                has_next = n + 1 < len(episode) and episode[n + 1] == episode[n]
+                s, a, r_context, s2, r, d, a2, flag = rows[i, n].split(k.world.split)
+                seen.add((bool(d), has_next))
+                np.testing.assert_allclose(s, (arrays["observations"][task, n] - mean) / std, rtol=5e-3, atol=1e-3)
+                np.testing.assert_allclose(
+                    s2, (arrays["next_observations"][task, n] - mean) / std, rtol=5e-3, atol=1e-3
+                )
+                assert (a.numpy() == arrays["actions"][task, n]).all()
+                assert (r, d, flag) == (arrays["rewards"][task, n], arrays["terminals"][task, n], has_next)
+                assert r_context == context_rewards[task, n]
+                if has_next:
+                    assert (a2.numpy() == arrays["actions"][task, n + 1]).all()
+    assert seen == {(False, False), (False, True)} | ({(True, False)} if name == WALKER else set())
+
+
+@pytest.mark.parametrize("more", ["", "--no-next-obs"])
+def test_contexts_hold_state_action_next_state_and_reward(files, more):
+    k = build(SPARSE, files[SPARSE], more)
+    rows = torch.arange(2 * 12.0).view(2, 12)
+    s, a, r_context, s2 = rows[:, :2], rows[:, 2:4], rows[:, 4:5], rows[:, 5:7]
+    expected = torch.cat([s, a, r_context] if more else [s, a, s2, r_context], 1)
+    assert torch.equal(focal.context_of(rows, k.world.split, k.args), expected)
+
+
+def test_test_tasks_can_have_data_of_another_quality(files, tmp_path):
+    folder = tmp_path / WIND / "40+10-seed0"
+    for quality, reward in (("expert", 1), ("random", 2)):
+        rewards = np.full_like(load_arrays(files[WIND])["rewards"], reward)
+        changed(files[WIND], folder / f"{quality}.npz", WIND, rewards=rewards, returns=rewards.sum(1))
+    argv = [x for x in flags(WIND, "") if x not in ("--data", "")] + ["--data-dir", str(tmp_path)]
+    for qualities, stamps in (("--quality expert", (1, 1)), ("--quality expert --test-quality random", (1, 2))):
+        world = focal.World(focal.parse_args(argv + qualities.split()), torch.device("cpu"))
+        assert (world.train_rows[..., 7] == stamps[0]).all() and (world.test_rows[..., 7] == stamps[1]).all()
+        assert world.behaviour == 60 * stamps[1]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+@pytest.mark.parametrize("name, more", [(WIND, ""), (SPARSE, "--no-next-obs"), (WALKER, "")])
+def test_returns_equal_one_episode_after_the_other(files, name, more):
+    k = build(name, files[name], f"{more} --eval-episodes 2 --seed 3")
+    arrays, tasks = load_arrays(files[name]), TRAIN + TEST
+    with torch.no_grad():
+        k.agent.actor.net[-1].weight *= 3  # so that the embedding and the state matter
+        if name == SPARSE:  # towards one task's goal
+            k.agent.actor.net[-1].weight *= 0.05
+            k.agent.actor.net[-1].bias[:2] = 0.55 * torch.tensor(arrays["tasks"][TRAIN[0]])
+    seen = []
+    hook = k.agent.encoder.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
+    train, test, z_train, z_test = focal.evaluate(k.args, k.agent, k.world)
+    hook.remove()
+    assert train.shape == (4, 2) and test.shape == (2, 2) and z_train.shape == (4, 2, 3) and z_test.shape == (2, 2, 3)
+    (context, z), z_all = seen[0], torch.cat([z_train, z_test]).flatten(0, 1)
+    assert torch.equal(z, z_all) and context.shape[:2] == (12, 8) and not torch.equal(z_all[0], z_all[1])
+    for i in range(12):  # contexts come from the task's own data
+        rows = (k.world.train_rows if i < 8 else k.world.test_rows)[(i if i < 8 else i - 8) // 2]
+        own = focal.context_of(rows, k.world.split, k.args)
+        assert all((own == transition).all(1).any() for transition in context[i])
+
+    def episode(i):
+        env = envs.make(name, arrays["tasks"][tasks].repeat(2, axis=0), seed=3, threads=1)
+        obs, total, actions = env.reset()[0], 0, np.zeros((12, k.world.split[1]))
+        for length in range(1, env.horizon + 1):
+            s = (torch.tensor(obs[i], dtype=torch.float32) - k.world.mean) / k.world.std
+            with torch.no_grad():
+                actions[i] = k.agent.actor(s, z_all[i])[0].tanh()
+            obs, reward, terminated, truncated, info = env.step(actions)
+            total += info["sparse_reward"][i] if name == SPARSE else reward[i]
+            if terminated[i] or truncated[i]:
+                return total, length
+
+    naive = [episode(i) for i in range(12)]
+    returns, lengths = (np.array(x) for x in zip(*naive, strict=True))
+    np.testing.assert_allclose(np.concatenate([train, test]).ravel(), returns, rtol=1e-4, atol=1e-4)
+    assert returns.std() > 0.01 and (lengths.min() < lengths.max() < 200 if name == WALKER else lengths.min() == 20)
+    assert (returns >= 0).all() or name != SPARSE
+    again = focal.evaluate(k.args, k.agent, k.world)
+    assert all((a == b).all() for a, b in zip((train, test, z_train, z_test), again, strict=True))
+
+
+def test_separation():
+    z = 1.5 * torch.tanh(torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)))
+    far, squares = [], []
+    for i in range(5):
+        for j in range(5):
+            for e in range(3):
+                for f in range(3):
+                    if i != j:
+                        distance = math.dist(z[i, e].tolist(), z[j, f].tolist())
+                        far.append(distance > math.sqrt(2 * 4 / 3))
+                        squares.append(distance**2 / 4)
+    esr, rms = focal.separation(z)
+    assert 0.2 < np.mean(far) < 0.95
+    assert esr == pytest.approx(np.mean(far)) and rms == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+def test_what_a_run_writes(files, tmp_path, capsys):
+    path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2 --eval-episodes 2")
+    assert path.parts[-4:-2] == ("focal", SPARSE) and path.name == "seed2"
+    names = ["args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"]
+    assert sorted(file.name for file in path.iterdir()) == sorted(names)
+    for name in ("curve.png", "embeddings.png"):
+        assert (path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (path / "source.py").read_text() == Path(focal.__file__).read_text()
+    rows = metrics(path, but=())
+    assert list(rows[0]) == COLUMNS and [row["step"] for row in rows] == [3, 6]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    args, final = (json.loads((path / name).read_text()) for name in ("args.json", "final.json"))
+    assert (args["hidden"], args["discount"], args["data"], args["seed"]) == (16, 0.9, str(files[SPARSE]), 2)
+    assert {key: final[key] for key in COLUMNS} == rows[-1] and final["args"] == args
+    checksum = json.loads(str(np.load(files[SPARSE])["meta"]))["checksum"]
+    assert final["dataset_checksums"] == [checksum] * 2 and final["versions"]["torch"] == torch.__version__
+    k = build(SPARSE, files[SPARSE], "--seed 2 --eval-episodes 2")
+    stored = checkpoint(path)
+    k.agent.load_state_dict(stored["agent"])
+    train, test, z_train, z_test = focal.evaluate(k.args, k.agent, k.world)
+    last = dict(zip(["esr", "rms"], focal.separation(z_test), strict=True))
+    last |= {"return_mean": test.mean(), "return_std": test.mean(1).std(), "train_return_mean": train.mean()}
+    last |= dict(zip(["train_esr", "train_rms"], focal.separation(z_train), strict=True))
+    assert {key: rows[-1][key] for key in last} == pytest.approx(last, rel=1e-6)
+    assert stored["step"] == 6 and str(path) in capsys.readouterr().out
+
+
+def test_the_metrics_are_means_since_the_last_evaluation(files, tmp_path, no_plots):
+    rows = metrics(run(tmp_path, WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"))
+    k, sums = build(WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"), []
+    for step in range(1, 6):
+        k.update(learn_encoder=step <= 4)
+        sums.append(k.agent.metrics.clone())
+        k.agent.metrics.zero_()
+    assert [row["step"] for row in rows] == [3, 5]
+    for row, part in zip(rows, (sums[:3], sums[3:]), strict=True):
+        expected = dict(zip(focal.Agent.METRICS, (sum(part) / len(part)).tolist(), strict=True))
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+VARIANTS = [(WALKER, ""), (WALKER, "--no-next-obs"), (WALKER, "--coupled"), (WALKER, "--tune-alpha")]
+VARIANTS += [(WALKER, "--value-penalty"), (WALKER, "--alpha 0"), (WIND, "--power 1"), (SPARSE, "--meta-batch-size 7")]
+VARIANTS += [(WALKER, "--alpha 0 --tune-alpha --alpha-lr 2 --alpha-max 9 --target-divergence 0.01 --value-penalty")]
+VARIANTS += [(WIND, "--alpha 3 --discriminator-steps 1 --discriminator-lr 1e-3 --beta 2 --eps 0.2 --encoder-lr 1e-2")]
+VARIANTS += [(WIND, "--small --hidden 8 --encoder-hidden 8 --tau 0.1 --discount 0.5 --reward-scale 3 --lr 1e-2")]
+
+
+@pytest.mark.parametrize("name, more", VARIANTS)
+def test_every_variant_trains_every_network(files, tmp_path, no_plots, name, more):
+    more += " --eval-every 6"
+    path, k = run(tmp_path, name, files[name], more), build(name, files[name], more)
+    trained = checkpoint(path)["agent"]
+    assert all(not torch.equal(value, trained[key]) for key, value in weights(k.agent).items())
+    assert ("discriminator.0.weight" in trained) == (k.args.alpha > 0 or k.args.tune_alpha)
+    assert len(metrics(path)) == 1
+
+
+def test_variants_and_seeds_have_folders_of_their_own(files, tmp_path):
+    names = [(name, f"{more} {seed}") for name, more in VARIANTS for seed in ("--seed 0", "--seed 1")]
+    argv = [[*flags(name, files[name], more), "--run-dir", str(tmp_path)] for name, more in names]
+    paths = [focal.prepare_run(focal.parse_args(words)) for words in argv]
+    assert len(set(paths)) == len(paths)
+    assert focal.prepare_run(focal.parse_args([*argv[0], "--resume", "--no-graph"])) == paths[0]
+
+
+# ------------------------------------------------------------------------------------- seeds, interruptions, resume
+def test_one_seed_fixes_a_run(files, tmp_path, no_plots):
+    paths = [
+        run(tmp_path / x, WALKER, files[WALKER], f"{REGULARISED} --seed {seed}")
+        for x, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    first, again, other = (metrics(path) for path in paths)
+    assert first == again
+    assert all(a[key] != b[key] for a, b in zip(first, other, strict=True) for key in ("critic_loss", "return_mean"))
+    assert_equal(checkpoint(paths[0])["agent"], checkpoint(paths[1])["agent"])
+
+
+def test_evaluations_do_not_disturb_learning(files, tmp_path, no_plots):
+    often, once = (run(tmp_path / str(n), WIND, files[WIND], f"--eval-every {n}") for n in (1, 6))
+    assert_equal(checkpoint(often)["agent"], checkpoint(once)["agent"])
+    assert_equal(checkpoint(often)["random"], checkpoint(once)["random"])
+    assert len(metrics(often)) == 6 and len(metrics(once)) == 1
+
+
+@pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED)])
+@pytest.mark.parametrize("where", ["evaluate", "save"])
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plots, monkeypatch, name, more, where):
+    more += " --steps 9 --encoder-steps 5"
+    whole, calls, real = run(tmp_path / "whole", name, files[name], more), [], getattr(focal, where)
+
+    def killed(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(focal, where, killed)
+        run(tmp_path / "killed", name, files[name], more)
+    (path,) = (tmp_path / "killed").glob("focal/*/*/seed*")
+    assert checkpoint(path)["step"] == 3 and not (path / "final.json").exists()
+    torch.manual_seed(99)
+    assert run(tmp_path / "killed", name, files[name], f"{more} --resume") == path
+    assert metrics(path) == metrics(whole) and len(metrics(path)) == 3
+    a, b = checkpoint(path), checkpoint(whole)
+    for key in ("step", "agent", "optimisers", "random"):
+        assert_equal(a[key], b[key])
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, no_plots):
+    more = "--encoder-steps 2 --coupled"
+    short = run(tmp_path / "short", WALKER, files[WALKER], f"{more} --steps 3")
+    folder = "--run-dir", str(tmp_path / "long")
+    longer = focal.prepare_run(focal.parse_args([*flags(WALKER, files[WALKER], f"{more} --steps 6"), *folder]))
+    shutil.copy(short / "checkpoint.pt", longer)
+    path = run(tmp_path / "long", WALKER, files[WALKER], f"{more} --steps 6 --resume")
+    whole = run(tmp_path / "whole", WALKER, files[WALKER], f"{more} --steps 6")
+    assert metrics(path) == metrics(whole)
+    assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
+    before, after = (checkpoint(x)["agent"] for x in (short, path))
+    assert {"critic", "target", "actor", "discriminator"} <= moved(before, after)  # and the encoder stood still
+    assert "encoder" not in moved(before, after)
+
+
+def test_without_resume_a_run_starts_anew(files, tmp_path, no_plots):
+    first = metrics(run(tmp_path, WIND, files[WIND]))
+    assert metrics(run(tmp_path, WIND, files[WIND])) == first
+    assert metrics(run(tmp_path, WIND, files[WIND], "--resume")) == first  # nothing left to do
+
+
+# -------------------------------------------------------------------------------------------------------- failures
+def refused(capsys, argv, *words, code=2):
+    """Ends with this code and one line on stderr that holds these words."""
+    with pytest.raises(SystemExit) as stop:
+        focal.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code and len(lines) == 1 and lines[0].startswith("focal.py: "), lines
+    assert all(word in lines[0] for word in words), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "network, loss", [("encoder", "dml_loss"), ("critic", "critic_loss"), ("actor", ""), ("discriminator", "")]
+)
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
+    files, tmp_path, no_plots, monkeypatch, capsys, network, loss
+):
+    real, stored = focal.save, []
+
+    def save_then_break(path, step, seconds, args, agent, *rest):
+        real(path, step, seconds, args, agent, *rest)
+        stored.append((path, weights(agent)))
+        next(getattr(agent, network).parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(focal, "save", save_then_break)
+    line = refused(capsys, [*flags(WALKER, files[WALKER]), "--run-dir", str(tmp_path)], f"diverged: {loss}", code=3)
+    name, step = re.search(r"diverged: (\w+) .*step (\d+)", line).groups()
+    assert name in focal.Agent.METRICS and step == "4"
+    ((path, good),) = stored
+    assert str(path) in line and checkpoint(path)["step"] == 3 and len(metrics(path)) == 1
+    assert all(
+        torch.equal(checkpoint(path)["agent"][key], value) and value.isfinite().all() for key, value in good.items()
+    )
+
+
+def test_a_huge_learning_rate_diverges(files, tmp_path, no_plots, capsys):
+    line = refused(capsys, [*flags(WIND, files[WIND], "--lr 1e30"), "--run-dir", str(tmp_path)], "diverged", code=3)
+    assert re.search(r"(critic|actor)_loss .*step [123]\b", line)
+    assert not list(tmp_path.glob("focal/*/*/*/final.json"))
+
+
+BAD_FLAGS = ["--env nowhere", "--quality superb", "--test-quality superb", "--steps -3", "--steps 2.5", "--steps 0"]
+BAD_FLAGS += [
+    "--lr -1",
+    "--lr nan",
+    "--tau inf",
+    "--latent x",
+    "--device tpu",
+    "--hidden 1e3",
+    "--seed x",
+    "--nonsense",
+]
+
+
+@pytest.mark.parametrize("more", BAD_FLAGS)
+def test_bad_flags_are_refused(files, tmp_path, capsys, more):
+    refused(capsys, [*flags(WIND, files[WIND]), "--run-dir", str(tmp_path), *more.split()], *more.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_cuda_is_refused_where_there_is_none(files, tmp_path, capsys):
+    refused(capsys, flags(WIND, files[WIND], f"--device cuda --run-dir {tmp_path}"), "--device cuda")
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "noise", "other environment", "not a number"])
+def test_bad_datasets_are_refused(files, tmp_path, no_plots, capsys, how):
+    path, whole = tmp_path / "bad.npz", files[WIND].read_bytes()
+    if how == "cut short":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "noise":
+        path.write_bytes(bytes(range(256)) * 9)
+    elif how == "other environment":
+        path = files[SPARSE]
+    elif how == "not a number":
+        rewards = load_arrays(files[WIND])["rewards"]
+        rewards[3, 7] = np.nan
+        changed(files[WIND], path, WIND, rewards=rewards)
+    argv = [*flags(WIND, path), "--run-dir", str(tmp_path / "runs")]
+    word = {"other environment": "made for sparse-point-robot", "not a number": "rewards", "missing": "no such file"}
+    refused(capsys, argv, str(path), word.get(how, "not a readable"))
+
+
+def test_data_of_your_own_needs_no_description(files, tmp_path, no_plots):
+    arrays = load_arrays(files[WALKER])
+    del arrays["returns"]
+    np.savez(tmp_path / "own.npz", **arrays)
+    path = run(tmp_path, WALKER, tmp_path / "own.npz")
+    stored = run(tmp_path / "stored", WALKER, files[WALKER])
+    assert_equal(checkpoint(path)["agent"], checkpoint(stored)["agent"])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(files, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, [*flags(WIND, files[WIND]), "--run-dir", str(tmp_path / "file" / "runs")], "--run-dir")
+
+
+def test_resume_refuses_other_settings_and_damaged_checkpoints(files, tmp_path, no_plots, capsys):
+    stored = run(tmp_path / "stored", WIND, files[WIND]) / "checkpoint.pt"
+    capsys.readouterr()
+    for flag, then, now in (("--lr", 0.001, 0.5), ("--batch-size", 8, 9), ("--encoder-steps", 4, 5)):
+        argv = [*flags(WIND, files[WIND], f"{flag} {now} --resume"), "--run-dir", str(tmp_path / "other")]
+        path = focal.prepare_run(focal.parse_args(argv)) / "checkpoint.pt"
+        shutil.copy(stored, path)
+        refused(capsys, argv, flag, str(then), str(now))
+        assert path.read_bytes() == stored.read_bytes()
+    path.write_bytes(path.read_bytes()[:3000])
+    refused(capsys, argv, "checkpoint.pt")
+
+
+def command(*argv):
+    program = [sys.executable, focal.__file__, *argv]
+    return subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_command_line(files, tmp_path):
+    shown = command("--env", WIND, "--help")
+    assert shown.returncode == 0 and shown.stderr == ""
+    text = " ".join(shown.stdout.split())
+    for key in set(vars(focal.parse_args([]))) - {"variant"}:
+        assert f"--{key.replace('_', '-')}" in text
+    assert "(default: 0.9)" in text and "(default: runs)" in text
+    bad = command("--env", "nowhere")
+    assert bad.returncode == 2 and bad.stdout == "" and len(bad.stderr.splitlines()) == 1
+    assert "--env" in bad.stderr and "nowhere" in bad.stderr and WIND in bad.stderr
+
+
+# --------------------------------------------------------------------------------------------------- the paper's table
+TABLE_4 = {  # reward scale, beta, alpha, value penalty, meta-batch, latent size, discount
+    "sparse-point-robot": (100, 1, 0, False, 16, 5, 0.9),
+    "point-robot-wind": (100, 1, 0, False, 16, 5, 0.9),
+    "cheetah-vel": (5, 10, 50, False, 16, 20, 0.99),
+    "walker-params": (5, 10, 50, False, 16, 20, 0.99),
+}
+NAMES = "reward_scale", "beta", "alpha", "value_penalty", "meta_batch_size", "latent", "discount"
+
+
+@pytest.mark.parametrize("name", list(focal.TABLE))
+def test_the_papers_settings(name):
+    args = focal.parse_args(["--env", name])
+    assert tuple(getattr(args, key) for key in NAMES) == TABLE_4[name]
+    assert set(focal.TABLE) == set(TABLE_4) and args.test_quality == args.quality
+    given = "--latent 7 --alpha 3 --discount 0.5 --value-penalty --beta 4 --meta-batch-size 2 --reward-scale 9".split()
+    for argv in (["--env", name, *given], [*given, "--small", "--env", name]):
+        args = focal.parse_args(argv)
+        assert tuple(getattr(args, key) for key in NAMES) == (9, 4, 3, True, 2, 7, 0.5)
+
+
+@pytest.mark.parametrize("name", list(focal.TABLE))
+def test_small_changes_only_what_it_says(name):
+    paper, small = (vars(focal.parse_args(["--env", name, *more])) for more in ([], ["--small"]))
+    expected = paper | focal.SMALL[name] | {"small": True, "variant": small["variant"]}
+    if "encoder_steps" not in focal.SMALL[name]:
+        expected["encoder_steps"] = small["steps"] // 5
+    assert small == expected and set(focal.SMALL[name]) <= set(paper)
+    assert vars(focal.parse_args(["--env", name, "--small", "--hidden", "33"]))["hidden"] == 33
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA
+@cuda
+@pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED), (WALKER, "--coupled")])
+def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots, name, more):
+    more += " --device cuda --steps 16 --encoder-steps 8 --eval-every 8"
+    eager = run(tmp_path / "eager", name, files[name], f"{more} --no-graph")
+    graph = run(tmp_path / "graph", name, files[name], more)
+    before, a, b = (
+        weights(build(name, files[name], more, "cuda").agent),
+        *(checkpoint(p)["agent"] for p in (eager, graph)),
+    )
+    for key, start in before.items():
+        change = (a[key].cpu() - start).abs().mean()
+        assert change > 0 and (a[key] - b[key]).abs().mean().cpu() < 0.02 * change, key
+    losses = focal.Agent.METRICS
+    for x, y in zip(metrics(eager), metrics(graph), strict=True):
+        assert [x[key] for key in losses] == pytest.approx([y[key] for key in losses], rel=1e-2, abs=1e-4)
+
+
+@cuda
+@pytest.mark.parametrize("more", ["--alpha 0", f"{REGULARISED} --coupled"])
+def test_an_update_never_waits_for_the_device(files, more):
+    k = build(WALKER, files[WALKER], f"--device cuda {more}", "cuda")
+    for learn in (True, False) * 2:
+        k.update(learn)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for learn in (True, False):
+            k.update(learn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -------------------------------------------------------------------------------------------------------- learning
+def test_it_learns_to_reach_the_goal_in_new_winds(tmp_path):
+    policy = lambda obs, rng: np.clip(2 * ([1, 0] - obs) + 0.7 * rng.standard_normal(obs.shape), -1, 1)
+    arrays = collect(WIND, list(range(10)), [10, 11, 12], 1000, 20, policy)
+    data.save(tmp_path / "d.npz", arrays, {"env": WIND})
+    sizes = "--hidden 64 --encoder-hidden 64 --batch-size 64 --context-size 64 --meta-batch-size 8 --latent 5"
+    k = build(WIND, tmp_path / "d.npz", f"{sizes} --encoder-steps 200 --eval-episodes 4")
+    untrained = focal.evaluate(k.args, k.agent, k.world)[1].mean()
+    for step in range(700):
+        k.update(learn_encoder=step < 200)
+    _, trained, z, _ = focal.evaluate(k.args, k.agent, k.world)
+    print(untrained, trained.mean(1), z.std(1).mean(), z.mean(1).std(0).mean(), focal.separation(z))
+    assert trained.mean() > untrained + 10

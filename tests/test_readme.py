@@ -1,0 +1,74 @@
+"""The README's commands parse, its files exist, and shared promises hold."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import focal
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.strip()
+] + re.findall(r"`(python (?:focal|data)\.py [^`]+)`", README)
+
+
+def parts(command):
+    return [shlex.split(part) for part in command.split("&&")]
+
+
+def test_there_are_commands():
+    assert any("focal.py --env sparse-point-robot --small" in command for command in COMMANDS)
+    assert any("python -m pytest" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    for words in parts(command):
+        if words[:2] == ["python", "focal.py"] and "--help" not in words:
+            args = focal.parse_args(words[2:])
+            assert "--small" not in words or args.hidden < focal.parse_args(["--env", args.env]).hidden
+        elif words[:2] == ["python", "data.py"]:
+            assert set(words) & set(data.QUALITIES)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists()
+        elif words[:2] == ["pip", "install"] and "-r" in words:
+            assert (ROOT / words[words.index("-r") + 1]).exists()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_links_exist(link):
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("script", ["focal.py", "data.py"])
+def test_help(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    assert "--env" in done.stdout and not done.stderr
+
+
+def test_imports_only_what_the_house_allows():
+    allowed = {"data", "envs", "numpy", "torch", "matplotlib"} | set(sys.stdlib_module_names)
+    for line in re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "focal.py").read_text(), re.M):
+        assert line in allowed, line
+    assert "import data" not in (ROOT / "envs.py").read_text()
+    for name in ("focal", "smac", "merpo"):
+        assert name not in (ROOT / "data.py").read_text() + (ROOT / "envs.py").read_text()
+
+
+def test_first_screen_and_function_lengths():
+    import ast
+
+    source = (ROOT / "focal.py").read_text()
+    assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 45
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name not in ("make_update", "algorithm_arguments"):
+            assert node.end_lineno - node.lineno + 1 <= 40, node.name
