@@ -488,8 +488,15 @@ def _load_checkpoint(path: Path, label: dict) -> dict:
     return saved
 
 
-def build_behaviour(env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device,
-                    workers: int | None = None) -> dict:  # fmt: skip
+def build_behaviour(
+    env: str,
+    tasks: np.ndarray,
+    seed: int,
+    settings: Settings,
+    folder: Path,
+    device: torch.device,
+    workers: int | None = None,
+) -> dict:
     """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`.
 
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
@@ -805,8 +812,17 @@ def _value_problem(arrays: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", train: int | None = None,
-            test: int | None = None, device: str = "auto", workers: int | None = None, **changes: Any) -> Path:  # fmt: skip
+def prepare(
+    env: str,
+    quality: str,
+    seed: int = 0,
+    data_dir: Path | str = "datasets",
+    train: int | None = None,
+    test: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    **changes: Any,
+) -> Path:
     """The path of the dataset of this quality; builds what is missing, one step after the other, and says so."""
     row = envs.family(env)
     if quality not in QUALITIES:
