@@ -730,6 +730,7 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
     problem = _problem(arrays, meta, env)
     if problem:
         raise DataError(f"{path}: {problem}")
+    meta.setdefault("checksum", checksum(arrays))
     tensor = {name: torch.from_numpy(arrays[name]).to(device) for name in REQUIRED if REQUIRED[name][0] > 1}
     tensor.pop("tasks")
     sparse = arrays.get("sparse_rewards")

@@ -15,6 +15,7 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -64,7 +65,7 @@ SMALL = {
 
 
 # What does not change the result of a run, or is in its path anyway.
-ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph"}
+ELSEWHERE = {"env", "small", "seed", "steps", "device", "data_dir", "run_dir", "resume", "no_graph"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,8 +80,8 @@ def fail(message, code=2):
 
 
 def natural(text):
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or above, found {text!r}")
+    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1, found {text!r}")
     return int(text)
 
 
@@ -101,7 +102,7 @@ def positive(text):
 
 def parse_args(argv=None):
     """A flag on the command line wins over the table's row for --env, which wins over the defaults here."""
-    choose = argparse.ArgumentParser(add_help=False)
+    choose = Parser(add_help=False)
     choose.add_argument("--env", default="walker-params")
     choose.add_argument("--small", action="store_true")
     known, _ = choose.parse_known_args(argv)
@@ -124,7 +125,8 @@ def variant(args, parser):
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
             parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
-    return ",".join(parts)
+    name = ",".join(parts)
+    return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def shared_arguments(add):
@@ -399,7 +401,8 @@ def make_update(args, agent, optimisers, batches):
         s, a, r, s2, d, a2_data, has_next = b
         with torch.no_grad():
             a2, log_pi2 = agent.actor.sample(s2, z)
-            divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if args.value_penalty else 0
+            penalty = args.value_penalty and agent.discriminator is not None
+            divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if penalty else 0  # Eq. 7
             y = critic_target(
                 r, d, agent.target(s2, z, a2), log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha
             )
@@ -500,11 +503,12 @@ class World:
         self.test_rows = pack(test, test.test_tasks, self.mean, self.std)
         tasks = np.concatenate([train.tasks[train.train_tasks], test.tasks[test.test_tasks]])
         self.env = envs.make(args.env, tasks.repeat(e, axis=0), seed=args.seed)
-        self.behaviour = float(np.nanmean(test.returns[test.test_tasks]))
+        returns = test.returns[test.test_tasks]
+        self.behaviour = float(returns.mean()) if np.isfinite(returns).all() else None
         self.optimum = None
         if row.optimum:
             self.optimum = float(row.optimum(test.tasks[test.test_tasks], row.horizon).mean())
-        self.checksum = train.meta.get("checksum"), test.meta.get("checksum")
+        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
 
 
 def open_data(args, quality, device):
@@ -562,12 +566,15 @@ def summarise(step, seconds, agent, count, result):
     return {key: float(value) if key != "step" else value for key, value in row.items()}
 
 
-def check_finite(agent, run):
+def check_finite(agent, run, rows):
     """Ends a run that diverged, before anything is saved over its last good checkpoint."""
+    kept = f"the last good checkpoint is kept in {run}" if rows else "there is no checkpoint yet"
     bad = agent.bad_step.tolist()
     if min(bad) < math.inf:
-        name = agent.METRICS[bad.index(min(bad))]
-        fail(f"diverged: {name} is not finite since step {int(min(bad))}; the last good checkpoint is kept in {run}", 3)
+        fail(f"diverged: {agent.METRICS[bad.index(min(bad))]} is not finite since step {int(min(bad))}; {kept}", 3)
+    for name, parameter in agent.named_parameters():
+        if not parameter.isfinite().all():
+            fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
 
 
 def write_text(path, text):
@@ -589,7 +596,8 @@ def plot_curve(run, args, rows, world):
         mean, std = (np.array([row[f"{prefix}return_{part}"] for row in rows]) for part in ("mean", "std"))
         axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         axes.plot(step, mean, color=colour, label=f"{label} (band: std over tasks)")
-    axes.axhline(world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
+    if world.behaviour is not None:
+        axes.axhline(world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
     if world.optimum is not None:
         axes.axhline(world.optimum, color="tab:green", linestyle="--", label="optimum")
     axes.legend(fontsize="small", loc="lower right", framealpha=0.8)
@@ -600,6 +608,7 @@ def plot_embeddings(run, args, z_train, z_test):
     """Embeddings of several contexts of each task on their first two principal components."""
     from matplotlib.figure import Figure
 
+    z_train, z_test = (F.pad(z, (0, max(0, 2 - z.shape[-1]))) for z in (z_train, z_test))  # two axes even for l = 1
     flat = torch.cat([z_train, z_test]).flatten(0, 1)
     centre = flat.mean(0)
     _, size, axes_2d = torch.linalg.svd((flat - centre).double(), full_matrices=False)
@@ -615,10 +624,11 @@ def plot_embeddings(run, args, z_train, z_test):
     data.write(run / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
 
 
-def save(run, step, seconds, args, agent, optimisers, rows):
+def save(run, step, seconds, args, agent, optimisers, rows, world):
     cuda = torch.cuda.get_rng_state() if agent.step.is_cuda else None
     checkpoint = {
-        "step": step, "seconds": seconds, "rows": rows, "args": settings(args), "agent": agent.state_dict(),
+        "step": step, "seconds": seconds, "rows": rows, "args": settings(args), "dataset": world.checksum,
+        "agent": agent.state_dict(),
         "optimisers": {key: optimiser.state_dict() for key, optimiser in optimisers.items()},
         "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
     }  # fmt: skip
@@ -630,7 +640,7 @@ def settings(args):
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
 
-def resume(run, args, agent, optimisers, device):
+def resume(run, args, agent, optimisers, world, device):
     """Loads the checkpoint; the run then goes on as if it had never stopped. Returns step, seconds and rows."""
     path = run / "checkpoint.pt"
     if not args.resume or not path.exists():
@@ -643,6 +653,8 @@ def resume(run, args, agent, optimisers, device):
     for key, value in settings(args).items():
         if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
             fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
+    if checkpoint["dataset"] != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
     agent.load_state_dict(checkpoint["agent"])
     for key, optimiser in optimisers.items():
         optimiser.load_state_dict(checkpoint["optimisers"][key])
@@ -653,15 +665,21 @@ def resume(run, args, agent, optimisers, device):
 
 
 def prepare_run(args):
-    """<run-dir>/<script>/<env>/<variant>/seed<k>/ with the settings and the source in it."""
+    """<run-dir>/<script>/<env>/<variant>/seed<k>/"""
     run = args.run_dir / Path(__file__).stem / args.env / args.variant / f"seed{args.seed}"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "args.json", json.dumps(settings(args), indent=1))
-        data.write(run / "source.py", lambda file: file.write(Path(__file__).read_bytes()))
+        data.write(run / ".writable", lambda file: None)
+        (run / ".writable").unlink()
     except OSError as error:
         fail(f"--run-dir {args.run_dir}: cannot write there ({error.strerror})")
     return run
+
+
+def write_settings(run, args):
+    """The resolved arguments, and the script as it runs."""
+    write_text(run / "args.json", json.dumps(settings(args), indent=1))
+    data.write(run / "source.py", lambda file: file.write(Path(__file__).read_bytes()))
 
 
 def write_final(run, args, rows, world, seconds):
@@ -670,6 +688,7 @@ def write_final(run, args, rows, world, seconds):
         "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
         "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
     }  # fmt: skip
+    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
@@ -689,12 +708,13 @@ def main(argv=None):
     learn, settle = update, lambda: update(learn_encoder=False)
     if device.type == "cuda" and not args.no_graph:
         learn, settle = capture(learn), capture(settle)
-    start, seconds, rows = resume(run, args, agent, optimisers, device)
+    start, seconds, rows = resume(run, args, agent, optimisers, world, device)
+    write_settings(run, args)
     began, last = time.time() - seconds, start
     for step in range(start + 1, args.steps + 1):
         learn() if step <= args.encoder_steps else settle()
         if step % args.eval_every == 0 or step == args.steps:
-            check_finite(agent, run)
+            check_finite(agent, run, rows)
             result = evaluate(args, agent, world)
             rows.append(summarise(step, time.time() - began, agent, step - last, result))
             agent.metrics.zero_()
@@ -702,7 +722,7 @@ def main(argv=None):
             write_metrics(run, rows)
             plot_curve(run, args, rows, world)
             plot_embeddings(run, args, *result[2:])
-            save(run, step, time.time() - began, args, agent, optimisers, rows)
+            save(run, step, time.time() - began, args, agent, optimisers, rows, world)
             report(rows[-1], world, args)
     write_final(run, args, rows, world, time.time() - began)
     print(f"curve, embeddings, metrics and checkpoint: {run}")
@@ -710,10 +730,11 @@ def main(argv=None):
 
 def report(row, world, args):
     best = f" of {world.optimum:.2f}" if world.optimum is not None else ""
-    rate = row["step"] / max(row["seconds"], 1e-9)
+    behaviour = f", data {world.behaviour:.2f}" if world.behaviour is not None else ""
+    rate = row["step"] / max(row["seconds"], 0.1)
     print(
         f"step {row['step']:>7}/{args.steps}  test return {row['return_mean']:8.2f}{best}  (train "
-        f"{row['train_return_mean']:.2f}, data {world.behaviour:.2f})  ESR {row['esr']:.2f}  Q {row['q_mean']:.1f}  "
+        f"{row['train_return_mean']:.2f}{behaviour})  ESR {row['esr']:.2f}  Q {row['q_mean']:.1f}  "
         f"{rate:.0f} steps/s  {(args.steps - row['step']) / rate / 60:.1f} min left",
         flush=True,
     )
