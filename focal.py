@@ -53,9 +53,11 @@ TABLE = {
     },
 }  # fmt: skip
 # --small: what differs on a machine without a GPU.
-SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 128, "meta_batch_size": 8, "batch_size": 64, "tau": 0.02}
+SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 128, "meta_batch_size": 8, "batch_size": 64}
+SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 10_000, "encoder_steps": 400}
-SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 30_000, "encoder_steps": 2_000, "discriminator_steps": 1}
+SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
+SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
 SMALL = {
     "sparse-point-robot": SMALL_POINT | {"eval_every": 1_000},
     "point-robot-wind": SMALL_POINT | {"eval_every": 1_000},
@@ -150,6 +152,7 @@ def shared_arguments(add):
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
     add("--context-size", type=whole, default=256, help="transitions in a context")
     add("--lr", type=positive, default=1e-3, help="learning rate of actor and critic")
+    add("--final-lr", type=positive, default=1.0, help="its share that is left at the last step; it falls linearly")
     add("--tau", type=positive, default=0.005, help="rate of the slow target")
     add("--discount", type=positive, default=0.99, help="discount factor")
     add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
@@ -376,6 +379,10 @@ def make_update(args, agent, optimisers, batches):
 
     def update(learn_encoder=True):
         agent.step += 1
+        if args.final_lr != 1:
+            for name in ("critic", "actor"):
+                rate = 1 - (1 - args.final_lr) * (agent.step / args.steps).clamp_max(1)
+                optimisers[name].param_groups[0]["lr"].copy_(args.lr * rate)
         # Algorithm 1, lines 9 to 14: M tasks, for each an RL minibatch b_i and independent contexts c_i, c_j
         task = batches.tasks()
         b, c_i = batches.transitions(task), batches.contexts(task)
