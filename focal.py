@@ -54,7 +54,7 @@ TABLE = {
 }  # fmt: skip
 # --small: what differs on a machine without a GPU.
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 128, "meta_batch_size": 8, "batch_size": 64}
-SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1}
+SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1, "threads": 1}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 10_000, "encoder_steps": 400}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
@@ -67,7 +67,7 @@ SMALL = {
 
 
 # What does not change the result of a run, or is in its path anyway.
-ELSEWHERE = {"env", "small", "seed", "steps", "device", "data_dir", "run_dir", "resume", "no_graph"}
+ELSEWHERE = {"env", "small", "seed", "steps", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,6 +137,7 @@ def shared_arguments(add):
     add("--seed", type=natural, default=0, help="fixes everything the run draws")
     add("--steps", type=whole, default=200_000, help="gradient steps")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where the networks and the data are")
+    add("--threads", type=natural, default=0, help="PyTorch's threads on the CPU; 0: one for each core")
     add("--data", type=Path, default=None, metavar="FILE", help="a dataset of your own (.npz, see data.py)")
     add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
     add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
@@ -708,6 +709,7 @@ def main(argv=None):
         world = World(args, device)
     except data.DataError as error:
         fail(error)
+    torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
     agent = Agent(args, world.split[0], world.split[1]).to(device)
     optimisers = make_optimisers(args, agent, device)

@@ -761,7 +761,7 @@ def test_your_own_file_loads(tmp_path):
         dataset = data.load(tmp_path / "own.npz", env)
         assert np.isnan(dataset.returns).all() and dataset.returns.shape == (3,)
         assert_equal(dataset.context_rewards, arrays["rewards"])
-        assert dataset.meta == {}
+        assert dataset.meta == {"checksum": data.checksum(arrays)}  # computed, for what resumes on it
     assert "2 training, 1 test" in data.describe(tmp_path / "own.npz")
 
 
