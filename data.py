@@ -7,7 +7,9 @@ Two stages, each cached, resumable and atomic, under `<data-dir>/<env>/<train>+<
    passes between tasks. Policies are kept from the untrained one to the last.
 2. *Rollouts* (`<quality>.npz`): the kept policies act in their tasks, actions sampled, and their trajectories become
    the dataset. `random` is the untrained policy, `expert` the last, `medium` the one nearest half-way between them in
-   return, `mixed` all of them, evenly spread over training; `replay` is what SAC itself collected first.
+   return, `mixed` all of them, evenly spread over training; `replay` is what SAC itself collected first; `relabelled`
+   (point robots with goals) pools mixed data of all training tasks and gives every task the same transitions, with
+   its own rewards.
 
 A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
 episode. Your own data needs the same arrays (those marked * may be left out):
@@ -56,7 +58,8 @@ except ImportError:  # not on Windows; then nothing keeps two builders apart
     fcntl = None
 
 FORMAT = 1
-QUALITIES = ("random", "medium", "expert", "mixed", "replay")
+QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
+RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
 
 
@@ -96,7 +99,7 @@ SMALL = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT | {"steps": 9_600},
     "cheetah-vel": {"envs": 4, "alpha": 1.0, "alpha_lr": 3e-4},
-    "walker-params": {"steps": 100_000, "hidden": 128, "alpha": 0.2},
+    "walker-params": {"steps": 190_000, "batch": 64, "alpha": 0.05},
 }
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # beside a family's own row
 
@@ -590,11 +593,7 @@ def collect(
     """
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
     steps, n = row.data_horizon, len(tasks) * s
-    actor = BatchedMLP(count * k, row.obs_dim, settings.hidden, 2 * row.act_dim)
-    with torch.no_grad():
-        flat = policies.flatten(0, 1).split([p[0].numel() for p in actor.parameters()], dim=1)
-        for parameter, value in zip(actor.parameters(), flat, strict=True):
-            parameter.copy_(value.view_as(parameter))
+    actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
     vector = envs.make(env, tasks.repeat(s, axis=0), seed=seed, horizon=steps)
     generator = torch.Generator().manual_seed(seed)
     d, m = row.obs_dim, row.act_dim
@@ -609,9 +608,9 @@ def collect(
         following, reward, terminated, truncated, info = vector.step(action)
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
-        sparse = info.get("sparse_reward", reward)
+        reported = info.get("sparse_reward", reward)
         good = ~info["blew_up"] & (filled < steps)
-        columns = obs, action, reward[:, None], after, terminated[:, None], sparse[:, None], episode[:, None]
+        columns = obs, action, reward[:, None], after, terminated[:, None], reported[:, None], episode[:, None]
         out[slots[good], filled[good]] = np.concatenate(columns, axis=1)[good]
         filled += good
         episode += ended
@@ -622,6 +621,15 @@ def collect(
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
     return _arrays(out.reshape(len(tasks), s, steps, -1), row)
+
+
+def _load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
+    """The actors (n, parameters) as one module."""
+    actor = BatchedMLP(len(flat), row.obs_dim, hidden, 2 * row.act_dim).requires_grad_(False)
+    parts = flat.split([p[0].numel() for p in actor.parameters()], dim=1)
+    for parameter, value in zip(actor.parameters(), parts, strict=True):
+        parameter.copy_(value.view_as(parameter))
+    return actor
 
 
 def _arrays(out: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
@@ -664,19 +672,48 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     return collect(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
 
 
+def sparse(rewards: Any, threshold: float) -> Any:
+    """FOCAL++'s sparse context reward, its Eq. 35 with goal radius R: (r - R) / |R| where r > R, else 0."""
+    return (rewards - threshold) / abs(threshold) * (rewards > threshold)
+
+
+def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: int) -> dict[str, np.ndarray]:
+    """Merge, relabel, sparsify (FOCAL++ appendix D.2): what a transition's (s, a, s') is says nothing about its task.
+
+    N transitions drawn from all training tasks' data become every task's, test tasks included, each row an episode of
+    its own, with the task's own rewards; sparse_rewards are Eq. 35's with R = -0.5 (its Table 5).
+    """
+    row = envs.family(env)
+    t, n = len(tasks), arrays["rewards"].shape[1]
+    drawn = np.random.default_rng(seed).choice(len(train) * n, n, replace=False)
+    task, i = train[drawn // n], drawn % n
+    s, a, s2 = (arrays[key][task, i] for key in ("observations", "actions", "next_observations"))
+    rewards = np.stack([row.reward(np.repeat(task[None], n, axis=0), s, a, s2, 1.0) for task in tasks])
+    return {
+        **{key: np.repeat(value[None], t, axis=0) for key, value in
+           (("observations", s), ("actions", a), ("next_observations", s2))},
+        "rewards": rewards, "sparse_rewards": sparse(rewards, RELABELLED_RADIUS),
+        "terminals": np.zeros((t, n)), "episodes": np.repeat(np.arange(n)[None], t, axis=0),
+    }  # fmt: skip
+
+
+def can_relabel(row: envs.Family) -> bool:
+    return not row.xml and row.differs == "reward"
+
+
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
     """SAC's first transitions (T, iterations, envs, D), each sub-environment's in time order."""
     row = envs.family(env)
     rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
     d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
-    sparse = rows[..., d + m]
+    reported = rows[..., d + m]
     if row.sparse_reward:
         t, s, steps, _ = rows.shape
         flat = rows.reshape(t * s * steps, -1)
         state, action, after = flat[:, :d], flat[:, d : d + m], flat[:, d + m + 1 : 2 * d + m + 1]
-        sparse = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
+        reported = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
     episode = np.concatenate([np.zeros_like(ended[:, :, :1]), ended[:, :, :-1].cumsum(2)], axis=2)
-    return _arrays(np.concatenate([rows[..., :-1], sparse[..., None], episode], axis=-1).astype(np.float32), row)
+    return _arrays(np.concatenate([rows[..., :-1], reported[..., None], episode], axis=-1).astype(np.float32), row)
 
 
 # --------------------------------------------------------------------------------------------------- stored datasets
@@ -733,14 +770,33 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
     meta.setdefault("checksum", checksum(arrays))
     tensor = {name: torch.from_numpy(arrays[name]).to(device) for name in REQUIRED if REQUIRED[name][0] > 1}
     tensor.pop("tasks")
-    sparse = arrays.get("sparse_rewards")
+    context = arrays.get("sparse_rewards")
     return Dataset(
         **tensor,
-        context_rewards=tensor["rewards"] if sparse is None else torch.from_numpy(sparse).to(device),
+        context_rewards=tensor["rewards"] if context is None else torch.from_numpy(context).to(device),
         **{name: arrays[name] for name in ("tasks", "train_tasks", "test_tasks")},
         returns=arrays.get("returns", np.full(len(arrays["tasks"]), np.nan, np.float32)),
         meta=meta,
     )
+
+
+def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
+    """Makes the rewards that contexts show sparse, FOCAL++'s Eq. 35 on the full rewards, and returns its R.
+
+    Without a threshold R is the one that leaves half of the training tasks' transitions non-zero, as the paper chose
+    its own (for point robots, whose goal has a radius, the paper's); it is noted in `meta`. Rewards themselves, which
+    actor, critic and returns use, stay as they are. DataError where there is no such R.
+    """
+    row = envs.FAMILIES.get(dataset.meta.get("env"))
+    if threshold is None and row is not None and not row.xml:
+        threshold = row.sparse_threshold
+    if threshold is None:
+        threshold = dataset.rewards[torch.from_numpy(dataset.train_tasks)].flatten().double().median().item()
+    if threshold == 0:
+        raise DataError("no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0")
+    dataset.context_rewards = sparse(dataset.rewards, threshold)
+    dataset.meta["sparse_threshold"] = threshold
+    return threshold
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
@@ -828,6 +884,10 @@ def prepare(
     row = envs.family(env)
     if quality not in QUALITIES:
         raise DataError(f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}")
+    if quality == "relabelled" and not can_relabel(row):
+        raise DataError(f"{env} cannot be relabelled, only point robots with goals can; expected another quality")
+    if row.only and (train or test):
+        raise DataError(f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed")
     train, test = train or row.train, test or row.test
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}"
     path = folder / f"{quality}.npz"
@@ -835,25 +895,25 @@ def prepare(
         return path
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     settings = settings_for(env, device, **changes)
-    tasks = envs.sample_tasks(env, train + test, seed)
+    tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
+    train_tasks = np.arange(train)
+    test_tasks = train_tasks if row.only else np.arange(train, train + test)
     try:
         with locked(folder):
             if not path.exists():
                 _announce(path, settings, folder, device, workers)
                 behaviour = build_behaviour(env, tasks, seed, settings, folder, device, workers)
-                arrays = roll_out(env, tasks, quality, behaviour, settings, seed)
-                arrays |= {
-                    "tasks": tasks,
-                    "train_tasks": np.arange(train),
-                    "test_tasks": np.arange(train, train + test),
-                }
-                arrays["returns"] = arrays["first_return"].mean(1)
+                source = "mixed" if quality == "relabelled" else quality
+                arrays = roll_out(env, tasks, source, behaviour, settings, seed)
+                if quality == "relabelled":
+                    arrays = relabel(env, tasks, train_tasks, arrays, seed)
+                arrays |= {"tasks": tasks, "train_tasks": train_tasks, "test_tasks": test_tasks}
+                if "first_return" in arrays:
+                    arrays["returns"] = arrays["first_return"].mean(1)
                 versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
                 meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
                 save(path, arrays, meta | {"versions": versions, "device": str(device)})
-                print(
-                    f"{path}: {arrays['rewards'].shape[1]:,} transitions a task, return {arrays['returns'].mean():.2f}"
-                )
+                print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
     except OSError as error:
         raise DataError(f"{folder}: cannot build there ({error.strerror})") from None
     return path
@@ -867,6 +927,106 @@ def _announce(path: Path, settings: Settings, folder: Path, device: torch.device
     cores = min(workers or envs.cores(), 64)
     about = f", about {settings.core_minutes / cores:.0f} min on {cores} cores" if device.type == "cpu" else ""
     print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end.
+
+    Returns are those that the papers report (sparse ones for sparse-point-robot), over the family's horizon.
+    """
+    row = envs.FAMILIES.get(dataset.meta.get("env"))
+    t, n = dataset.rewards.shape
+    episodes = dataset.episodes.cpu().numpy().astype(np.int64)
+    count = episodes.max() + 1
+    key = (np.arange(t)[:, None] * count + episodes).ravel()
+    first = np.full(t * count, t * n)
+    np.minimum.at(first, key, np.tile(np.arange(n), t))
+    age = np.tile(np.arange(n), t) - first[key]
+    reported = dataset.context_rewards if row is not None and row.sparse_reward else dataset.rewards
+    rewards = reported.cpu().numpy().ravel() * (age < (row.horizon if row is not None else n))
+    total, length = np.bincount(key, rewards, t * count), np.bincount(key, minlength=t * count)
+    whole = np.bincount(key, dataset.terminals.cpu().numpy().ravel(), t * count) > 0
+    whole |= length >= (row.horizon if row is not None else 1)
+    index = np.flatnonzero(whole)
+    return index // count, first[index] / max(n - 1, 1), total[index]
+
+
+def plot(path: Path) -> Path:
+    """A dataset at a glance, beside its file: returns in the order of the data, and what its tasks are about."""
+    from matplotlib.figure import Figure
+
+    dataset = load(path)
+    task, place, returns = episode_returns(dataset)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.scatter(place, returns, c=task, cmap="turbo", s=4, alpha=0.5, linewidths=0)
+    if len(returns):
+        bins = np.minimum((place * 20).astype(int), 19)
+        count = np.bincount(bins, minlength=20)
+        mean = np.bincount(bins, returns, 20)[count > 0] / count[count > 0]
+        left.plot((np.flatnonzero(count) + 0.5) / 20, mean, color="black", label="mean over tasks")
+        left.legend(fontsize="small")
+    name = dataset.meta.get("env", path.stem)
+    order = "place in the data (mixed: untrained policies left, last ones right)"
+    left.set(
+        title=f"{name}, {dataset.meta.get('quality', 'your own data')}", xlabel=order, ylabel="return of an episode"
+    )
+    _plot_tasks(right, dataset, envs.FAMILIES.get(dataset.meta.get("env")))
+    picture = path.with_suffix(".png")
+    write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
+    return picture
+
+
+def _plot_tasks(axes: Any, dataset: Dataset, row: envs.Family | None) -> None:
+    """Paths in the plane where the body moves in one; else each task's speed, against its parameter if it has one."""
+    t, n = dataset.rewards.shape
+    obs = dataset.next_observations.cpu().numpy()
+    last = dataset.episodes.cpu().numpy() == dataset.episodes[:, -1:].cpu().numpy()
+    if row is None or (row.xml and not row.velocity):
+        axes.hist(dataset.rewards.flatten().cpu().numpy(), bins=60, color="tab:gray")
+        axes.set(title="rewards", xlabel="reward", ylabel="transitions")
+    elif not row.xml or len(row.velocity) == 2:
+        shown = np.unique(np.linspace(0, t - 1, min(t, 24)).round().astype(int))
+        dt = 1.0 if not row.xml else envs.make(dataset.meta["env"], dataset.tasks[:1], threads=1).physics.dt
+        for i, colour in zip(shown, _colours(len(shown)), strict=True):
+            rows = np.flatnonzero(last[i]) if last[i].sum() > 1 else np.arange(n)
+            path = obs[i, rows] if not row.xml else np.cumsum(obs[i][rows][:, row.velocity] * dt, axis=0)
+            axes.plot(*path.T, "-" if last[i].sum() > 1 else ",", color=colour, linewidth=0.8)
+        if row.goal:
+            axes.scatter(*row.goal(dataset.tasks[shown]).T, c=_colours(len(shown)), marker="*", s=50)
+        axes.set(title="paths of last episodes, a colour a task", xlabel="x", ylabel="y", aspect="equal")
+    else:
+        tail = obs[:, -max(1, n // 5) :, row.velocity[0]]
+        speed, spread = tail.mean(1), tail.std(1)
+        target = dataset.tasks[:, 0] if dataset.tasks.shape[1] == 1 and t > 2 else np.arange(t)
+        axes.errorbar(target, speed, spread, fmt="o", markersize=3, linewidth=0.6, color="tab:blue", label="last fifth")
+        if dataset.tasks.shape[1] == 1 and t > 2:
+            axes.plot(target, target, color="black", linewidth=0.8, label="target")
+        axes.legend(fontsize="small")
+        axes.set(title="speed of the torso, mean and std", xlabel="task (parameter)", ylabel="m/s")
+
+
+def _colours(n: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["turbo"](np.linspace(0, 1, max(n, 2)))[:n]
+
+
+def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int = 4) -> None:
+    """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies."""
+    behaviour = torch.load(folder / "behaviour.pt", weights_only=True)
+    tasks, hidden = behaviour["tasks"].numpy(), behaviour["settings"]["hidden"]
+    shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
+    row = envs.family(env)
+    actor = _load_policies(behaviour["policies"][0 if quality == "random" else -1, shown], row, hidden)
+    vector = envs.make(env, tasks[shown], seed, render_mode="rgb_array")
+
+    @torch.no_grad()
+    def policy(obs):
+        return torch.tanh(gaussian(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]))[0])[:, 0].numpy()
+
+    envs.film(vector, policy, path)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -907,6 +1067,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where SAC learns")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
+    parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
+    parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
+    parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")
     for field in dataclasses.fields(Settings):
         if field.name not in ("core_minutes", "shard"):
             flag = f"--{'sac-' if field.name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{field.name}"
@@ -916,11 +1079,24 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in args.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
             _fail(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
+    pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
     try:
         for quality in args.pop("quality"):
-            print(describe(prepare(quality=quality, **args)))
+            path = prepare(quality=quality, **args)
+            print(describe(path))
+            if sparse_too:
+                dataset = load(path)
+                threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
+                print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
+            if pictures:
+                print(f"  {plot(path)}")
+            if gif:
+                film(args["env"], quality, gif, path.parent, args["seed"])
+                print(f"  {gif}")
     except DataError as error:
         _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: cannot write there ({error.strerror})")
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last save", 130)
 

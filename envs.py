@@ -24,6 +24,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,8 @@ def _never(obs: Array) -> Array:
 class Family:
     """One row of `FAMILIES`. B is the number of sub-environments, P the number of task parameters.
 
-    `state` is (B, nq + nv), MuJoCo's qpos and qvel side by side; for point robots it is the position, (B, 2).
+    `state` is (B, nq + nv), MuJoCo's qpos and qvel side by side, and what `derived` adds to them; for point robots it
+    is the position, (B, 2).
     """
 
     papers: str  # what the papers call it, and which papers
@@ -68,21 +70,26 @@ class Family:
     test: int  # number of test tasks
     differs: str  # "reward" or "dynamics"
     discount: float
-    sample: Callable  # (rng, n) -> (n, P)
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
+    sample: Callable | None = None  # (rng, n) -> (n, P)
+    only: tuple = ()  # instead: the only tasks there are, rows of parameters; all are training and test tasks at once
     terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
+    out_of_range: Callable = _never  # (state) -> (B,) bool: termination that observations cannot show
     sparse_reward: Callable | None = None  # as reward; where there is one, it is what the papers report
+    sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     # point robots
     drift: Callable | None = None  # (task (B, P)) -> (B, 2), added to every move
     goal: Callable | None = None  # (task (B, P)) -> (B, 2)
     # MuJoCo
+    velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
     xml: str = ""
     frame_skip: int = 1
     timestep: float | None = None  # seconds; None: the XML's own
     reset_noise: Callable | None = None  # (rng, nq, nv) -> noise on qpos (nq,) and on qvel (nv,)
     modify: Callable | None = None  # (model, parameters (P,)): changes a compiled model in place
+    derived: Callable | None = None  # (model, data after mj_forward) -> (k,) more of `state`
 
 
 # ---------------------------------------------------------------------------------------------------- point robots
@@ -157,10 +164,20 @@ def _uniform_noise(scale):
     return lambda rng, nq, nv: (rng.uniform(-scale, scale, nq), rng.uniform(-scale, scale, nv))
 
 
+def _plane_velocity(state, next_state, dt):
+    """(B, 2): the torso's x and y velocity."""
+    return (next_state[:, :2] - state[:, :2]) / dt
+
+
 def _observe_cheetah(state):
     """qpos[1:], qvel and the torso's position; `xpos` is a sub-step old after a step, so it comes from qpos."""
     x, z = state[:, :1], state[:, 1:2]
     return np.concatenate([state[:, 1:], x, np.zeros_like(x), z + 0.7], axis=1)
+
+
+def _observe_without_x(state):
+    """qpos[1:] and qvel."""
+    return state[:, 1:].copy()
 
 
 def _cheetah_vel_reward(task, state, action, next_state, dt):
@@ -168,20 +185,85 @@ def _cheetah_vel_reward(task, state, action, next_state, dt):
     return -np.abs(_velocity(state, next_state, dt) - task[:, 0]) - 0.05 * np.square(action).sum(1)
 
 
+def _cheetah_direction_reward(task, state, action, next_state, dt):
+    """r = d v - 0.05 |a|^2, d = -1 or 1."""
+    return task[:, 0] * _velocity(state, next_state, dt) - 0.05 * np.square(action).sum(1)
+
+
+def _cheetah_reward(task, state, action, next_state, dt):
+    """gymnasium's: r = v - 0.1 |a|^2."""
+    return _velocity(state, next_state, dt) - 0.1 * np.square(action).sum(1)
+
+
 def _observe_walker(state):
-    """qpos[1:] and qvel clipped to [-10, 10]."""
+    """qpos[1:] and qvel clipped to [-10, 10]; the hopper's too."""
     n = state.shape[1] // 2
     return np.concatenate([state[:, 1:n], np.clip(state[:, n:], -10, 10)], axis=1)
 
 
 def _walker_reward(task, state, action, next_state, dt):
-    """r = v + 1 - 0.001 |a|^2."""
+    """r = v + 1 - 0.001 |a|^2; the hopper's too."""
     return _velocity(state, next_state, dt) + 1 - 0.001 * np.square(action).sum(1)
 
 
 def _walker_fell(obs):
     height, pitch = obs[:, 0], obs[:, 1]
     return ~((height > 0.8) & (height < 2.0) & (np.abs(pitch) < 1.0))
+
+
+def _hopper_fell(obs):
+    height, pitch = obs[:, 0], obs[:, 1]
+    return ~((height > 0.7) & (np.abs(pitch) < 0.2) & (np.abs(obs[:, 1:]) < 100).all(1))
+
+
+def _hopper_out_of_range(state):
+    """Velocities of 100 and more, which the observation clips away."""
+    return ~(np.abs(state[:, 2:]) < 100).all(1)
+
+
+def _observe_ant(state):
+    """qpos[2:] and qvel."""
+    return state[:, 2:].copy()
+
+
+def _ant_reward(task, state, action, next_state, dt):
+    """r = (vx, vy) . (cos t, sin t) - 0.5 |a|^2 + 1."""
+    heading = np.concatenate([np.cos(task), np.sin(task)], axis=1)
+    along = (_plane_velocity(state, next_state, dt) * heading).sum(1)
+    return along - 0.5 * np.square(action).sum(1) + 1
+
+
+def _ant_fell(obs):
+    return ~((obs[:, 0] >= 0.2) & (obs[:, 0] <= 1.0) & np.isfinite(obs).all(1))
+
+
+def _humanoid_quantities(model, data):
+    """cinert 140, cvel 84 and qfrc_actuator 23 for the observation, the centre of mass (x, y) for the reward."""
+    centre = model.body_mass @ data.xipos[:, :2] / model.body_mass.sum()
+    return np.concatenate([data.cinert.ravel(), data.cvel.ravel(), data.qfrc_actuator, centre])
+
+
+def _observe_humanoid(state):
+    """Humanoid-v4's 376 numbers; the last 84, contact forces, are zero, as under the bindings the papers used."""
+    return np.concatenate([state[:, 2:-2], np.zeros((len(state), 84))], axis=1)
+
+
+def _humanoid_reward(task, state, action, next_state, dt):
+    """r = 0.25 (displacement of the centre of mass . direction) / timestep - 0.1 |ctrl|^2 + 5; ctrl = 0.4 a.
+
+    The published reward divides by the timestep of the physics, a fifth of dt. Its contact cost is zero here.
+    """
+    heading = np.concatenate([np.cos(task), np.sin(task)], axis=1)
+    along = ((next_state[:, -2:] - state[:, -2:]) * heading).sum(1) / (dt / 5)
+    return 0.25 * along - 0.1 * np.square(0.4 * action).sum(1) + 5
+
+
+def _humanoid_fell(obs):
+    return ~((obs[:, 0] > 1.0) & (obs[:, 0] < 2.0))
+
+
+def _any_direction(rng, n):
+    return rng.uniform(0, 2 * np.pi, size=(n, 1))
 
 
 def _body_multipliers(nbody, nv, ngeom):
@@ -200,12 +282,38 @@ def _multiply_body(model, multipliers):
         field *= part.reshape(field.shape)
 
 
+# What the families with one body have in common; noise on the initial state is gymnasium's.
+CHEETAH = {
+    "obs_dim": 20, "act_dim": 6, "observe": _observe_cheetah, "velocity": (8,), "xml": "half_cheetah.xml",
+    "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
+}  # fmt: skip
+ANT = {
+    "obs_dim": 27, "act_dim": 8, "observe": _observe_ant, "terminated": _ant_fell, "velocity": (13, 14),
+    "xml": "ant.xml", "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
+}  # fmt: skip
+WALKER = {
+    "obs_dim": 17, "act_dim": 6, "observe": _observe_walker, "terminated": _walker_fell, "velocity": (8,),
+    "xml": "walker2d.xml", "frame_skip": 4, "reset_noise": _uniform_noise(0.005),
+}  # fmt: skip
+HOPPER = {
+    "obs_dim": 11, "act_dim": 3, "observe": _observe_walker, "terminated": _hopper_fell,
+    "out_of_range": _hopper_out_of_range, "velocity": (5,), "xml": "hopper.xml", "frame_skip": 4,
+    "reset_noise": _uniform_noise(0.005),
+}  # fmt: skip
+HUMANOID = {
+    "obs_dim": 376, "act_dim": 17, "observe": _observe_humanoid, "terminated": _humanoid_fell, "velocity": (22, 23),
+    "derived": _humanoid_quantities, "xml": "humanoid.xml", "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
+}  # fmt: skip
+EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
+LONG_EPISODE = {"horizon": 1000, "data_horizon": 1000, "discount": 0.99}
+
 FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
         papers="Sparse-Point-Robot (FOCAL, FOCAL++)",
         obs_dim=2, act_dim=2, horizon=20, data_horizon=200, train=80, test=20, differs="reward", discount=0.9,
         sample=_half_circle, observe=np.copy, reward=_distance_reward(_goal_is_task),
-        sparse_reward=_sparse_goal_reward, optimum=_optimum_sparse, drift=_no_drift, goal=_goal_is_task,
+        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, drift=_no_drift,
+        goal=_goal_is_task,
     ),
     "point-robot-wind": Family(
         papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)",
@@ -214,17 +322,49 @@ FAMILIES: dict[str, Family] = {
         reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, drift=_wind, goal=_goal_at_one_zero,
     ),
     "cheetah-vel": Family(
-        papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)",
-        obs_dim=20, act_dim=6, horizon=200, data_horizon=200, train=80, test=20, differs="reward", discount=0.99,
-        sample=lambda rng, n: rng.uniform(0, 3, size=(n, 1)), observe=_observe_cheetah, reward=_cheetah_vel_reward,
-        xml="half_cheetah.xml", frame_skip=5, reset_noise=_noise_with_normal_velocity(0.1),
+        papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)", **CHEETAH, **EPISODE,
+        train=80, test=20, differs="reward", sample=lambda rng, n: rng.uniform(0, 3, size=(n, 1)),
+        reward=_cheetah_vel_reward, sparse_threshold=-0.1,
+    ),
+    "cheetah-fwd-back": Family(
+        papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++), Cheetah-Dir (MerPO)", **CHEETAH, **EPISODE,
+        train=2, test=2, differs="reward", only=((-1.0,), (1.0,)),
+        reward=_cheetah_direction_reward, sparse_threshold=6.0,
+    ),
+    "ant-fwd-back": Family(
+        papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE,
+        train=2, test=2, differs="reward", only=((0.0,), (np.pi,)), reward=_ant_reward, sparse_threshold=3.0,
+    ),
+    "ant-dir": Family(
+        papers="Ant Direction (SMAC)", **ANT, **EPISODE,
+        train=100, test=20, differs="reward", sample=_any_direction, reward=_ant_reward,
     ),
     "walker-params": Family(
-        papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)",
-        obs_dim=17, act_dim=6, horizon=200, data_horizon=200, train=20, test=5, differs="dynamics", discount=0.99,
-        sample=_body_multipliers(nbody=8, nv=9, ngeom=8), observe=_observe_walker, reward=_walker_reward,
-        terminated=_walker_fell, xml="walker2d.xml", frame_skip=4, timestep=0.004, reset_noise=_uniform_noise(0.005),
-        modify=_multiply_body,
+        papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE,
+        train=20, test=5, differs="dynamics", sample=_body_multipliers(nbody=8, nv=9, ngeom=8),
+        reward=_walker_reward, timestep=0.004, modify=_multiply_body,
+    ),
+    "hopper-params": Family(
+        papers="Hopper Param (SMAC)", **HOPPER, **EPISODE,
+        train=50, test=5, differs="dynamics", sample=_body_multipliers(nbody=5, nv=6, ngeom=5),
+        reward=_walker_reward, timestep=0.004, modify=_multiply_body,
+    ),
+    "humanoid-dir": Family(
+        papers="Humanoid (SMAC)", **HUMANOID, **EPISODE,
+        train=50, test=5, differs="reward", sample=_any_direction, reward=_humanoid_reward,
+    ),
+    # Single tasks, with gymnasium's own rewards, for MerPO's section 5.1; their one parameter means nothing.
+    "halfcheetah": Family(
+        papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": _observe_without_x}, **LONG_EPISODE,
+        train=1, test=1, differs="nothing", only=((0.0,),), reward=_cheetah_reward,
+    ),
+    "hopper": Family(
+        papers="Hopper (MerPO)", **HOPPER, **LONG_EPISODE,
+        train=1, test=1, differs="nothing", only=((0.0,),), reward=_walker_reward,
+    ),
+    "walker2d": Family(
+        papers="Walker2d (MerPO)", **WALKER, **LONG_EPISODE,
+        train=1, test=1, differs="nothing", only=((0.0,),), reward=_walker_reward,
     ),
 }  # fmt: skip
 
@@ -242,13 +382,21 @@ def family(name: str) -> Family:
 
 
 def sample_tasks(name: str, n: int, seed: int) -> Array:
-    """(n, P) float64 parameters of n tasks; the first n of a longer list with the same seed are the same tasks."""
-    rows = [family(name).sample(np.random.default_rng([seed, i, TASKS]), 1) for i in range(n)]
-    return np.concatenate(rows) if rows else family(name).sample(np.random.default_rng(), 0)
+    """(n, P) float64 parameters of n tasks; the first n of a longer list with the same seed are the same tasks.
+
+    Families with a fixed list of tasks return its first n whatever the seed; ValueError if it is shorter.
+    """
+    row = family(name)
+    if row.only:
+        if n > len(row.only):
+            raise ValueError(f"{name} has {len(row.only)} tasks, asked for {n}")
+        return np.array(row.only[:n]).reshape(n, len(row.only[0]))
+    rows = [row.sample(np.random.default_rng([seed, i, TASKS]), 1) for i in range(n)]
+    return np.concatenate(rows) if rows else row.sample(np.random.default_rng(), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- physics
-# A physics steps the full state (B, 1 + nq + nv): time in seconds, then `state` as rewards see it.
+# A physics steps the full state (B, 1 + nq + nv ...): time in seconds, then `state` as rewards see it.
 
 
 class PointPhysics:
@@ -318,13 +466,16 @@ class MujocoPhysics:
         self.control = np.empty((len(tasks), row.frame_skip, base.nu))
         size = mujoco.mj_stateSize(base, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         assert size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
+        self.size = size
+        self.workers = ThreadPoolExecutor(self.threads) if row.derived else None
         self.out = np.empty((len(tasks), row.frame_skip, size))  # C-contiguous float64, or it would not be written
         self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
     def initial(self, rng: np.random.Generator) -> Array:
         qpos, qvel = self.row.reset_noise(rng, self.base.nq, self.base.nv)
-        return np.concatenate([[0.0], self.base.qpos0 + qpos, qvel])
+        full = np.concatenate([[0.0], self.base.qpos0 + qpos, qvel])
+        return full if self.workers is None else self._derive(full[None], np.zeros((1, self.base.nu)))[0]
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
         """The next full state and which rows of it are sound.
@@ -333,19 +484,38 @@ class MujocoPhysics:
         """
         self.control[:] = (action * self.control_scale)[:, None]
         self.pool.rollout(
-            self.models, self.data, np.ascontiguousarray(full), self.control, skip_checks=True,
+            self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control, skip_checks=True,
             nstep=self.row.frame_skip, state=self.out, sensordata=self.sensors,
         )  # fmt: skip
         after = self.out[:, -1].copy()
+        if self.workers is not None:
+            after = self._derive(after, self.control[:, -1])
         on_time = np.abs(after[:, 0] - full[:, 0] - self.dt) < 0.5 * self.base.opt.timestep
         return after, on_time & np.isfinite(after).all(1)
+
+    def _derive(self, full: Array, control: Array) -> Array:
+        """Appends what the state does not hold: one mj_forward for each row, shared out among the threads."""
+
+        def forward(rows: Array, data: Any) -> list[Array]:
+            found = []
+            for i in rows:
+                model = self.models[i]
+                mujoco.mj_setState(model, data, full[i], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+                data.ctrl[:] = control[i]
+                mujoco.mj_forward(model, data)
+                found.append(self.row.derived(model, data))
+            return found
+
+        shares = np.array_split(np.arange(len(full)), self.threads)
+        found = [row for share in self.workers.map(forward, shares, self.data) for row in share]
+        return np.concatenate([full, found], axis=1)
 
     def render(self, i: int, full: Array, trail: list[Array], size: int) -> Array:
         if self.renderer is None:
             self.base.vis.global_.offwidth = self.base.vis.global_.offheight = max(size, 480)
             self.renderer = mujoco.Renderer(self.base, size, size)
         model, data = self.models[i], mujoco.MjData(self.models[i])
-        mujoco.mj_setState(model, data, full, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+        mujoco.mj_setState(model, data, full[: self.size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         mujoco.mj_forward(model, data)
         camera = "track" if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0 else -1
         self.renderer.update_scene(data, camera)
@@ -355,6 +525,8 @@ class MujocoPhysics:
         if self.renderer:
             self.renderer.close()
             self.renderer = None
+        if self.workers is not None:
+            self.workers.shutdown()
         self.pool.close()
 
 
@@ -382,7 +554,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     ):
         self.name, self.family = name, family(name)
         self.tasks = np.ascontiguousarray(tasks, np.float64)
-        if self.tasks.ndim != 2 or self.tasks.shape[1] != self.family.sample(np.random.default_rng(0), 1).shape[1]:
+        if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
@@ -441,7 +613,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         state, next_state = before[:, 1:], after[:, 1:]
         arguments = self.tasks, state, action, next_state, self.physics.dt
         obs, reward = self.family.observe(next_state), np.where(sound, self.family.reward(*arguments), 0.0)
-        terminated = self.family.terminated(obs) & sound
+        terminated = (self.family.terminated(obs) | self.family.out_of_range(next_state)) & sound
         self._elapsed += 1
         truncated = (self._elapsed >= self.horizon) & ~terminated | ~sound
         info: dict[str, Any] = {"blew_up": ~sound}
@@ -515,3 +687,56 @@ class TaskEnv(gymnasium.Env):
 
 for _name in FAMILIES:
     gymnasium.register(id=f"{_name}-v0", entry_point=TaskEnv, kwargs={"name": _name})
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def film(vector: TaskVectorEnv, policy: Callable, path: str, frames: int = 50):
+    """Writes a GIF of all sub-environments side by side; policy: (B, d) observations -> (B, m) actions."""
+    from PIL import Image  # comes with matplotlib
+
+    obs, pictures = vector.reset()[0], []
+    every = max(1, vector.horizon // frames)
+    for t in range(vector.horizon):
+        if t % every == 0:
+            pictures.append(Image.fromarray(np.concatenate(vector.render(), axis=1)))
+        obs = vector.step(policy(obs))[0]
+    pause = 1000 * every / vector.metadata["render_fps"]
+    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)
+
+
+def describe(name: str) -> str:
+    """One line on a family."""
+    row = family(name)
+    tasks = f"the same {row.train}" if row.only else f"{row.train} + {row.test}"
+    sizes = f"obs {row.obs_dim:>3}  act {row.act_dim:>2}  horizon {row.horizon:>4}"
+    return f"{name:<20} {sizes}  training + test tasks: {tasks}, {row.differs} differs; {row.papers}"
+
+
+def main(argv: list[str] | None = None):
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        description="Lists task families, or films some tasks of one under random actions."
+    )
+    parser.add_argument("--env", choices=list(FAMILIES), help="task family")
+    parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks side by side")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks and the actions")
+    args = parser.parse_args(argv)
+    if args.env is None:
+        print("\n".join(map(describe, FAMILIES)))
+    elif args.render is None:
+        print(describe(args.env))
+    else:
+        n = min(args.tasks, len(family(args.env).only) or args.tasks)
+        vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
+        rng = np.random.default_rng(args.seed)
+        try:
+            film(vector, lambda obs: rng.uniform(-1, 1, (n, family(args.env).act_dim)), args.render)
+        except OSError as error:
+            parser.exit(2, f"envs.py: --render {args.render}: cannot write there ({error.strerror})\n")
+        print(args.render)
+
+
+if __name__ == "__main__":
+    main()
