@@ -1057,7 +1057,7 @@ def _fail(message: Any, code: int = 2):
     raise SystemExit(code)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _Parser(description="Builds (or finds) offline datasets and describes them.")
     parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
     parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
@@ -1075,7 +1075,11 @@ def main(argv: list[str] | None = None) -> None:
             flag = f"--{'sac-' if field.name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{field.name}"
             kind = float if isinstance(field.default, float) else int
             parser.add_argument(flag.replace("_", "-"), dest=field.name, type=kind, help=argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parse_args(argv))
     for name, value in args.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
             _fail(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")

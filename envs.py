@@ -68,7 +68,7 @@ class Family:
     data_horizon: int  # steps of a trajectory in the offline data
     train: int  # number of training tasks
     test: int  # number of test tasks
-    differs: str  # "reward" or "dynamics"
+    differs: str  # "reward", "dynamics" or "nothing"
     discount: float
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
@@ -213,7 +213,7 @@ def _walker_fell(obs):
 
 def _hopper_fell(obs):
     height, pitch = obs[:, 0], obs[:, 1]
-    return ~((height > 0.7) & (np.abs(pitch) < 0.2) & (np.abs(obs[:, 1:]) < 100).all(1))
+    return ~((height > 0.7) & (np.abs(pitch) < 0.2) & (np.abs(obs[:, 1:]) < 100).all(1) & np.isfinite(height))
 
 
 def _hopper_out_of_range(state):

@@ -15,21 +15,54 @@ import envs
 mujoco = envs.mujoco  # envs chooses the GL back end before it imports mujoco
 NAMES = list(envs.FAMILIES)
 POINTS = ["sparse-point-robot", "point-robot-wind"]
-BODIES = ["cheetah-vel", "walker-params"]
+BODIES = [name for name in NAMES if name not in POINTS]
+MULTIPLIED = ["walker-params", "hopper-params"]
+DRAWN = ["cheetah-vel", "ant-dir", "walker-params", "hopper", "humanoid-dir"]  # one family for each body
+FIXED = {  # families with a fixed list of tasks
+    "cheetah-fwd-back": [[-1], [1]],
+    "ant-fwd-back": [[0], [np.pi]],
+    **{name: [[0]] for name in ("halfcheetah", "hopper", "walker2d")},
+}
+GYMNASIUM = {
+    **dict.fromkeys(["cheetah-vel", "cheetah-fwd-back", "halfcheetah"], "HalfCheetah-v4"),
+    **dict.fromkeys(["ant-fwd-back", "ant-dir"], "Ant-v4"),  # v5 with contact forces off, but 1 at a fall too
+    **dict.fromkeys(["walker-params", "walker2d"], "Walker2d-v4"),
+    **dict.fromkeys(["hopper-params", "hopper"], "Hopper-v4"),
+    "humanoid-dir": "Humanoid-v4",
+}
+NOISE = {"HalfCheetah-v4": 0.1, "Ant-v4": 0.1, "Walker2d-v4": 0.005, "Hopper-v4": 0.005, "Humanoid-v4": 0.01}
 FAMILY_TABLE = {  # observation, action, horizon, data horizon, training tasks, test tasks, parameters, what differs
     "sparse-point-robot": (2, 2, 20, 200, 80, 20, 2, "reward"),
     "point-robot-wind": (2, 2, 20, 200, 40, 10, 2, "dynamics"),
     "cheetah-vel": (20, 6, 200, 200, 80, 20, 1, "reward"),
+    "cheetah-fwd-back": (20, 6, 200, 200, 2, 2, 1, "reward"),
+    "ant-fwd-back": (27, 8, 200, 200, 2, 2, 1, "reward"),
+    "ant-dir": (27, 8, 200, 200, 100, 20, 1, "reward"),
     "walker-params": (17, 6, 200, 200, 20, 5, 65, "dynamics"),
+    "hopper-params": (11, 3, 200, 200, 50, 5, 41, "dynamics"),
+    "humanoid-dir": (376, 17, 200, 200, 50, 5, 1, "reward"),
+    "halfcheetah": (17, 6, 1000, 1000, 1, 1, 1, "nothing"),
+    "hopper": (11, 3, 1000, 1000, 1, 1, 1, "nothing"),
+    "walker2d": (17, 6, 1000, 1000, 1, 1, 1, "nothing"),
 }
-WALKER_PARTS = [(slice(0, 32), 1.5), (slice(32, 41), 1.3), (slice(41, 65), 1.5)]  # damping in the middle
-PITCH, SPEED = 3, -3  # places in a body's full state: the torso's pitch, the speed of a joint
+SPARSE_THRESHOLDS = {"sparse-point-robot": -0.2, "cheetah-vel": -0.1, "cheetah-fwd-back": 6, "ant-fwd-back": 3}
+DAMPING = {"walker-params": slice(32, 41), "hopper-params": slice(20, 26)}  # among the multipliers
+TILT = 3  # place in a body's full state: the pitch of a torso, or the height of the ant's or humanoid's; 2.5 is a fall
 
 old_version = pytest.mark.filterwarnings("ignore:.*is out of date")
 
 
+def available(name, n):
+    return min(n, len(FIXED.get(name, range(n))))
+
+
+def tasks_of(name, n=3, seed=1):
+    """n tasks; those of a short list over again."""
+    return np.resize(envs.sample_tasks(name, available(name, n), seed), (n, FAMILY_TABLE[name][6]))
+
+
 def build(name, n=3, seed=0, threads=1, **kwargs):
-    return envs.make(name, envs.sample_tasks(name, n, 1), seed, threads=threads, **kwargs)
+    return envs.make(name, tasks_of(name, n), seed, threads=threads, **kwargs)
 
 
 def random_actions(env, steps, seed=0):
@@ -50,10 +83,18 @@ def assert_same(a, b, rows=slice(None)):
 
 # ------------------------------------------------------------------------------------------- gymnasium's own bodies
 def gymnasium_body(name):
-    body = gymnasium.make({"cheetah-vel": "HalfCheetah-v4", "walker-params": "Walker2d-v4"}[name]).unwrapped
-    if name == "walker-params":
+    body = gymnasium.make(GYMNASIUM[name]).unwrapped
+    if name in MULTIPLIED:
         body.model.opt.timestep = 0.004
     return body
+
+
+def forward(model, state):
+    """MuJoCo's data at one row of `state`; `xpos` and the like are a sub-step old after a step."""
+    data = mujoco.MjData(model)
+    data.qpos[:], data.qvel[:] = state[: model.nq], state[model.nq : model.nq + model.nv]
+    mujoco.mj_forward(model, data)
+    return data
 
 
 def side_by_side(env, bodies, steps):
@@ -65,47 +106,55 @@ def side_by_side(env, bodies, steps):
         after, obs = env.state_dict()["_full"], info.get("final_obs", obs)
         assert not info["blew_up"].any() and not truncated.any()
         for i, body in enumerate(bodies):
-            nq = body.model.nq
-            body.set_state(before[i, 1 : 1 + nq], before[i, 1 + nq :])
+            nq, nv = body.model.nq, body.model.nv
+            body.set_state(before[i, 1 : 1 + nq], before[i, 1 + nq : 1 + nq + nv])
             body.data.time = before[i, 0]
             body.data.qacc_warmstart[:] = 0
-            theirs = body.step(action[i])
+            theirs = body.step(action[i] * (0.4 if env.name == "humanoid-dir" else 1))
+            assert terminated[i] == theirs[2]
             if not terminated[i]:
                 full = np.concatenate([[body.data.time], body.data.qpos, body.data.qvel])
-                np.testing.assert_allclose(after[i], full, rtol=1e-9, atol=1e-9)
-            yield i, action[i], (obs[i], reward[i], terminated[i]), theirs
+                np.testing.assert_allclose(after[i, : 1 + nq + nv], full, rtol=1e-9, atol=1e-9)
+            yield i, before[i, 1:], action[i], (obs[i], reward[i], terminated[i]), theirs
 
 
-def assert_walker_steps_equal(env, bodies, steps):
-    """Returns how often a walker fell and how often a velocity was clipped."""
+def assert_steps_equal(env, bodies, steps):
+    """Observations and rewards too. Returns how often a body fell and how often a velocity was clipped."""
     falls = clipped = 0
-    for _, _, ours, (obs, reward, terminated, _, _) in side_by_side(env, bodies, steps):
+    for _, _, _, ours, (obs, reward, terminated, _, _) in side_by_side(env, bodies, steps):
         np.testing.assert_allclose(ours[0], obs, rtol=1e-9, atol=1e-9)
         assert ours[1] == pytest.approx(reward, abs=1e-9)
-        assert ours[2] == terminated
-        falls, clipped = falls + terminated, clipped + (np.abs(obs[8:]) == 10).any()
+        falls, clipped = falls + terminated, clipped + (np.abs(obs) == 10).any()
     return falls, clipped
 
 
 @old_version
-def test_walker_with_parameters_one_is_gymnasiums_walker():
-    env = envs.make("walker-params", np.ones((1, 65)), threads=1)
-    falls, clipped = assert_walker_steps_equal(env, [gymnasium_body("walker-params")], 150)
-    assert 5 < falls < 75 and clipped > 5
+@pytest.mark.parametrize("name", [*MULTIPLIED, "walker2d", "hopper"])
+def test_bodies_with_parameters_one_are_gymnasiums(name):
+    env = envs.make(name, np.ones((1, FAMILY_TABLE[name][6])), threads=1)
+    falls, clipped = assert_steps_equal(env, [gymnasium_body(name)], 150)
+    assert 3 < falls < 75 and (clipped > 3 or "hopper" in name)
 
 
 @old_version
-def test_walker_parameters_multiply_gymnasiums_model_in_order():
-    tasks = envs.sample_tasks("walker-params", 3, seed=4)[[0, 1, 0, 2, 2]]
-    tasks[4, 64] *= 2
-    bodies = [gymnasium_body("walker-params") for _ in tasks]
+def test_the_single_cheetah_is_gymnasiums():
+    assert assert_steps_equal(build("halfcheetah", 1), [gymnasium_body("halfcheetah")], 100) == (0, 0)
+
+
+@old_version
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_parameters_multiply_gymnasiums_model_in_order(name):
+    tasks = envs.sample_tasks(name, 3, seed=4)[[0, 1, 0, 2, 2]]
+    tasks[4, -1] *= 2
+    bodies = [gymnasium_body(name) for _ in tasks]
+    nbody = bodies[0].model.nbody
     for body, task in zip(bodies, tasks, strict=True):
-        body.model.body_mass[:] *= task[:8]
-        body.model.body_inertia[:] *= task[8:32].reshape(8, 3)
-        body.model.dof_damping[:] *= task[32:41]
-        body.model.geom_friction[:] *= task[41:].reshape(8, 3)
-    env = envs.make("walker-params", tasks, threads=1)
-    assert_walker_steps_equal(env, bodies, 50)
+        body.model.body_mass[:] *= task[:nbody]
+        body.model.body_inertia[:] *= task[nbody : 4 * nbody].reshape(nbody, 3)
+        body.model.dof_damping[:] *= task[DAMPING[name]]
+        body.model.geom_friction[:] *= task[DAMPING[name].stop :].reshape(-1, 3)
+    env = envs.make(name, tasks, threads=1)
+    assert_steps_equal(env, bodies, 50)
     assert env.physics.models[0] is env.physics.models[2]  # equal tasks share a model
     for model, body in zip(env.physics.models, bodies, strict=True):
         for field in ("body_mass", "body_inertia", "dof_damping", "geom_friction", "body_invweight0", "dof_invweight0"):
@@ -113,28 +162,117 @@ def test_walker_parameters_multiply_gymnasiums_model_in_order():
 
 
 @old_version
-def test_walker_falls_where_gymnasiums_does():
-    body, terminated = gymnasium_body("walker-params"), envs.family("walker-params").terminated
-    for height, pitch in product([0.5, 0.8, 0.8001, 1.25, 1.9999, 2.0, 2.5], [-1.5, -1.0, -0.9999, 0.0, 0.9999, 1.0]):
-        state = np.zeros(18)
-        state[1:3] = height, pitch
-        body.set_state(state[:9], state[9:])
-        assert terminated(state[None, 1:]).tolist() == [body.terminated], (height, pitch)
-    assert terminated(np.full((1, 17), np.nan)).all()
+@pytest.mark.parametrize(
+    "name, edges",  # values of entries of qpos and qvel
+    [
+        ("walker2d", {1: [0.5, 0.8, 0.8001, 1.9999, 2, 2.5], 2: [-1.5, -1, -0.9999, 0, 0.9999, 1], 10: [0, 150]}),
+        ("hopper", {1: [0.5, 0.7, 0.7001, 9, np.inf], 2: [-0.3, -0.2, -0.1999, 0, 0.1999, 0.2]}),
+        ("hopper", {1: [1.25, 150], 0: [0, 150], **{i: [-100, -99.999, 99.999, 100, np.nan] for i in (3, 6, 11)}}),
+        ("ant-dir", {2: [0, 0.1999, 0.2, 1, 1.0001], 0: [-9, 9], 6: [0, np.inf, np.nan], 28: [0, 200, np.inf]}),
+        ("humanoid-dir", {2: [0.5, 1, 1.0001, 1.9999, 2, 2.5, np.nan], 0: [-9, 9], 46: [0, 200]}),
+    ],
+)
+def test_bodies_fall_where_gymnasiums_do(name, edges):
+    body, row = gymnasium_body(name), envs.family(name)
+    fallen = []
+    for values in product(*edges.values()):
+        state = np.zeros(body.model.nq + body.model.nv)
+        state[list(edges)] = values
+        body.data.qpos[:], body.data.qvel[:] = np.split(state, [body.model.nq])
+        wide = np.pad(state, (0, 249 * (name == "humanoid-dir")))[None]
+        fallen.append(bool(row.terminated(row.observe(wide))[0] | row.out_of_range(wide)[0]))
+        assert fallen[-1] == body.terminated, values
+    assert 0 < sum(fallen) < len(fallen)
+    assert row.terminated(np.full((1, row.obs_dim), np.nan)).all()
+
+
+def test_a_hopper_faster_than_its_observations_show_terminates():
+    env = build("hopper", 4)
+    env.reset()
+    env._full[:, 1:] = 0
+    env._full[:, 2] = 5  # in the air: gravity alone changes the vertical speed, by -0.08
+    env._full[:, 8] = -99.95, -99.9, 100.05, 100.1
+    _, _, terminated, _, info = env.step(np.zeros((4, 3)))
+    assert terminated.tolist() == info["_final_obs"].tolist() == [True, False, False, True]
+    assert info["final_obs"][:, 6].tolist() == [-10, -10, 10, 10] and not info["blew_up"].any()
+    angles = np.array([[1.25, 0, 0, angle, *[0] * 7] for angle in (-100, -99.99, 99.99, 100)])
+    assert env.family.terminated(angles).tolist() == [True, False, False, True]  # seen without the state
 
 
 @old_version
-def test_cheetah_is_gymnasiums_cheetah():
-    env, body = build("cheetah-vel", 2), gymnasium_body("cheetah-vel")
-    after = mujoco.MjData(body.model)
-    for i, action, (obs, reward, terminated), theirs in side_by_side(env, [body, body], 100):
+@pytest.mark.parametrize("name", ["cheetah-vel", "cheetah-fwd-back"])
+def test_cheetah_is_gymnasiums_cheetah(name):
+    env, body = build(name, 2), gymnasium_body(name)
+    for i, _, action, (obs, reward, terminated), theirs in side_by_side(env, [body, body], 100):
         np.testing.assert_allclose(obs[:17], theirs[0], rtol=1e-9, atol=1e-9)
-        after.qpos[:] = body.data.qpos
-        mujoco.mj_forward(body.model, after)
+        after = forward(body.model, np.concatenate([body.data.qpos, body.data.qvel]))
         np.testing.assert_allclose(obs[17:], after.body("torso").xpos, rtol=1e-9, atol=1e-9)
-        missed = abs(theirs[4]["x_velocity"] - env.tasks[i, 0])
-        assert reward == pytest.approx(-missed - 0.05 * sum(a * a for a in action), abs=1e-9)
+        v = theirs[4]["x_velocity"]
+        gained = -abs(v - env.tasks[i, 0]) if name == "cheetah-vel" else (-v, v)[i]
+        assert reward == pytest.approx(gained - 0.05 * sum(a * a for a in action), abs=1e-9)
         assert not terminated
+
+
+@old_version
+@pytest.mark.parametrize("name", ["ant-fwd-back", "ant-dir"])
+def test_ant_is_gymnasiums_ant(name):
+    env, body, falls = build(name, 2), gymnasium_body(name), 0
+    for i, before, _, (obs, reward, terminated), theirs in side_by_side(env, [body, body], 60):
+        np.testing.assert_allclose(obs, theirs[0], rtol=1e-9, atol=1e-9)
+        (vx, vy), angle = (body.data.qpos[:2] - before[:2]) / 0.05, env.tasks[i, 0]
+        along = vx * np.cos(angle) + vy * np.sin(angle) if name == "ant-dir" else (vx, -vx)[i]
+        assert reward == pytest.approx(theirs[1] - theirs[4]["reward_forward"] + along, abs=1e-9)
+        falls += terminated
+    assert falls
+
+
+def test_direction_rewards_by_hand():
+    angles = np.array([0, 0.5, 1, 1.5, 2]) * np.pi
+    angles[4] = np.arctan2(-0.8, 0.6)
+    along = np.array([0.6, -0.8, -0.6, 0.8, 1])
+    before, after = np.full((5, 29), 7.0), np.full((5, 29), 8.0)
+    after[:, :2] = 7.03, 6.96
+    reward = envs.family("ant-dir").reward(angles[:, None], before, np.full((5, 8), 0.25), after, 0.05)
+    np.testing.assert_allclose(reward, along - 0.25 + 1, atol=1e-12)
+    before, after = np.full((5, 296), 7.0), np.full((5, 296), 8.0)
+    after[:, -2:] = 7.03, 6.96
+    reward = envs.family("humanoid-dir").reward(angles[:, None], before, np.full((5, 17), 0.5), after, 0.015)
+    np.testing.assert_allclose(reward, 0.25 * along * 0.05 / 0.003 - 0.1 * 17 * 0.04 + 5, atol=1e-12)
+
+
+@old_version
+def test_humanoid_is_gymnasiums_humanoid():
+    env, body, falls = build("humanoid-dir", 2), gymnasium_body("humanoid-dir"), 0
+    model, mass = body.model, body.model.body_mass / body.model.body_mass.sum()
+    for i, before, _, (obs, reward, terminated), theirs in side_by_side(env, [body, body], 60):
+        mujoco.mj_forward(model, body.data)
+        body.data.cfrc_ext[:] = 0
+        np.testing.assert_allclose(obs, body._get_obs(), rtol=1e-9, atol=1e-9)
+        assert (obs[292:] == 0).all() and np.abs(obs[269:292]).max() > 1
+        moved = mass @ (body.data.xipos - forward(model, before).xipos)
+        along = moved[0] * np.cos(env.tasks[i, 0]) + moved[1] * np.sin(env.tasks[i, 0])
+        expected = 0.25 * along / model.opt.timestep + theirs[4]["reward_quadctrl"] + theirs[4]["reward_alive"]
+        assert reward == pytest.approx(expected, abs=1e-8)
+        falls += terminated
+    assert falls > 1
+
+
+@old_version
+def test_a_humanoids_first_observation_is_that_of_its_state():
+    env, body = build("humanoid-dir", horizon=2), gymnasium_body("humanoid-dir")
+
+    def check(obs, rows=(0, 1, 2)):
+        for i in rows:
+            mujoco.mj_resetData(body.model, body.data)
+            body.set_state(env._full[i, 1:25], env._full[i, 25:48])
+            np.testing.assert_allclose(obs[i], body._get_obs(), rtol=1e-12, atol=1e-12)
+
+    check(env.reset()[0])
+    check(play(env, random_actions(env, 2))[0][1])  # the next episode's, not with the actuators' last forces
+    env.step(np.ones((3, 17)))
+    check(env.reset(options={"reset_mask": [0, 1, 0]})[0], rows=[1])
+    env.step(np.ones((3, 17)))
+    check(env.reset(seed=4)[0])
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -146,29 +284,30 @@ def test_a_step_is_a_loop_of_mj_steps_from_a_cold_start(name):
         before = env.state_dict()["_full"]
         ended = np.logical_or(*env.step(action)[2:4])
         for i, (model, data) in enumerate(zip(env.physics.models, datas, strict=True)):
-            mujoco.mj_setState(model, data, before[i], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-            data.qacc_warmstart[:], data.ctrl[:] = 0, action[i]
-            for _ in range({"cheetah-vel": 5, "walker-params": 4}[name]):
+            size = 1 + model.nq + model.nv
+            mujoco.mj_setState(model, data, before[i, :size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+            data.qacc_warmstart[:], data.ctrl[:] = 0, action[i] * (0.4 if name == "humanoid-dir" else 1)
+            for _ in range(4 if name in [*MULTIPLIED, "hopper", "walker2d"] else 5):
                 mujoco.mj_step(model, data)
             if not ended[i]:
-                np.testing.assert_array_equal(env._full[i], np.concatenate([[data.time], data.qpos, data.qvel]))
+                np.testing.assert_array_equal(env._full[i, :size], np.concatenate([[data.time], data.qpos, data.qvel]))
 
 
-@pytest.mark.parametrize("name, noise", [("cheetah-vel", 0.1), ("walker-params", 0.005)])
-def test_initial_states_of_bodies(name, noise):
+@pytest.mark.parametrize("name", BODIES)
+def test_initial_states_of_bodies(name):
     env = envs.make(name, np.repeat(envs.sample_tasks(name, 1, 0), 500, axis=0), threads=1)
     env.reset()
-    state = env._full[:, 1:] - np.concatenate([env.physics.base.qpos0, np.zeros(9)])
-    position, velocity = state[:, :9] / noise, state[:, 9:] / noise
+    nq, nv, noise = env.physics.base.nq, env.physics.base.nv, NOISE[GYMNASIUM[name]]
+    state = env._full[:, 1 : 1 + nq + nv] - np.concatenate([env.physics.base.qpos0, np.zeros(nv)])
+    position, velocity = state[:, :nq] / noise, state[:, nq:] / noise
     assert (env._full[:, 0] == 0).all()
-    uniform = [position] if name == "cheetah-vel" else [position, velocity]
-    for part in uniform:
+    for part in [position] if noise == 0.1 else [position, velocity]:
         assert np.abs(part).max() <= 1 and (part.min(0) < -0.95).all() and (part.max(0) > 0.95).all()
         np.testing.assert_allclose(part.mean(0), 0, atol=0.12)
-    if name == "cheetah-vel":
+    if noise == 0.1:
         np.testing.assert_allclose(velocity.std(0), 1, atol=0.15)
         assert 2.5 < np.abs(velocity).max() < 6
-    assert np.abs(np.corrcoef(state.T) - np.eye(18)).max() < 0.25
+    assert np.abs(np.corrcoef(state.T) - np.eye(nq + nv)).max() < 0.25
 
 
 # ---------------------------------------------------------------------------------------------------- tasks and rows
@@ -179,9 +318,13 @@ def test_family_rows(name):
     numbers = (row.obs_dim, row.act_dim, row.horizon, row.data_horizon, row.train, row.test, size, row.differs)
     assert numbers == FAMILY_TABLE[name]
     assert row.discount == (0.9 if name in POINTS else 0.99)
+    assert row.sparse_threshold == SPARSE_THRESHOLDS.get(name)
     obs, info = env.reset()
     result = env.step(np.zeros((3, row.act_dim)))
     np.testing.assert_array_equal(env.observe(), result[0])
+    if name in BODIES:
+        first, flat = 1 + env.physics.base.nq, 2 if GYMNASIUM[name] in ("Ant-v4", "Humanoid-v4") else 1
+        np.testing.assert_array_equal(result[0][:, row.velocity], env._full[:, first : first + flat])
     for array in (obs, result[0]):
         assert array.shape == (3, row.obs_dim) and array.dtype == np.float64
     assert [(x.shape, x.dtype) for x in result[1:4]] == [((3,), np.float64), ((3,), bool), ((3,), bool)]
@@ -192,7 +335,7 @@ def test_family_rows(name):
     assert env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FIXED])
 def test_tasks_come_from_the_seed_alone(name):
     tasks = envs.sample_tasks(name, 7, 5)
     assert tasks.shape == (7, FAMILY_TABLE[name][6]) and tasks.dtype == np.float64
@@ -201,6 +344,16 @@ def test_tasks_come_from_the_seed_alone(name):
     assert envs.sample_tasks(name, 0, 5).shape == (0, tasks.shape[1])
     several = np.concatenate([envs.sample_tasks(name, 20, seed) for seed in range(5)])
     assert len(np.unique(several, axis=0)) == 100
+
+
+@pytest.mark.parametrize("name, tasks", FIXED.items())
+def test_fixed_lists_of_tasks(name, tasks):
+    assert envs.sample_tasks(name, len(tasks), 0).dtype == np.float64
+    for seed, n in product([0, 5], range(len(tasks) + 1)):
+        np.testing.assert_array_equal(envs.sample_tasks(name, n, seed), np.reshape(tasks[:n], (n, 1)))
+    for call in (lambda n: envs.sample_tasks(name, n, 0), lambda n: gymnasium.make(f"{name}-v0", task=n - 1)):
+        with pytest.raises(ValueError, match=f"{name} has {len(tasks)} tasks, asked for {len(tasks) + 1}"):
+            call(len(tasks) + 1)
 
 
 def test_ranges_of_tasks():
@@ -213,16 +366,20 @@ def test_ranges_of_tasks():
     assert (winds.min(0) < -0.047).all() and (winds.max(0) > 0.047).all() and abs(np.corrcoef(winds.T)[0, 1]) < 0.2
     speeds = envs.sample_tasks("cheetah-vel", 300, 0)
     assert 0 <= speeds.min() < 0.05 and 2.95 < speeds.max() <= 3 and abs(speeds.mean() - 1.5) < 0.2
+    for name in ("ant-dir", "humanoid-dir"):
+        angles = envs.sample_tasks(name, 300, 0) / np.pi
+        assert 0 <= angles.min() < 0.05 and 1.95 < angles.max() <= 2 and abs(angles.mean() - 1) < 0.15
 
 
-def test_ranges_of_walker_multipliers():
-    tasks = envs.sample_tasks("walker-params", 300, 0)
-    for part, base in WALKER_PARTS:
+@pytest.mark.parametrize("name, damping", DAMPING.items())
+def test_ranges_of_multipliers(name, damping):
+    tasks = envs.sample_tasks(name, 300, 0)
+    for part, base in [(slice(damping.start), 1.5), (damping, 1.3), (slice(damping.stop, None), 1.5)]:
         exponents = np.log(tasks[:, part]) / np.log(base)
         assert np.abs(exponents).max() <= 3 + 1e-12
         assert (exponents.min(0) < -2.8).all() and (exponents.max(0) > 2.8).all()
         np.testing.assert_allclose(np.abs(exponents).mean(0), 1.5, atol=0.25)
-    assert np.abs(np.corrcoef(tasks.T) - np.eye(65)).max() < 0.3
+    assert np.abs(np.corrcoef(tasks.T) - np.eye(tasks.shape[1])).max() < 0.3
 
 
 def test_unknown_names_and_bad_arguments():
@@ -322,18 +479,19 @@ def test_horizon_truncates_and_starts_again(name):
         assert not (obs[2] == start).all(1).any()
 
 
-def test_a_fallen_walker_terminates_and_resets_alone():
-    env, quiet = build("walker-params", horizon=4), build("walker-params", horizon=4)
+@pytest.mark.parametrize("name", [*MULTIPLIED, "ant-dir", "humanoid-dir"])
+def test_a_fallen_body_terminates_and_resets_alone(name):
+    env, quiet = build(name, horizon=4), build(name, horizon=4)
     env.reset(), quiet.reset()
     actions = 0.1 * random_actions(env, 7)
     calm = play(quiet, actions)
     first = env.step(actions[0])
     assert not first[2].any() and not first[3].any()
-    env._full[1, PITCH] = 1.5
+    env._full[1, TILT] = 2.5
     obs, _, terminated, truncated, info = env.step(actions[1])
     assert terminated.tolist() == info["_final_obs"].tolist() == [False, True, False]
     assert not truncated.any() and not info["blew_up"].any()
-    assert info["final_obs"][1, 1] > 1
+    assert info["final_obs"][1, int(name in MULTIPLIED)] > 2
     np.testing.assert_array_equal(info["final_obs"][[0, 2]], obs[[0, 2]])
     np.testing.assert_array_equal(obs[1], calm[0][3][1])  # the row's second initial state
     rest = play(env, actions[2:])
@@ -344,14 +502,14 @@ def test_a_fallen_walker_terminates_and_resets_alone():
 def test_a_fall_at_the_horizon_is_terminated_not_truncated():
     env = build("walker-params", horizon=1)
     env.reset()
-    env._full[1, PITCH] = 1.5
+    env._full[1, TILT] = 2.5
     _, _, terminated, truncated, _ = env.step(np.zeros((3, 6)))
     assert terminated.tolist() == [False, True, False] and truncated.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_depend_on_the_others(name):
-    tasks, other = envs.sample_tasks(name, 3, 0), envs.sample_tasks(name, 3, 9)
+    tasks, other = tasks_of(name, 3, 0), tasks_of(name, 3, 9)
     other[1] = tasks[1]
     a, b = (envs.make(name, t, seed=2, horizon=15, threads=1) for t in (tasks, other))
     a.reset(), b.reset()
@@ -373,7 +531,7 @@ def test_initial_states_come_from_seed_row_and_episode(name):
     np.testing.assert_array_equal(starts[3:], starts[:2])
     np.testing.assert_array_equal(again.reset(seed=7)[0], starts[0])
     assert len(np.unique(np.concatenate(starts[:3]), axis=0)) == 9
-    env.step(np.ones((3, 6)))
+    env.step(np.ones((3, env.family.act_dim)))
     np.testing.assert_array_equal(env.reset(seed=7)[0], starts[0])
     listed = env.reset(seed=[8, 7, 8])[0]  # one seed for each row: each is like the only row of that seed
     np.testing.assert_array_equal(listed, [starts[2][0], starts[0][0], starts[2][0]])
@@ -436,7 +594,8 @@ def test_a_blow_up_ends_only_its_own_episode(name, huge, steps):
     expected = play(quiet, actions)
     for action in actions[:steps]:
         env.step(action)
-    env._full[1, [PITCH, SPEED]] = 1.5, huge
+    joint = env.physics.size - 3  # a speed
+    env._full[1, [TILT, joint]] = 2.5, huge
     last = env.observe()[1]
     obs, reward, terminated, truncated, info = env.step(actions[steps])
     for marked in (truncated, info["blew_up"], info["_final_obs"]):
@@ -454,11 +613,11 @@ def test_a_blow_up_ends_only_its_own_episode(name, huge, steps):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_actions_of_the_wrong_shape_are_refused(name):
-    env = build(name)
+    env = build(name, 5)
     obs, _ = env.reset()
     m = env.family.act_dim
-    for shape in [(m,), (3, m + 1), (3, m - 1), (2, m), (1, m), (m, 3), (3 * m,), (3, m, 1), ()]:
-        with pytest.raises(ValueError, match=rf"actions have shape .*expected \(3, {m}\)"):
+    for shape in [(m,), (5, m + 1), (5, m - 1), (2, m), (1, m), (m, 5), (5 * m,), (5, m, 1), ()]:
+        with pytest.raises(ValueError, match=rf"actions have shape .*expected \(5, {m}\)"):
             env.step(np.zeros(shape))
     np.testing.assert_array_equal(env.observe(), obs)
 
@@ -485,15 +644,16 @@ def has_gl():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("error", "ignore:.*space (minimum|maximum) value is -?infinity")
 def test_one_task_passes_gymnasiums_checks(name, has_gl):
-    env = gymnasium.make(f"{name}-v0", task=3, seed=0)
-    check_env(env.unwrapped, skip_render_check=name in BODIES and not has_gl)
+    env = gymnasium.make(f"{name}-v0", task=available(name, 4) - 1, seed=0)
+    check_env(env.unwrapped, skip_render_check=name in BODIES and not (has_gl and name in DRAWN))
     env.close()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_task_is_a_row_of_the_vector_kind(name):
-    task = envs.sample_tasks(name, 4, 0)[3]
-    for given in (3, task):
+    last = available(name, 4) - 1
+    task = envs.sample_tasks(name, last + 1, 0)[last]
+    for given in (last, task):
         single = gymnasium.make(f"{name}-v0", task=given, seed=0, horizon=12)
         vector = envs.make(name, task[None], seed=0, horizon=12, threads=1)
         np.testing.assert_array_equal(single.reset()[0], vector.reset()[0][0])
@@ -510,8 +670,9 @@ def test_one_task_is_a_row_of_the_vector_kind(name):
         np.testing.assert_array_equal(single.reset(seed=6)[0], vector.reset(seed=6)[0][0])
 
 
-@pytest.mark.parametrize("name, size", [(POINTS[0], 57), (POINTS[1], 96), (BODIES[0], 57), (BODIES[1], 96)])
-def test_pictures(name, size, has_gl):
+@pytest.mark.parametrize("name", [*POINTS, "cheetah-vel", "walker-params", "humanoid-dir"])
+def test_pictures(name, has_gl):
+    size = 96 if name in ("point-robot-wind", "walker-params") else 57
     if name in BODIES and not has_gl:
         pytest.skip("no GL context")
     env, quiet = (build(name, 2, render_mode=mode, render_size=size) for mode in ("rgb_array", None))
@@ -555,9 +716,9 @@ def test_no_log_file_in_the_working_directory(tmp_path):
 import numpy as np, envs
 for name in envs.FAMILIES:
     for threads in (1, 2):
-        env = envs.make(name, envs.sample_tasks(name, 3, 0), threads=threads)
+        env = envs.make(name, envs.sample_tasks(name, 1, 0).repeat(3, axis=0), threads=threads)
         env.reset()
-        env._full[1, -1] = 1e12
+        env._full[1, 1:] = 1e12
         env.step(np.zeros((3, env.family.act_dim)))
         env.close()
 """
@@ -567,3 +728,27 @@ for name in envs.FAMILIES:
     )
     assert result.returncode == 0, result.stderr.decode()
     assert list(tmp_path.iterdir()) == [] and b"WARN" not in result.stdout + result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+def test_a_film_shows_all_tasks_side_by_side(tmp_path, capsys):
+    from PIL import Image
+
+    envs.main(["--env", "point-robot-wind", "--render", str(tmp_path / "out.gif"), "--tasks", "3"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out.gif")
+    with Image.open(tmp_path / "out.gif") as film:
+        assert film.size == (720, 240) and film.n_frames > 10
+        first = np.asarray(film.convert("RGB"))
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("RGB"))
+    assert all((first[:, i : i + 240] != last[:, i : i + 240]).any() for i in (0, 240, 480))
+
+
+def test_the_command_line_lists_families_and_refuses_in_one_line(tmp_path, capsys):
+    envs.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(envs.FAMILIES)
+    assert "the same 2" in lines[list(envs.FAMILIES).index("ant-fwd-back")] and "100 + 20" in "".join(lines)
+    with pytest.raises(SystemExit) as error:
+        envs.main(["--env", "point-robot-wind", "--render", str(tmp_path / "none" / "out.gif")])
+    assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,14 +1,18 @@
 """The README's commands parse, its files exist, and shared promises hold."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
+import envs
 import focal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +22,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.splitlines()
     if line.strip()
-] + re.findall(r"`(python (?:focal|data)\.py [^`]+)`", README)
+] + re.findall(r"`(python (?:focal|data|envs)\.py [^`]+)`", README)
 
 
 def parts(command):
@@ -37,8 +41,8 @@ def test_commands_parse(command):
             args = focal.parse_args(words[2:])
             assert "--small" not in words or args.hidden < focal.parse_args(["--env", args.env]).hidden
         elif words[:2] == ["python", "data.py"]:
-            assert set(words) & set(data.QUALITIES)
-        elif words[0] == "python" and words[1].endswith(".py"):
+            assert data.parse_args(words[2:]).env in envs.FAMILIES
+        elif words[0] == "python" and words[1].endswith(".py") and words[1] != "disc.py":  # the example's
             assert (ROOT / words[1]).exists()
         elif words[:2] == ["pip", "install"] and "-r" in words:
             assert (ROOT / words[words.index("-r") + 1]).exists()
@@ -72,3 +76,22 @@ def test_first_screen_and_function_lengths():
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name not in ("make_update", "algorithm_arguments"):
             assert node.end_lineno - node.lineno + 1 <= 40, node.name
+
+
+def test_the_example_of_a_family_of_your_own_runs_as_written(tmp_path):
+    """As in the README, with fewer gradient steps."""
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "envs.FAMILIES[" in block)
+    (command,) = (shlex.split(command) for command in COMMANDS if "disc.py" in command)
+    (tmp_path / "disc.py").write_text(example)
+    path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command[1:], "--steps", "20"]
+    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    final = tmp_path / "runs/focal/point-robot-disc/small/seed0/final.json"
+    assert json.loads(final.read_text())["return_mean"] < 0
+    dataset = data.load(tmp_path / "datasets/point-robot-disc/20+5-seed0/mixed.npz")
+    goal = dataset.tasks[:, None]
+    r = -np.linalg.norm(dataset.next_observations.numpy() - goal, axis=-1)
+    np.testing.assert_allclose(dataset.rewards, r, atol=1e-5)
+    place, returns = dataset.observations.shape[1], dataset.rewards.view(25, 50, 200)[..., :20].sum(-1)
+    assert place == 10_000 and returns[:, 40:].mean() > returns[:, :5].mean() + 5  # the behaviour has learned
