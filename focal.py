@@ -47,6 +47,14 @@ TABLE = {
         "reward_scale": 5, "beta": 10, "alpha": 50, "value_penalty": False, "meta_batch_size": 16, "latent": 20,
         "discount": 0.99, "quality": "expert",
     },
+    "cheetah-fwd-back": {
+        "reward_scale": 5, "beta": 1, "alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5,
+        "discount": 0.99, "quality": "mixed",
+    },
+    "ant-fwd-back": {
+        "reward_scale": 5, "beta": 1, "alpha": 1e6, "value_penalty": True, "meta_batch_size": 4, "latent": 20,
+        "discount": 0.99, "quality": "mixed",
+    },
     "walker-params": {
         "reward_scale": 5, "beta": 10, "alpha": 50, "value_penalty": False, "meta_batch_size": 16, "latent": 20,
         "discount": 0.99, "quality": "mixed",
@@ -62,6 +70,8 @@ SMALL = {
     "sparse-point-robot": SMALL_POINT | {"eval_every": 1_000},
     "point-robot-wind": SMALL_POINT | {"eval_every": 1_000},
     "cheetah-vel": SMALL_MUJOCO | {"eval_every": 2_000},
+    "cheetah-fwd-back": SMALL_MUJOCO | {"eval_every": 2_000, "meta_batch_size": 4, "batch_size": 128},
+    "ant-fwd-back": SMALL_MUJOCO | {"eval_every": 2_000, "meta_batch_size": 4, "batch_size": 128},
     "walker-params": SMALL_MUJOCO | {"eval_every": 2_000},
 }
 
