@@ -99,11 +99,11 @@ CHEETAH = {"envs": 4, "nstep": 1, "alpha": 1.0, "alpha_lr": 3e-4}  # a temperatu
 SMALL = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT | {"steps": 9_600},
-    "cheetah-vel": CHEETAH | {"steps": 56_000, "core_minutes": 60.0},
+    "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 80.0},
     "cheetah-fwd-back": CHEETAH | ONE,
     "ant-fwd-back": ONE,
     "ant-dir": {"steps": 60_000, "core_minutes": 60.0},
-    "walker-params": {"steps": 140_000, "hidden": 128, "alpha": 0.2},
+    "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": {"steps": 100_000, "alpha": 0.2, "core_minutes": 30.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 60.0},
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},

@@ -15,6 +15,7 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -66,13 +67,15 @@ SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1, "threads": 1}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 10_000, "encoder_steps": 400}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
+# Table 4's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
+SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
 SMALL = {
     "sparse-point-robot": SMALL_POINT | {"eval_every": 1_000},
     "point-robot-wind": SMALL_POINT | {"eval_every": 1_000},
     "cheetah-vel": SMALL_MUJOCO | {"eval_every": 2_000},
     "cheetah-fwd-back": SMALL_MUJOCO | {"eval_every": 2_000, "meta_batch_size": 4, "batch_size": 128},
     "ant-fwd-back": SMALL_MUJOCO | {"eval_every": 2_000, "meta_batch_size": 4, "batch_size": 128},
-    "walker-params": SMALL_MUJOCO | {"eval_every": 2_000},
+    "walker-params": SMALL_WALKER | {"eval_every": 2_000},
 }
 
 
@@ -125,10 +128,19 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
+    if bellman(args) and args.encoder_steps == parser.get_default("encoder_steps"):
+        args.encoder_steps = args.steps  # its loss then changes as long as the policy does
     args.encoder_steps = args.encoder_steps or max(1, args.steps // 5)
+    if args.policy == "bcq" and args.tune_alpha:
+        fail("--tune-alpha: expected --policy brac, found --policy bcq, which has no behaviour regularisation")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
+
+
+def bellman(args):
+    """Whether the critic's loss trains the encoder."""
+    return args.coupled or args.encoder_loss == "bellman"
 
 
 def variant(args, parser):
@@ -171,14 +183,19 @@ def shared_arguments(add):
 
 def algorithm_arguments(add):
     add("--latent", type=whole, default=20, help="size l of the task embedding")
+    add("--encoder", choices=["deterministic", "probabilistic"], default="deterministic", help="see its class")
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
     add("--encoder-lr", type=positive, default=1e-3, help="learning rate of the task encoder")
-    add("--encoder-steps", type=whole, default=None, help="its rate falls to 0 by this step; default: steps / 5")
+    add("--encoder-steps", type=whole, default=None,
+        help="its rate falls to 0 by this step; default: steps / 5, or steps if the critic trains it")  # fmt: skip
     add("--no-next-obs", action="store_true", help="leave s' out of the context, as PEARL does")
-    add("--beta", type=positive, default=1.0, help="weight of the negative pairs, Eq. 13")
-    add("--power", type=positive, default=2.0, help="the power n of the distance, Eq. 13")
+    add("--encoder-loss", choices=["dml", "bellman"], default="dml", help="bellman: the critic's instead, as in PEARL")
+    add("--coupled", action="store_true", help="the critic's besides (section 5.2.3)")
+    add("--kl-weight", type=positive, default=0.1, help="of KL(q(z|c), N(0, I)), with a probabilistic encoder")
+    add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, Eq. 13 and Figure 2")
+    add("--beta", type=positive, default=1.0, help="their weight")
     add("--eps", type=positive, default=0.1, help="epsilon of Eq. 13")
-    add("--coupled", action="store_true", help="the Bellman error trains the encoder too (section 5.2.3)")
+    add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: the baseline Contextual BCQ (section 5.1)")
     add("--alpha", type=positive, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
     add("--tune-alpha", action="store_true", help="let alpha seek the target divergence (FOCAL++)")
     add("--alpha-lr", type=positive, default=1.0, help="with --tune-alpha")
@@ -230,8 +247,35 @@ class Actor(nn.Module):
         return torch.tanh(u), (log_normal - log_det).sum(-1)
 
 
+class BCQActor(nn.Module):
+    """Contextual BCQ (Fujimoto et al. 2019): actions like the data's, from a VAE given (s, z), shifted a little."""
+
+    def __init__(self, obs_dim, latent, act_dim, hidden):
+        super().__init__()
+        self.code_dim = 2 * act_dim
+        self.encode = mlp(obs_dim + latent + act_dim, hidden, 2 * self.code_dim)
+        self.decode = mlp(obs_dim + latent + self.code_dim, hidden, act_dim)
+        self.shift = mlp(obs_dim + latent + act_dim, hidden, act_dim)
+        self.slow_shift = copy.deepcopy(self.shift).requires_grad_(False)
+
+    def vae_loss(self, s, z, a):
+        """Squared error of the action, plus half the KL divergence of its code from N(0, I), mean over rows."""
+        mean, log_std = self.encode(torch.cat([s, z, a], -1)).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)
+        code = mean + log_std.exp() * torch.randn_like(mean)
+        error = (torch.tanh(self.decode(torch.cat([s, z, code], -1))) - a).square().mean()
+        return error + 0.5 * gaussian_kl(mean, (2 * log_std).exp()).mean() / self.code_dim
+
+    def propose(self, s, z, noise, slow=False):
+        """Actions (..., m) from codes near 0; noise (..., 2 m) is N(0, I)."""
+        with torch.no_grad():
+            a = torch.tanh(self.decode(torch.cat([s, z, noise.clamp(-0.5, 0.5)], -1)))
+        shift = (self.slow_shift if slow else self.shift)(torch.cat([s, z, a], -1))
+        return (a + 0.05 * torch.tanh(shift)).clamp(-1, 1)
+
+
 class Critic(nn.Module):
-    """Q(s, z, a), two of them as one batch: (N, ...) -> (2, N)."""
+    """Q(s, z, a), two of them as one batch: (..., d) -> (2, ...)."""
 
     def __init__(self, obs_dim, latent, act_dim, hidden):
         super().__init__()
@@ -239,7 +283,8 @@ class Critic(nn.Module):
 
     def forward(self, s, z, a):
         x = torch.cat([s, z, a], -1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        rows = x.flatten(0, -2)
+        return self.net(rows.expand(2, *rows.shape)).view(2, *x.shape[:-1])
 
 
 # ================================================================================================= 3. task encoder
@@ -254,21 +299,55 @@ class Encoder(nn.Module):
         return torch.tanh(self.net(context)).mean(1)
 
 
+class ProbabilisticEncoder(nn.Module):
+    """q_phi(z | c): the product of one Gaussian for each transition (PEARL, Rakelly et al. 2019); (M, l) twice."""
+
+    def __init__(self, d_in, hidden, latent):
+        super().__init__()
+        self.net = mlp(d_in, hidden, 2 * latent)
+
+    def forward(self, context):
+        mean, spread = self.net(context).chunk(2, -1)
+        precision = 1 / F.softplus(spread).clamp_min(1e-7)
+        variance = 1 / precision.sum(1)
+        return variance * (precision * mean).sum(1), variance
+
+
+def gaussian_kl(mean, variance):
+    """KL(N(mean, variance), N(0, I)), summed over the last axis."""
+    return 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
+
+
 # ======================================================================================================= 4. losses
-def dml_loss(z_i, z_j, same, beta, power, eps):
+# What a negative pair costs, given |d|^2. Factors and signs are Table 5b's: near |d| = 0.5 the four are alike.
+LAWS = {
+    "inverse-square": lambda d2, eps: 1 / (d2 + eps),
+    "inverse": lambda d2, eps: 2 / ((d2 + 1e-12).sqrt() + eps),
+    "linear": lambda d2, eps: -8 * (d2 + 1e-12).sqrt(),
+    "square": lambda d2, eps: -16 * d2,
+}
+
+
+def dml_loss(z_i, z_j, same, beta, law, eps):
     """Distance metric loss over all pairs of a meta-batch; z_i, z_j (M, l) from independent contexts, same (M, M).
 
     |d|^2 is the mean over the latent dimensions, as Table 5b's weights presuppose.
     """
     d2 = (z_i[:, None] - z_j[None]).square().mean(-1)  # (M, M)
     # Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} beta / (|q_i - q_j|^n + eps)
-    return torch.where(same, d2, beta / ((d2 + 1e-12) ** (power / 2) + eps)).mean()
+    return torch.where(same, d2, beta * LAWS[law](d2, eps)).mean()
 
 
 def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
     """y of Eq. 27 with Eq. 7's value penalty; q_next (2, N) of the slow target, divergence_next (N,) or 0."""
     # c r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
     return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
+
+
+def bcq_target(r, d, q_next, reward_scale, discount):
+    """y of BCQ: the best of the proposed actions by 3/4 of the lower and 1/4 of the higher twin; q_next (2, K, N)."""
+    value = (0.75 * q_next.amin(0) + 0.25 * q_next.amax(0)).amax(0)
+    return reward_scale * r + discount * (1 - d) * value
 
 
 def critic_loss(q, y):
@@ -295,17 +374,20 @@ def discriminator_loss(divergence, grad):
 class Agent(nn.Module):
     """Every network of the algorithm, and what else its update keeps."""
 
-    METRICS = ("dml_loss", "critic_loss", "actor_loss", "discriminator_loss", "q_mean", "divergence", "alpha")
+    METRICS = ("dml_loss", "encoder_kl", "critic_loss", "actor_loss", "discriminator_loss", "vae_loss", "q_mean")
+    METRICS += ("divergence", "alpha")
+    PROPOSALS = 10  # actions that BCQ chooses from
 
     def __init__(self, args, obs_dim, act_dim):
         super().__init__()
         sizes = obs_dim, args.latent, act_dim, args.hidden
         context_dim = obs_dim + act_dim + 1 + (0 if args.no_next_obs else obs_dim)
-        self.encoder = Encoder(context_dim, args.encoder_hidden, args.latent)
-        self.actor, self.critic = Actor(*sizes), Critic(*sizes)
+        encoder = Encoder if args.encoder == "deterministic" else ProbabilisticEncoder
+        self.encoder = encoder(context_dim, args.encoder_hidden, args.latent)
+        self.actor, self.critic = Actor(*sizes) if args.policy == "brac" else BCQActor(*sizes), Critic(*sizes)
         self.target = Critic(*sizes).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        regularised = args.alpha > 0 or args.tune_alpha
+        regularised = args.policy == "brac" and (args.alpha > 0 or args.tune_alpha)
         self.discriminator = mlp(obs_dim + args.latent + act_dim, args.hidden, 1) if regularised else None
         self.register_buffer("alpha", torch.tensor(float(args.alpha)))
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))
@@ -316,15 +398,39 @@ class Agent(nn.Module):
     def judges(self):
         return nn.ModuleList([self.critic] + ([self.discriminator] if self.discriminator is not None else []))
 
+    def infer(self, context, generator=None):
+        """z (M, l) of a context, a sample of it if q is a distribution, and then KL(q(z|c), N(0, I)) (M,)."""
+        z = self.encoder(context)
+        if isinstance(self.encoder, Encoder):
+            return z, torch.zeros_like(z[:, 0])
+        mean, variance = z
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + variance.sqrt() * noise, gaussian_kl(mean, variance)
+
+    def act(self, s, z, generator):
+        """The action (N, m) that is scored: the policy's mean, or BCQ's best proposal."""
+        if isinstance(self.actor, Actor):
+            return torch.tanh(self.actor(s, z)[0])
+        a = self.propose(s, z, generator=generator)  # (K, N, m)
+        s, z = (x.expand(len(a), *x.shape) for x in (s, z))
+        best = self.critic(s, z, a)[0].argmax(0)
+        return a[best, torch.arange(a.shape[1], device=a.device)]
+
+    def propose(self, s, z, slow=False, generator=None):
+        """BCQ's actions for s, z (N, ...): (K, N, m)."""
+        noise = torch.randn(self.PROPOSALS, len(s), self.actor.code_dim, generator=generator, device=s.device)
+        s, z = (x.expand(self.PROPOSALS, *x.shape) for x in (s, z))
+        return self.actor.propose(s, z, noise, slow)
+
     def logit(self, s, z, a):
         return self.discriminator(torch.cat([s, z, a], -1)).squeeze(-1)
 
     def divergence(self, s, z, a_pi, a_data):
         return kl_dual(self.logit(s, z, a_pi), self.logit(s, z, a_data))
 
-    def record(self, *values):
+    def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
-        values = torch.stack([value.float() for value in values])
+        values = torch.stack([values.get(name, torch.zeros_like(self.alpha)).float() for name in self.METRICS])
         self.metrics += values
         self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
 
@@ -398,40 +504,48 @@ def make_update(args, agent, optimisers, batches):
         task = batches.tasks()
         b, c_i = batches.transitions(task), batches.contexts(task)
         with torch.set_grad_enabled(learn_encoder):
-            z_i = agent.encoder(c_i)  # (M, l)
-        dml = torch.zeros_like(agent.alpha)
+            z_i, kl = agent.infer(c_i)  # (M, l), (M,)
+        log = {"encoder_kl": kl.detach().mean(), "alpha": agent.alpha}
         if learn_encoder:
-            z_j, same = agent.encoder(batches.contexts(task)), task[:, None] == task[None]
-            dml = dml_loss(z_i, z_j, same, args.beta, args.power, args.eps)  # Eq. 13
             optimisers["encoder"].zero_grad()
-            dml.backward(retain_graph=args.coupled)
+            loss = args.kl_weight * kl.mean() if args.encoder == "probabilistic" else 0
+            if args.encoder_loss == "dml":
+                z_j, same = agent.infer(batches.contexts(task))[0], task[:, None] == task[None]
+                dml = dml_loss(z_i, z_j, same, args.beta, args.dml, args.eps)  # Eq. 13
+                log["dml_loss"], loss = dml.detach(), loss + dml
+            if torch.is_tensor(loss):
+                loss.backward(retain_graph=bellman(args))
         z = z_i.repeat_interleave(args.batch_size, 0)  # (M x B, l)
-        critic, q_mean = learn_critic(b, z if args.coupled else z.detach())  # the Bellman error stops at z
+        log |= learn_critic(b, z if bellman(args) else z.detach())  # the Bellman error stops at z
         if learn_encoder:
             optimisers["encoder"].param_groups[0]["lr"].copy_(args.encoder_lr * encoder_rate(args, agent.step))
             optimisers["encoder"].step()
-        actor, discriminator, divergence = learn_actor(b, z.detach())
+        log |= (learn_actor if args.policy == "brac" else learn_bcq_actor)(b, z.detach())
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
-            agent.record(dml, critic, actor, discriminator, q_mean, divergence, agent.alpha)
+            agent.record(**log)
 
     def learn_critic(b, z):
         s, a, r, s2, d, a2_data, has_next = b
         with torch.no_grad():
-            a2, log_pi2 = agent.actor.sample(s2, z)
-            penalty = args.value_penalty and agent.discriminator is not None
-            divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if penalty else 0  # Eq. 7
-            y = critic_target(
-                r, d, agent.target(s2, z, a2), log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha
-            )
+            if args.policy == "brac":
+                a2, log_pi2 = agent.actor.sample(s2, z)
+                penalty = args.value_penalty and agent.discriminator is not None
+                divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if penalty else 0  # Eq. 7
+                q2 = agent.target(s2, z, a2)
+                y = critic_target(r, d, q2, log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha)
+            else:
+                a2 = agent.propose(s2, z, slow=True)
+                q2 = agent.target(s2.expand(len(a2), *s2.shape), z.expand(len(a2), *z.shape), a2)
+                y = bcq_target(r, d, q2, args.reward_scale, args.discount)
         q = agent.critic(s, z, a)
         loss = critic_loss(q, y)  # Eq. 27
         step_down(optimisers["critic"], loss)
-        return loss.detach(), q.detach().mean()
+        return {"critic_loss": loss.detach(), "q_mean": q.detach().mean()}
 
     def learn_actor(b, z):
         s, a = b[:2]
-        discriminator = divergence = torch.zeros_like(agent.alpha)
+        discriminator, divergence = torch.zeros_like(agent.alpha), torch.zeros_like(agent.alpha)
         if agent.discriminator is not None:
             for _ in range(args.discriminator_steps):
                 discriminator = learn_discriminator(s, z, a)
@@ -446,7 +560,21 @@ def make_update(args, agent, optimisers, batches):
             with torch.no_grad():
                 agent.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
                 agent.alpha.clamp_(0, args.alpha_max)
-        return loss.detach(), discriminator, divergence.detach().mean()
+        divergence = divergence.detach().mean()
+        return {"actor_loss": loss.detach(), "discriminator_loss": discriminator, "divergence": divergence}
+
+    def learn_bcq_actor(b, z):
+        s, a = b[:2]
+        agent.judges.requires_grad_(False)
+        vae = agent.actor.vae_loss(s, z, a)
+        noise = torch.randn(len(s), agent.actor.code_dim, device=s.device)
+        loss = -agent.critic(s, z, agent.actor.propose(s, z, noise))[0].mean()
+        step_down(optimisers["actor"], vae + loss)  # the VAE learns from its own loss only, the shift from Q only
+        agent.judges.requires_grad_(True)
+        with torch.no_grad():
+            slow, fast = list(agent.actor.slow_shift.parameters()), list(agent.actor.shift.parameters())
+            torch._foreach_lerp_(slow, fast, args.tau)
+        return {"actor_loss": loss.detach(), "vae_loss": vae.detach()}
 
     def learn_discriminator(s, z, a):
         with torch.no_grad():
@@ -549,12 +677,12 @@ def evaluate(args, agent, world):
         index = torch.randint(count, (n, e * args.context_size), generator=generator, device=device)
         drawn = rows.gather(1, index[..., None].expand(-1, -1, width)).view(n * e, args.context_size, width)
         contexts.append(context_of(drawn, world.split, args))
-    z = agent.encoder(torch.cat(contexts))  # (n_all x E, l)
+    z = agent.infer(torch.cat(contexts), generator)[0]  # (n_all x E, l)
     obs, _ = world.env.reset(seed=args.seed)
     total, alive = np.zeros(len(obs)), np.ones(len(obs), bool)
     for _ in range(world.env.horizon):
         s = (torch.as_tensor(obs, dtype=torch.float32).to(device) - world.mean) / world.std
-        action = torch.tanh(agent.actor(s, z)[0]).cpu().numpy()  # the deterministic action
+        action = agent.act(s, z, generator).cpu().numpy()
         obs, reward, terminated, truncated, info = world.env.step(action)
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~(terminated | truncated)

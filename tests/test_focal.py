@@ -15,17 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
 import envs
 import focal
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3"
-TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu"
+TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1"
 TRAIN, TEST = [0, 2, 3, 5], [4, 1]
 WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
-COLUMNS = ["step", "seconds", *focal.Agent.METRICS, "return_mean", "return_std"]
+METRICS = focal.Agent.METRICS
+COLUMNS = ["step", "seconds", *METRICS, "return_mean", "return_std"]
 COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "train_esr", "train_rms"]
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 
@@ -132,12 +133,16 @@ def no_plots(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ losses, from the page
-def eq13(z_i, z_j, task, beta, power, eps):
+LAWS = {"inverse-square": lambda d: 1 / (d**2 + 0.1), "inverse": lambda d: 2 / (d + 0.1)}
+LAWS |= {"linear": lambda d: -8 * d, "square": lambda d: -16 * d**2}  # Table 5b
+
+
+def eq13(z_i, z_j, task, beta, law="inverse-square"):
     total, m, latent = 0, *z_i.shape
     for i in range(m):
         for j in range(m):
             d2 = sum((z_i[i, k] - z_j[j, k]) ** 2 for k in range(latent)) / latent
-            total = total + (d2 if task[i] == task[j] else beta / (d2 ** (power / 2) + eps))
+            total = total + (d2 if task[i] == task[j] else beta * LAWS[law](d2**0.5))
     return total / m**2
 
 
@@ -160,20 +165,20 @@ def assert_gradients(loss, oracle, inputs):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("law", list(LAWS))
 @pytest.mark.parametrize("task", [[0, 1, 2, 3], [2, 0, 2, 1, 2], [1, 1, 1]])
-def test_distance_metric_loss(task, power):
+def test_distance_metric_loss(task, law):
     task, (z_i, z_j) = torch.tensor(task), random_tensors((len(task), 3), (len(task), 3))
     z_i, z_j, same = z_i.tanh(), z_j.tanh(), task[:, None] == task[None]
-    ours = lambda: focal.dml_loss(z_i, z_j, same, 3.0, power, 0.1)
-    assert_gradients(ours, lambda: eq13(z_i, z_j, task, 3.0, power, 0.1), [z_i, z_j])
+    ours = lambda: focal.dml_loss(z_i, z_j, same, 3.0, law, 0.1)
+    assert_gradients(ours, lambda: eq13(z_i, z_j, task, 3.0, law), [z_i, z_j])
 
 
-@pytest.mark.parametrize("power", [1, 2])
-def test_distance_metric_loss_where_embeddings_coincide(power):
+@pytest.mark.parametrize("law, cost", [("inverse-square", 10), ("inverse", 20), ("linear", 0), ("square", 0)])
+def test_distance_metric_loss_where_embeddings_coincide(law, cost):
     z, same = torch.full((3, 2), 0.5, requires_grad=True), torch.eye(3, dtype=torch.bool)
-    loss = focal.dml_loss(z, z.detach().clone(), same, 1.0, power, 0.1)
-    torch.testing.assert_close(loss.item(), 6 / 9 * 10, rtol=1e-4, atol=0)
+    loss = focal.dml_loss(z, z.detach().clone(), same, 1.0, law, 0.1)
+    torch.testing.assert_close(loss.item(), 6 / 9 * cost, rtol=1e-4, atol=1e-5)
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
@@ -243,11 +248,20 @@ def test_the_actors_spread_is_bounded():
 # ------------------------------------------------------------------- one update against a loop over single transitions
 RATE, NOISE, MIX = 0.25, 0.3, 0.625
 CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-penalty", "--alpha 2 --no-next-obs"]
-CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --power 1", "--alpha 2 --value-penalty --coupled --tune-alpha"]
+CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --value-penalty --coupled --tune-alpha"]
+PEARL, BCQ = "--encoder probabilistic --encoder-loss bellman", "--policy bcq --encoder-loss bellman"
+CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL} --coupled"]
+CASES += ["--policy bcq", BCQ, f"{BCQ} --encoder probabilistic", "--alpha 0 --dml linear", "--alpha 0 --dml square"]
+
+
+def fixed(*shape, **_):
+    """Stands for torch.randn: numbers from -1.5 to 1.5 that depend on the shape only."""
+    shape = shape[0] if isinstance(shape[0], torch.Size) else shape
+    return torch.linspace(0, 7.7 * math.prod(shape), math.prod(shape), dtype=torch.float64).sin().view(shape) * 1.5
 
 
 def descend(network, loss, rate=RATE, retain=False):
-    parameters = list(network.parameters())
+    parameters = [p for p in network.parameters() if p.requires_grad]
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=retain), strict=True):
         p.data -= rate * g
 
@@ -259,11 +273,20 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     batch = [(i, x) for i in tasks for x in b[i]]
     mean = lambda values: sum(values) / len(batch)
 
-    def embed(rows):
-        total = 0
+    coupled = args.coupled or args.encoder_loss == "bellman"
+
+    def embed(i, rows):
+        out = []
         for s, a, r, s2, *_ in (row.split(split) for row in rows):
-            total = total + torch.tanh(agent.encoder.net(torch.cat([s, a, r] if args.no_next_obs else [s, a, s2, r])))
-        return total / len(rows)
+            out += [agent.encoder.net(torch.cat([s, a, r] if args.no_next_obs else [s, a, s2, r]))]
+        if args.encoder == "deterministic":
+            return sum(torch.tanh(x) for x in out) / len(rows), torch.zeros(())
+        mu, var = zip(*((x[: args.latent], x[args.latent :].exp().log1p()) for x in out), strict=True)
+        var_c = 1 / sum(1 / v for v in var)
+        mu_c = var_c * sum(m / v for m, v in zip(mu, var, strict=True))
+        normal = Normal(mu_c, var_c.sqrt())
+        noise = fixed(len(task), args.latent)[i]
+        return mu_c + var_c.sqrt() * noise, kl_divergence(normal, Normal(0, 1)).sum()
 
     def act(s, z):
         out = agent.actor.net(torch.cat([s, z]))
@@ -286,25 +309,50 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     def divergence(s, z, a_pi, a):
         return (g(s, z, a_pi) + 1e-8).log() + 1 - g(s, z, a)
 
-    z_i, z_j = (torch.stack([embed(rows) for rows in c]) for c in (c_i, c_j))
-    dml = eq13(z_i, z_j, task, args.beta, args.power, args.eps)
+    def propose(shift, s, z, noise):
+        a = agent.actor.decode(torch.cat([s, z, noise.clamp(-0.5, 0.5)])).tanh().detach()
+        return (a + 0.05 * shift(torch.cat([s, z, a])).tanh()).clamp(-1, 1)
+
+    def best_value(n, s, z):
+        values = []
+        for noise in fixed(10, len(batch), agent.actor.code_dim)[:, n]:
+            q = q_values(agent.target, s, z, propose(agent.actor.slow_shift, s, z, noise))
+            values.append(0.75 * min(q) + 0.25 * max(q))
+        return max(values)
+
+    z_i, kl = (torch.stack(x) for x in zip(*(embed(i, rows) for i, rows in enumerate(c_i)), strict=True))
+    kl, dml = kl.mean(), torch.zeros(())
+    encoder_loss = args.kl_weight * kl
+    if args.encoder_loss == "dml":
+        z_j = torch.stack([embed(i, rows)[0] for i, rows in enumerate(c_j)])
+        dml = eq13(z_i, z_j, task, args.beta, args.dml)
+        encoder_loss = encoder_loss + dml
     z = z_i.detach()
 
     errors, q_sum, alpha = [], 0, agent.alpha.item()
-    for i, (s, a, _, s2, r, d, a2_data, has_next) in batch:
+    for n, (i, (s, a, _, s2, r, d, a2_data, has_next)) in enumerate(batch):
         with torch.no_grad():
-            a2, log_pi = act(s2, z[i])
-            value = min(q_values(agent.target, s2, z[i], a2)) - log_pi
+            if args.policy == "bcq":
+                value = best_value(n, s2, z[i])
+            else:
+                a2, log_pi = act(s2, z[i])
+                value = min(q_values(agent.target, s2, z[i], a2)) - log_pi
             if args.value_penalty and has_next:
                 value = value - alpha * divergence(s2, z[i], a2, a2_data)
             y = args.reward_scale * r[0] + (0 if d else args.discount * value)
-        q = q_values(agent.critic, s, z_i[i] if args.coupled else z[i], a)
+        q = q_values(agent.critic, s, z_i[i] if coupled else z[i], a)
         errors += [(y - q[0]) ** 2 + (y - q[1]) ** 2]
         q_sum = q_sum + q[0] + q[1]
     critic = mean(errors)
-    encoder_loss = dml + critic if args.coupled else dml
-    descend(agent.encoder, encoder_loss, args.encoder_lr * (1 - 1 / args.encoder_steps), retain=args.coupled)
+    encoder_loss = encoder_loss + critic if coupled else encoder_loss
+    descend(agent.encoder, encoder_loss, args.encoder_lr * (1 - 1 / args.encoder_steps), retain=coupled)
     descend(agent.critic, critic)
+    named = {"dml_loss": dml, "encoder_kl": kl, "critic_loss": critic, "q_mean": q_sum / 2 / len(batch)}
+    for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+        slow.data = (1 - args.tau) * slow + args.tau * fast.data
+    if args.policy == "bcq":
+        named |= naive_bcq_actor(args, agent, batch, z, q_values, propose)
+        return [named.get(name, agent.alpha if name == "alpha" else torch.zeros(())).item() for name in METRICS]
 
     discriminator = torch.zeros(())
     for _ in range(args.discriminator_steps if agent.discriminator else 0):
@@ -327,10 +375,24 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     if args.tune_alpha:
         alpha += args.alpha_lr * (mean(divergences).item() - args.target_divergence)
         agent.alpha.fill_(min(max(alpha, 0), args.alpha_max))
-    for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+    named |= {"actor_loss": mean(losses), "discriminator_loss": discriminator, "divergence": mean(divergences)}
+    return [named.get(name, agent.alpha if name == "alpha" else torch.zeros(())).item() for name in METRICS]
+
+
+def naive_bcq_actor(args, agent, batch, z, q_values, propose):
+    errors, losses, noise = 0, 0, fixed(len(batch), agent.actor.code_dim)
+    for n, (i, (s, a, *_)) in enumerate(batch):
+        mu, log_std = agent.actor.encode(torch.cat([s, z[i], a])).chunk(2)
+        code = mu + log_std.exp() * NOISE
+        again = agent.actor.decode(torch.cat([s, z[i], code])).tanh()
+        kl = kl_divergence(Normal(mu, log_std.exp()), Normal(0, 1))
+        errors = errors + (again - a).square().mean() + 0.5 * kl.mean()
+        losses = losses - q_values(agent.critic, s, z[i], propose(agent.actor.shift, s, z[i], noise[n]))[0]
+    vae, loss = errors / len(batch), losses / len(batch)
+    descend(agent.actor, vae + loss)
+    for slow, fast in zip(agent.actor.slow_shift.parameters(), agent.actor.shift.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
-    values = dml, critic, mean(losses), discriminator, q_sum / 2 / len(batch), mean(divergences), agent.alpha
-    return [value.item() for value in values]
+    return {"actor_loss": loss, "vae_loss": vae}
 
 
 @pytest.mark.parametrize("more", CASES)
@@ -346,8 +408,11 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
         for network in (agent.encoder, agent.discriminator or torch.nn.Identity()):
             for p in network.parameters():
                 p *= 2.5  # embeddings far apart, slopes of logits on both sides of 1
+        for p in agent.actor.slow_shift.parameters() if k.args.policy == "bcq" else ():
+            p += 0.5 * torch.randn_like(p)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, MIX))
+    monkeypatch.setattr(torch, "randn", fixed)
     rate = lambda: torch.tensor(RATE, dtype=torch.float64)
     optimisers = {name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate()) for name in k.optimisers}
     batches, tasks, draws = focal.Batches(k.args, rows, split), [], {3: [], 4: []}
@@ -355,9 +420,11 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
     batches.draw = lambda t, n: draws[n].append((t, focal.Batches.draw(batches, t, n))) or draws[n][-1][1]
     expected = copy.deepcopy(agent)
     focal.make_update(k.args, agent, optimisers, batches)()
-    (task,), ((t, b),), ((t_i, c_i), (t_j, c_j)) = tasks, draws[3], draws[4]
-    assert torch.equal(t, task) and torch.equal(t_i, task) and torch.equal(t_j, task)
-    assert 1 < len(set(task.tolist())) < 5 and not torch.equal(c_i, c_j)
+    (task,), ((t, b),), ((t_i, c_i), *second) = tasks, draws[3], draws[4]
+    assert torch.equal(t, task) and torch.equal(t_i, task)
+    ((t_j, c_j),) = second or [(task, None)]
+    assert torch.equal(t_j, task) and bool(second) == (k.args.encoder_loss == "dml")
+    assert 1 < len(set(task.tolist())) < 5 and not (second and torch.equal(c_i, c_j))
     values = naive_update(k.args, expected, split, task, b, c_i, c_j)
     for (name, p), q in zip(agent.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
@@ -394,7 +461,7 @@ def after_updates(files, more="", count=1, name=WALKER, prepare=lambda k: None, 
     return before, weights(k.agent), k
 
 
-@pytest.mark.parametrize("more", ["", REGULARISED, "--coupled"])
+@pytest.mark.parametrize("more", ["", REGULARISED, "--coupled", PEARL, BCQ])
 @pytest.mark.parametrize("name", ["encoder", "critic", "actor", "discriminator"])
 def test_only_the_network_with_a_learning_rate_moves(files, more, name):
     def prepare(k):
@@ -402,15 +469,17 @@ def test_only_the_network_with_a_learning_rate_moves(files, more, name):
         for key, optimiser in k.optimisers.items():
             optimiser.param_groups[0]["lr"] *= key == name
 
+    if name == "discriminator" and more == BCQ:
+        return
     before, after, _ = after_updates(files, more, 2, prepare=prepare)
     assert moved(before, after) == {name} | ({"target"} if name == "critic" else set())
 
 
-@pytest.mark.parametrize("more", ["", "--coupled"])
+@pytest.mark.parametrize("more", ["", "--coupled", PEARL, BCQ, "--encoder probabilistic"])
 def test_rewards_reach_the_encoder_only_if_coupled(files, more):
     plain, scaled = (after_updates(files, f"{more} --reward-scale {c}", 3)[1] for c in (5, 50))
     same = [torch.equal(plain[key], scaled[key]) for key in plain if key.startswith("encoder")]
-    assert all(same) != bool(more)
+    assert all(same) != (more not in ("", "--encoder probabilistic"))
     assert moved(plain, scaled) >= {"critic", "actor"}
 
 
@@ -682,9 +751,15 @@ def test_the_metrics_are_means_since_the_last_evaluation(files, tmp_path, no_plo
 
 
 VARIANTS = [(WALKER, ""), (WALKER, "--no-next-obs"), (WALKER, "--coupled"), (WALKER, "--tune-alpha")]
-VARIANTS += [(WALKER, "--value-penalty"), (WALKER, "--alpha 0"), (WIND, "--power 1"), (SPARSE, "--meta-batch-size 7")]
+VARIANTS += [
+    (WALKER, "--value-penalty"),
+    (WALKER, "--alpha 0"),
+    (WIND, "--dml inverse"),
+    (SPARSE, "--meta-batch-size 7"),
+]
 VARIANTS += [(WALKER, "--alpha 0 --tune-alpha --alpha-lr 2 --alpha-max 9 --target-divergence 0.01 --value-penalty")]
 VARIANTS += [(WIND, "--alpha 3 --discriminator-steps 1 --discriminator-lr 1e-3 --beta 2 --eps 0.2 --encoder-lr 1e-2")]
+VARIANTS += [(WALKER, PEARL), (WALKER, f"{PEARL} --alpha 0"), (WALKER, "--encoder probabilistic"), (WALKER, BCQ)]
 VARIANTS += [(WIND, "--small --hidden 8 --encoder-hidden 8 --tau 0.1 --discount 0.5 --reward-scale 3 --lr 1e-2")]
 
 
@@ -694,7 +769,8 @@ def test_every_variant_trains_every_network(files, tmp_path, no_plots, name, mor
     path, k = run(tmp_path, name, files[name], more), build(name, files[name], more)
     trained = checkpoint(path)["agent"]
     assert all(not torch.equal(value, trained[key]) for key, value in weights(k.agent).items())
-    assert ("discriminator.0.weight" in trained) == (k.args.alpha > 0 or k.args.tune_alpha)
+    regularised = k.args.alpha > 0 or k.args.tune_alpha
+    assert ("discriminator.0.weight" in trained) == (k.args.policy == "brac" and regularised)
     assert len(metrics(path)) == 1
 
 
@@ -812,7 +888,7 @@ def test_the_first_value_that_is_not_finite_is_named(files, tmp_path, capsys, va
     for step in range(1, 6):
         agent.step += 1
         values[[1, 3]] = torch.tensor([value if step == 4 else 0.0, value if step in (3, 5) else 0.0])
-        agent.record(*values)
+        agent.record(**dict(zip(METRICS, values, strict=True)))
     with pytest.raises(SystemExit):
         focal.check_finite(agent, tmp_path, [])
     assert f"{agent.METRICS[3]} is not finite since step 3" in capsys.readouterr().err
@@ -919,6 +995,8 @@ TABLE_4 = {  # reward scale, beta, alpha, value penalty, meta-batch, latent size
     "sparse-point-robot": (100, 1, 0, False, 16, 5, 0.9),
     "point-robot-wind": (100, 1, 0, False, 16, 5, 0.9),
     "cheetah-vel": (5, 10, 50, False, 16, 20, 0.99),
+    "cheetah-fwd-back": (5, 1, 500, True, 4, 5, 0.99),
+    "ant-fwd-back": (5, 1, 1e6, True, 4, 20, 0.99),
     "walker-params": (5, 10, 50, False, 16, 20, 0.99),
 }
 NAMES = "reward_scale", "beta", "alpha", "value_penalty", "meta_batch_size", "latent", "discount"
@@ -947,7 +1025,9 @@ def test_small_changes_only_what_it_says(name):
 
 # ------------------------------------------------------------------------------------------------------------ CUDA
 @cuda
-@pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED), (WALKER, "--coupled")])
+@pytest.mark.parametrize(
+    "name, more", [(WIND, ""), (WALKER, REGULARISED), (WALKER, "--coupled"), (WALKER, PEARL), (WALKER, BCQ)]
+)
 def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots, name, more):
     more += " --device cuda --steps 16 --encoder-steps 8 --eval-every 8"
     eager = run(tmp_path / "eager", name, files[name], f"{more} --no-graph")
@@ -963,7 +1043,7 @@ def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots, name, more
 
 
 @cuda
-@pytest.mark.parametrize("more", ["--alpha 0", f"{REGULARISED} --coupled"])
+@pytest.mark.parametrize("more", ["--alpha 0", f"{REGULARISED} --coupled", PEARL, BCQ])
 def test_an_update_never_waits_for_the_device(files, more):
     k = build(WALKER, files[WALKER], f"--device cuda {more}", "cuda")
     for learn in (True, False) * 2:
