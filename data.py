@@ -95,14 +95,15 @@ class Settings:
 POINT = {"steps": 6_400, "episode": 40, "start": 400, "updates": 4, "hidden": 32, "batch": 32, "lr": 3e-3, "tau": 0.05}
 POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes": 2.0}
 ONE = {"shard": 1, "hidden": 128, "batch": 128, "core_minutes": 12.0}  # few tasks: a process for each
-CHEETAH = {"envs": 4, "nstep": 1, "alpha": 1.0, "alpha_lr": 3e-4}  # a temperature that falls fast leaves it standing
+WARM = {"nstep": 1, "alpha": 1.0, "alpha_lr": 3e-4}  # a temperature that falls fast leaves cheetah and ant standing
+CHEETAH = WARM | {"envs": 4}
 SMALL = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT | {"steps": 9_600},
     "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 80.0},
     "cheetah-fwd-back": CHEETAH | ONE,
-    "ant-fwd-back": ONE,
-    "ant-dir": {"steps": 60_000, "core_minutes": 60.0},
+    "ant-fwd-back": WARM | ONE | {"steps": 400_000},
+    "ant-dir": WARM | {"steps": 100_000, "core_minutes": 120.0},
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": {"steps": 100_000, "alpha": 0.2, "core_minutes": 30.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 60.0},
@@ -905,7 +906,7 @@ def prepare(
     try:
         with locked(folder):
             if not path.exists():
-                _announce(path, settings, folder, device, workers)
+                _announce(path, settings, folder, device, workers, len(tasks))
                 behaviour = build_behaviour(env, tasks, seed, settings, folder, device, workers)
                 source = "mixed" if quality == "relabelled" else quality
                 arrays = roll_out(env, tasks, source, behaviour, settings, seed)
@@ -923,12 +924,14 @@ def prepare(
     return path
 
 
-def _announce(path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None) -> None:
+def _announce(
+    path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None, tasks: int
+) -> None:
     if (folder / "behaviour.pt").exists():
         print(f"building {path}: rolling out the policies that are there", flush=True)
         return
     parts = "going on with" if any(folder.glob("behaviour-part*.pt")) else "building"
-    cores = min(workers or envs.cores(), 64)
+    cores = min(workers or envs.cores(), 64, math.ceil(tasks / settings.shard))
     about = f", about {settings.core_minutes / cores:.0f} min on {cores} cores" if device.type == "cpu" else ""
     print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
 

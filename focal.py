@@ -751,22 +751,24 @@ def plot_curve(run, args, rows, world):
 
 
 def plot_embeddings(run, args, z_train, z_test):
-    """Embeddings of several contexts of each task on their first two principal components."""
+    """Embeddings of several contexts of each task on their first principal components (Figures 4a and 7)."""
     from matplotlib.figure import Figure
 
-    z_train, z_test = (F.pad(z, (0, max(0, 2 - z.shape[-1]))) for z in (z_train, z_test))  # two axes even for l = 1
+    z_train, z_test = (F.pad(z, (0, max(0, 3 - z.shape[-1]))) for z in (z_train, z_test))  # three axes even for l = 1
     flat = torch.cat([z_train, z_test]).flatten(0, 1)
     centre = flat.mean(0)
-    _, size, axes_2d = torch.linalg.svd((flat - centre).double(), full_matrices=False)
+    _, size, axes_3d = torch.linalg.svd((flat - centre).double(), full_matrices=False)
     share = size.square() / size.square().sum().clamp_min(1e-12)
-    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, z, title in zip(panels, (z_train, z_test), ("training", "test"), strict=True):
-        point = (z.double() - centre) @ axes_2d[:2].T  # (n, E, 2)
-        colour = np.arange(len(z)).repeat(z.shape[1])
-        axes.scatter(*point.flatten(0, 1).T, c=colour, cmap="turbo", s=14, linewidths=0)
-        axes.set(title=f"{len(z)} {title} tasks, one colour each", xlabel=f"first component ({share[0]:.0%})")
-    panels[0].set_ylabel(f"second component ({share[1]:.0%})" if len(share) > 1 else "")
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left = figure.add_subplot(1, 3, 1, ylabel=f"second component ({share[1]:.0%})" if len(share) > 1 else "")
+    panels = [left, figure.add_subplot(1, 3, 2, sharex=left, sharey=left), figure.add_subplot(1, 3, 3, projection="3d")]
+    for axes, z, title in zip(panels, (z_train, z_test, z_train), ("training", "test", "training"), strict=True):
+        point = (z.double() - centre) @ axes_3d[:3].T  # (n, E, 3)
+        colour, dimensions = np.arange(len(z)).repeat(z.shape[1]), 3 if axes is panels[2] else 2
+        axes.scatter(*point.flatten(0, 1).T[:dimensions], c=colour, cmap="turbo", s=14, linewidths=0)
+        axes.set(title=f"{len(z)} {title} tasks, one colour each")
+        if dimensions == 2:
+            axes.set_xlabel(f"first component ({share[0]:.0%})")
     data.write(run / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
 
 

@@ -1,0 +1,200 @@
+"""Figures and tables of FOCAL's paper: runs what they need, side by side on the cores, and draws them into results/.
+
+python benchmark/focal_paper.py figure2 table6          # three seeds, small sizes
+python benchmark/focal_paper.py figure4 --env point-robot-wind --seeds 5
+python benchmark/focal_paper.py figure4 --full          # the paper's sizes
+
+A run that is done is not run again, one that was killed goes on. Each writes results/focal-<figure>-<env>.csv, one row
+for each run, and a PNG: bands are the standard deviation over seeds.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import envs
+import focal
+
+PEARL = "--encoder probabilistic --encoder-loss bellman"
+# figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw)
+FIGURES = {
+    "figure2": (
+        ["cheetah-vel"],
+        "--latent 5 --alpha 500 --value-penalty --beta 1",
+        {law: f"--dml {law}" for law in focal.LAWS},
+        ["return_mean", "train_esr", "train_rms"],
+    ),
+    "figure4": (
+        ["walker-params", "cheetah-vel", "point-robot-wind", "sparse-point-robot"],
+        "",
+        {
+            "FOCAL": "",
+            "probabilistic encoder": "--encoder probabilistic",
+            "Batch PEARL, regularised": f"{PEARL} --alpha 20 --value-penalty",
+            "Batch PEARL": f"{PEARL} --alpha 0",
+            "Contextual BCQ": "--policy bcq --encoder-loss bellman",
+        },
+        ["return_mean", "train_esr", "q_mean"],
+    ),
+    "figure5": (
+        ["walker-params"],
+        "--value-penalty",
+        {"FOCAL": "", "coupled": "--coupled"},
+        ["return_mean", "train_esr", "q_mean"],
+    ),
+    "figure9": (
+        ["walker-params"],
+        "--no-value-penalty --alpha 50",
+        {"FOCAL": "", "coupled": "--coupled"},
+        ["return_mean", "train_esr", "q_mean"],
+    ),
+    "figure10": (
+        ["walker-params", "ant-fwd-back"],
+        "",
+        {"FOCAL": "", "without regularisation": "--alpha 0", "Batch PEARL": f"{PEARL} --alpha 0"},
+        ["return_mean", "q_mean", "critic_loss"],
+    ),
+    "table6": (
+        ["sparse-point-robot"],
+        "",
+        {
+            f"{a} / {b}": f"--quality {a} --test-quality {b}"
+            for a, b in [
+                ("expert", "expert"), ("medium", "medium"), ("random", "random"), ("mixed", "mixed"),
+                ("expert", "medium"), ("expert", "random"), ("medium", "expert"), ("medium", "random"),
+            ]
+        },
+        ["return_mean", "esr"],
+    ),
+}  # fmt: skip
+LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", nargs="+", choices=list(FIGURES))
+    parser.add_argument("--env", choices=list(focal.TABLE), help="this environment only")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="gradient steps of each run")
+    parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
+    parser.add_argument("--full", action="store_true", help="the paper's sizes")
+    return parser.parse_args()
+
+
+def plan(args):
+    """[(figure, env, variant, seed, command line)] of every run."""
+    runs = []
+    for figure in args.figures:
+        families, shared, variants, _ = FIGURES[figure]
+        for env in [env for env in families if args.env in (None, env)]:
+            for variant, flags in variants.items():
+                for seed in range(args.seeds):
+                    words = f"--env {env} --seed {seed} --threads 1 {shared} {flags}".split()
+                    words += [] if args.full else ["--small"]
+                    words += ["--steps", str(args.steps)] if args.steps else []
+                    runs.append((figure, env, variant, seed, words))
+    return runs
+
+
+def execute(words):
+    """Runs focal.py unless that run is done; returns its folder. A run that diverges keeps what it had."""
+    args = focal.parse_args(words)
+    folder = focal.prepare_run(args)
+    final = folder / "final.json"
+    if not (final.exists() and json.loads(final.read_text())["step"] == args.steps):
+        command = [sys.executable, ROOT / "focal.py", *words, "--resume"]
+        with open(folder / "log.txt", "w") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        last = (folder / "log.txt").read_text().splitlines()[-1:]
+        print(" ".join(words), "|", *last, flush=True)
+        if done.returncode not in (0, 3):
+            raise SystemExit(done.returncode)
+    return folder
+
+
+def metrics(folder):
+    path = folder / "metrics.csv"
+    if not path.exists():  # diverged before the first evaluation
+        return []
+    with open(path) as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def summarise(runs, folders):
+    """One row for each run: means over its last three evaluations."""
+    rows = []
+    for (_, env, variant, seed, words), folder in zip(runs, folders, strict=True):
+        history, args = metrics(folder), focal.parse_args(words)
+        row = {"env": env, "variant": variant, "seed": seed, "steps": int(history[-1]["step"]) if history else 0}
+        row["diverged"] = int(row["steps"] < args.steps)
+        for key in ("return_mean", "train_return_mean", "esr", "train_esr", "rms", "train_rms", "q_mean"):
+            row[key] = round(float(np.mean([x[key] for x in history[-3:]])), 4) if history else float("nan")
+        final = folder / "final.json"
+        row["data_return"] = json.loads(final.read_text())["behaviour_return"] if final.exists() else None
+        rows.append(row)
+    return rows
+
+
+def draw(figure, env, runs, folders, suffix):
+    columns, variants = FIGURES[figure][3], FIGURES[figure][2]
+    picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
+    panels = picture.subplots(1, len(columns), squeeze=False)[0]
+    for colour, variant in enumerate(variants):
+        histories = [metrics(folder) for run, folder in zip(runs, folders, strict=True) if run[2] == variant]
+        length = min(len(history) for history in histories)
+        if not length:
+            continue
+        step = [row["step"] for row in histories[0][:length]]
+        for axes, column in zip(panels, columns, strict=True):
+            values = np.array([[row[column] for row in history[:length]] for history in histories])
+            mean, std = values.mean(0), values.std(0)
+            axes.fill_between(step, mean - std, mean + std, color=f"C{colour}", alpha=0.15, linewidth=0)
+            axes.plot(step, mean, color=f"C{colour}", label=variant)
+    for axes, column in zip(panels, columns, strict=True):
+        axes.set(xlabel="gradient steps", title=LABELS.get(column, column.replace("_", " ")))
+        if column in ("q_mean", "critic_loss"):
+            axes.set_yscale("symlog", linthresh=100)
+    panels[0].legend(fontsize="small", framealpha=0.8)
+    picture.suptitle(f"{figure} on {env}", fontsize="medium")
+    picture.savefig(ROOT / "results" / f"focal-{figure}-{env}{suffix}.png", dpi=110)
+
+
+def main():
+    args = arguments()
+    runs = plan(args)
+    for env, quality in sorted(
+        {(p.env, q) for r in runs for p in [focal.parse_args(r[4])] for q in (p.quality, p.test_quality)}
+    ):
+        data.prepare(env, quality)  # datasets first: runs would wait for one another
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = list(pool.map(lambda run: execute(run[4]), runs))
+    suffix = "-full" if args.full else ""
+    for figure, env in dict.fromkeys(run[:2] for run in runs):
+        chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]
+        mine, places = [runs[i] for i in chosen], [folders[i] for i in chosen]
+        rows = summarise(mine, places)
+        with open(ROOT / "results" / f"focal-{figure}-{env}{suffix}.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        draw(figure, env, mine, places, suffix)
+        for variant in FIGURES[figure][2]:
+            each = [row for row in rows if row["variant"] == variant]
+            show = {key: np.array([row[key] for row in each], float) for key in ("return_mean", "train_esr", "q_mean")}
+            text = "  ".join(f"{key} {value.mean():9.2f} ({value.std():.2f})" for key, value in show.items())
+            print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")
+
+
+if __name__ == "__main__":
+    main()
