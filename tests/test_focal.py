@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
@@ -23,8 +24,6 @@ import focal
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3"
 TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1"
-TRAIN, TEST = [0, 2, 3, 5], [4, 1]
-WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
 METRICS = focal.Agent.METRICS
 COLUMNS = ["step", "seconds", *METRICS, "return_mean", "return_std"]
 COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "train_esr", "train_rms"]
@@ -33,32 +32,6 @@ REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 
 def cuda(test):
     return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-def collect(name, train, test, count, length, policy=None, seed=0):
-    """The arrays of a dataset: `count` real transitions of each task, random actions or those of policy(obs, rng)."""
-    tasks, rng, rows = envs.sample_tasks(name, len(train) + len(test), 1), np.random.default_rng(seed), []
-    env = envs.make(name, tasks, seed=seed, horizon=length, threads=1)
-    obs, episode = env.reset()[0], np.zeros(len(tasks), int)
-    for _ in range(count):
-        action = policy(obs, rng) if policy else rng.uniform(-1, 1, (len(tasks), env.family.act_dim))
-        after, reward, terminated, truncated, info = env.step(action)
-        rows.append({"observations": obs, "actions": action, "rewards": reward, "terminals": terminated})
-        rows[-1] |= {"next_observations": info.get("final_obs", after), "episodes": episode}
-        rows[-1] |= {"sparse_rewards": info["sparse_reward"]} if "sparse_reward" in info else {}
-        obs, episode = after, episode + (terminated | truncated)
-    env.close()
-    arrays = {key: np.stack([row[key] for row in rows], 1) for key in rows[0]}
-    return arrays | {"tasks": tasks, "train_tasks": train, "test_tasks": test, "returns": arrays["rewards"].sum(1)}
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory):
-    """One tiny dataset for each family: four training tasks, two test tasks, their indices mixed."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
-        data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
-    return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
 
 
 def load_arrays(file):
@@ -347,7 +320,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     encoder_loss = encoder_loss + critic if coupled else encoder_loss
     descend(agent.encoder, encoder_loss, args.encoder_lr * (1 - 1 / args.encoder_steps), retain=coupled)
     descend(agent.critic, critic)
-    named = {"dml_loss": dml, "encoder_kl": kl, "critic_loss": critic, "q_mean": q_sum / 2 / len(batch)}
+    named = {"encoder_loss": dml, "encoder_kl": kl, "critic_loss": critic, "q_mean": q_sum / 2 / len(batch)}
     for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
     if args.policy == "bcq":
@@ -637,6 +610,22 @@ def test_contexts_hold_state_action_next_state_and_reward(files, more):
     assert torch.equal(focal.context_of(rows, k.world.split, k.args), expected)
 
 
+@pytest.mark.parametrize("name", [SPARSE, WALKER])
+def test_sparse_rewards_are_in_contexts_only(files, tmp_path, name):
+    arrays = load_arrays(files[name])
+    arrays["rewards"] = arrays["rewards"] - 5.0 * np.isin(np.arange(6), TEST)[:, None]  # other rewards in test tasks
+    k = build(name, changed(files[name], tmp_path / "d.npz", name, rewards=arrays["rewards"]), "--sparse")
+    radius = -0.2 if name == SPARSE else np.quantile(arrays["rewards"][TRAIN], 0.5, method="lower")
+    for rows, tasks in ((k.world.train_rows, TRAIN), (k.world.test_rows, TEST)):
+        r = torch.as_tensor(arrays["rewards"][tasks])
+        _, _, context_r, _, dense, *_ = rows.split(k.world.split, -1)
+        expected = torch.where(r > radius, (r - radius) / abs(radius), 0.0)
+        torch.testing.assert_close(context_r[..., 0], expected.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dense[..., 0], r.float())
+    shown = k.world.train_rows.split(k.world.split, -1)[2]
+    assert name == SPARSE or 0.4 < (shown != 0).double().mean() < 0.6
+
+
 def test_test_tasks_can_have_data_of_another_quality(files, tmp_path):
     folder = tmp_path / WIND / "40+10-seed0"
     for quality, reward in (("expert", 1), ("random", 2)):
@@ -660,7 +649,7 @@ def test_returns_equal_one_episode_after_the_other(files, name, more):
             k.agent.actor.net[-1].weight *= 0.05
             k.agent.actor.net[-1].bias[:2] = 0.55 * torch.tensor(arrays["tasks"][TRAIN[0]])
     seen = []
-    hook = k.agent.encoder.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out)))
+    hook = k.agent.encoder.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out[0])))
     train, test, z_train, z_test = focal.evaluate(k.args, k.agent, k.world)
     hook.remove()
     assert train.shape == (4, 2) and test.shape == (2, 2) and z_train.shape == (4, 2, 3) and z_test.shape == (2, 2, 3)
@@ -858,7 +847,7 @@ def refused(capsys, argv, *words, code=2):
 
 
 @pytest.mark.parametrize(
-    "network, loss", [("encoder", "dml_loss"), ("critic", "critic_loss"), ("actor", ""), ("discriminator", "")]
+    "network, loss", [("encoder", "encoder_loss"), ("critic", "critic_loss"), ("actor", ""), ("discriminator", "")]
 )
 def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     files, tmp_path, no_plots, monkeypatch, capsys, network, loss

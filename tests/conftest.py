@@ -1,0 +1,36 @@
+"""Tiny datasets that the tests of the scripts share."""
+
+import numpy as np
+import pytest
+
+import data
+import envs
+
+TRAIN, TEST = [0, 2, 3, 5], [4, 1]
+WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
+
+
+def collect(name, train, test, count, length, policy=None, seed=0):
+    """The arrays of a dataset: `count` real transitions of each task, random actions or those of policy(obs, rng)."""
+    tasks, rng, rows = envs.sample_tasks(name, len(train) + len(test), 1), np.random.default_rng(seed), []
+    env = envs.make(name, tasks, seed=seed, horizon=length, threads=1)
+    obs, episode = env.reset()[0], np.zeros(len(tasks), int)
+    for _ in range(count):
+        action = policy(obs, rng) if policy else rng.uniform(-1, 1, (len(tasks), env.family.act_dim))
+        after, reward, terminated, truncated, info = env.step(action)
+        rows.append({"observations": obs, "actions": action, "rewards": reward, "terminals": terminated})
+        rows[-1] |= {"next_observations": info.get("final_obs", after), "episodes": episode}
+        rows[-1] |= {"sparse_rewards": info["sparse_reward"]} if "sparse_reward" in info else {}
+        obs, episode = after, episode + (terminated | truncated)
+    env.close()
+    arrays = {key: np.stack([row[key] for row in rows], 1) for key in rows[0]}
+    return arrays | {"tasks": tasks, "train_tasks": train, "test_tasks": test, "returns": arrays["rewards"].sum(1)}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """One tiny dataset for each family: four training tasks, two test tasks, their indices mixed."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
+        data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
+    return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}

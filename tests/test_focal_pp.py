@@ -1,0 +1,232 @@
+"""FOCAL++: its loss against a loop, its attention, its key encoder, and that nothing else differs from FOCAL."""
+
+import copy
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import test_focal
+import torch
+from conftest import SPARSE, WALKER, WIND
+from test_focal import cuda, flags, metrics, moved, weights
+
+import focal
+import focal_pp
+
+ROOT = Path(focal.__file__).resolve().parent
+PP = "--encoder-hidden 16 --blocks 2"
+
+
+@pytest.fixture(autouse=True)
+def _under_test(monkeypatch):
+    """The helpers of test_focal build and run focal_pp here."""
+    monkeypatch.setattr(test_focal, "focal", focal_pp)
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(focal_pp, name, lambda *args: None)
+
+
+def build(name, file, more=""):
+    return test_focal.build(name, file, f"{PP} {more}")
+
+
+def run(folder, name, file, more=""):
+    focal_pp.main([*flags(name, file, f"{PP} {more}"), "--run-dir", str(folder)])
+    (path,) = folder.glob("focal_pp/*/*/seed*")
+    return path
+
+
+def disturbed(module, scale=0.3):
+    """Some weights that training might reach; fresh blocks are the identity."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += scale * torch.randn(p.shape, generator=generator)
+    return module.double()
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+@pytest.mark.parametrize("task", [[0, 1, 2, 3], [2, 0, 2, 1], [1, 1, 1]])
+def test_contrast_loss(task):
+    z_q, z_k = (z.tanh().requires_grad_(True) for z in test_focal.random_tensors((len(task), 3), (len(task), 3)))
+    total, tau = 0, 0.7
+    for i in range(len(task)):
+        score = lambda j, i=i: sum(z_q[i, k] * z_k[j, k] for k in range(3)) / tau
+        others = [j for j in range(len(task)) if task[j] != task[i]]
+        total = total - (score(i).exp() / sum(score(j).exp() for j in [i, *others])).log()
+    task = torch.tensor(task)
+    ours = focal_pp.contrast_loss(z_q, z_k, task[:, None] == task[None], tau)
+    torch.testing.assert_close(ours, total, rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, [z_q, z_k]), torch.autograd.grad(total, [z_q, z_k]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
+    k = build(WIND, files[WIND], "--dropout 0 --encoder-steps 1000000 --meta-batch-size 4")
+    contexts, losses, loss = [], [], focal_pp.contrast_loss
+    draw = k.batches.contexts
+    k.batches.contexts = lambda task: contexts.append(draw(task)) or contexts[-1]
+    focal_pp.contrast_loss = lambda *args: losses.append(args) or loss(*args)
+    before = copy.deepcopy(k.agent)
+    try:
+        k.update()
+    finally:
+        focal_pp.contrast_loss = loss
+    ((z_q, z_k, same, tau),) = losses
+    c_q, c_k = contexts
+    torch.testing.assert_close(z_q, before.encoder(c_q)[0])
+    torch.testing.assert_close(z_k, before.key_encoder(c_k)[0])
+    assert torch.equal(same, torch.eye(4, dtype=torch.bool)) and tau == 0.5 and not torch.equal(c_q, c_k)
+    assert k.agent.metrics[0] == loss(z_q, z_k, same, tau)
+    with torch.no_grad():
+        after = loss(k.agent.encoder(c_q)[0], before.key_encoder(c_k)[0], same, tau)
+    assert after < loss(z_q, z_k, same, tau)
+
+
+# ------------------------------------------------------------------------------------------------------- key encoder
+@pytest.mark.parametrize("loss", ["contrast", "dml"])
+def test_the_key_encoder_follows_and_gets_no_gradient(files, loss):
+    k = build(WIND, files[WIND], f"--momentum 0.8 --encoder-loss {loss}")
+    for _ in range(3):
+        slow = {key: p.clone() for key, p in k.agent.key_encoder.named_parameters()}
+        k.update()
+        for key, p in k.agent.key_encoder.named_parameters():
+            fast = k.agent.encoder.get_parameter(key)
+            torch.testing.assert_close(p, 0.8 * slow[key] + 0.2 * fast, rtol=1e-6, atol=1e-7)
+            assert p.grad is None and not p.requires_grad
+    stood = copy.deepcopy(k.agent.key_encoder.state_dict())
+    k.update(learn_encoder=False)
+    assert all(torch.equal(p, stood[key]) for key, p in k.agent.key_encoder.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+@pytest.mark.parametrize("attention", ["both", "batch", "seq", "none"])
+def test_a_fresh_block_is_the_identity(attention):
+    block, x = focal_pp.Block(16, attention, 0.5), torch.randn(2, 5, 4, 16)
+    y, w = block(x)
+    assert torch.equal(y, x) and (w == 1).all() and w.shape == (2, 5)
+
+
+@pytest.mark.parametrize("attention", ["both", "batch", "seq", "none"])
+def test_order_does_not_matter_and_weights_have_mean_one(files, attention):
+    k = build(WALKER, files[WALKER], f"--attention {attention}")
+    encoder, context = disturbed(k.agent.encoder), k.batches.contexts(torch.tensor([0, 1, 2])).double()
+    order = torch.randperm(context.shape[1])
+    with torch.no_grad():
+        (z, w), (z2, w2) = encoder.transitions(context), encoder.transitions(context[:, order])
+        torch.testing.assert_close(z[:, order], z2)
+        torch.testing.assert_close(w[:, order], w2)
+        torch.testing.assert_close(encoder(context)[0], encoder(context[:, order])[0])
+        torch.testing.assert_close(encoder(context)[0], (z * w[..., None]).mean(1))
+        alone = torch.stack([encoder.transitions(context[:, [i]])[0][:, 0] for i in range(context.shape[1])], 1)
+    torch.testing.assert_close(w.mean(1), torch.ones(3, dtype=torch.float64))
+    assert (w.std(1) > 0.01).all() == (attention in ("both", "batch")) and (w > 0).all()
+    mixes = not torch.allclose(alone, z)  # whether a transition's embedding depends on the others
+    assert mixes == (attention in ("both", "batch"))
+
+
+@pytest.mark.parametrize("attention", ["both", "seq"])
+def test_attention_is_over_tokens(files, attention):
+    k = build(WALKER, files[WALKER], f"--attention {attention} --no-next-obs")
+    assert k.agent.encoder.widths == [17, 6, 1] and build(WALKER, files[WALKER]).agent.encoder.widths == [17, 6, 17, 1]
+    block = disturbed(focal_pp.Block(16, attention, 0.0))
+    x = torch.randn(2, 5, 4, 16, dtype=torch.float64)
+    with torch.no_grad():
+        full, without = block(x)[0], block(x[:, :, :3])[0]
+        assert (full[:, :, 0] - without[:, :, 0]).abs().min(-1).values.max() > 1e-3
+        order = torch.tensor([2, 0, 3, 1])
+        torch.testing.assert_close(block(x[:, :, order])[0], full[:, :, order])
+
+
+def test_dropout_only_while_the_encoder_learns(files):
+    k = build(WALKER, files[WALKER], "--dropout 0.5")
+    encoder, context = disturbed(k.agent.encoder), k.batches.contexts(torch.tensor([0, 1])).double()
+    assert not torch.equal(encoder(context)[0], encoder(context)[0])
+    with torch.no_grad():
+        assert torch.equal(encoder(context)[0], encoder(context)[0])
+
+
+# ------------------------------------------------------------------------------------------------ who trains whom, runs
+VARIANTS = [
+    f"--attention {a} --encoder-loss {b}" for a in ("both", "batch", "seq", "none") for b in ("contrast", "dml")
+]
+VARIANTS += ["--sparse", "--encoder-loss bellman", "--coupled", "--policy bcq"]
+
+
+@pytest.mark.parametrize("more", VARIANTS)
+def test_every_variant_trains_every_network(files, tmp_path, more):
+    path, k = run(tmp_path, WALKER, files[WALKER], f"{more} --steps 8"), build(WALKER, files[WALKER], more)
+    trained = test_focal.checkpoint(path)["agent"]
+    # softmax does not see a shift of all keys; the mean weight hides a shift of all gates
+    blind = ("qkv.bias", "gate.2.bias") + (("norms.0.weight", "norms.0.bias") if "none" in more else ())
+    still = [key for key, p in weights(k.agent).items() if torch.equal(p, trained[key]) and not key.endswith(blind)]
+    unused = [key for key in still if key.startswith("key_encoder") and "bellman" in more]
+    assert [key for key in still if key not in unused] == []
+
+
+def test_rewards_do_not_reach_the_encoder(files):
+    agents = []
+    for scale in (5, 50):
+        k = build(WALKER, files[WALKER], f"--reward-scale {scale}")
+        for _ in range(3):
+            k.update()
+        agents.append(weights(k.agent))
+    different = moved(*agents)
+    assert {"critic", "actor"} <= different and not {"encoder", "key_encoder"} & different
+
+
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkeypatch):
+    whole = run(tmp_path / "a", WALKER, files[WALKER])
+    save, count = focal_pp.save, []
+
+    def killed(*args):
+        save(*args)
+        count.append(1)
+        if len(count) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(focal_pp, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", WALKER, files[WALKER])
+    resumed = run(tmp_path / "b", WALKER, files[WALKER], "--resume")
+    assert metrics(whole) == metrics(resumed)
+    a, b = (test_focal.checkpoint(path)["agent"] for path in (whole, resumed))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+TABLE_6 = {"beta": 1, "hidden": 256, "context_size": 512, "temperature": 0.5, "momentum": 0.9}
+MUJOCO = {"alpha": 500, "tune_alpha": True, "target_divergence": 0.05, "lr": 3e-3, "encoder_lr": 3e-3, "discount": 0.99}
+POINT = {"alpha": 0, "tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3, "discount": 0.9, "latent": 5}
+
+
+@pytest.mark.parametrize("name", list(focal_pp.TABLE))
+def test_the_papers_settings(name):
+    args = vars(focal_pp.parse_args(["--env", name]))
+    expected = TABLE_6 | (POINT if name in (SPARSE, WIND) else MUJOCO)
+    assert {key: args[key] for key in expected} == expected
+    assert args["batch_size"] * args["meta_batch_size"] == 256 * (4 if "fwd-back" in name else 16)
+
+
+# --------------------------------------------------------------------------------------------------- compare with FOCAL
+BANNERS = ["1. arguments", "2. networks", "3. task", "4. losses", "5. update", "6. evaluate", "7. plots", "8. main"]
+
+
+def test_only_the_idea_differs_from_focal():
+    shown = subprocess.run(["diff", "focal.py", "focal_pp.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert sum(line[0] in "<>" for line in shown.splitlines()) <= 120
+    lines = (ROOT / "focal.py").read_text().splitlines()
+    starts = [next(i for i, x in enumerate(lines, 1) if x.startswith("# ===") and name in x) for name in BANNERS]
+    places = [int(number) for number in re.findall(r"^(\d+)(?:,\d+)?[acd]", shown, re.M)]
+    touched = {sum(start <= place for start in starts) for place in places}
+    assert touched == {0, 1, 3, 4, 5}  # docstring, table and flags, encoder, losses, update
+
+
+@cuda
+def test_graph_replay_equals_eager_updates(files, tmp_path):
+    more = "--device cuda --steps 16 --encoder-steps 8 --eval-every 8 --dropout 0"
+    eager = run(tmp_path / "eager", WALKER, files[WALKER], f"{more} --no-graph")
+    graph = run(tmp_path / "graph", WALKER, files[WALKER], more)
+    for x, y in zip(metrics(eager), metrics(graph), strict=True):
+        for key in focal_pp.Agent.METRICS:
+            assert math.isclose(x[key], y[key], rel_tol=1e-2, abs_tol=1e-4)
