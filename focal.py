@@ -124,6 +124,12 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
 
 
+def share(text):
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return float(text)
+
+
 def parse_args(argv=None):
     """A flag on the command line wins over the table's row for --env, which wins over the defaults here."""
     choose = Parser(add_help=False)
@@ -183,9 +189,9 @@ def shared_arguments(add):
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
     add("--context-size", type=whole, default=256, help="transitions in a context")
     add("--lr", type=positive, default=1e-3, help="learning rate of actor and critic")
-    add("--final-lr", type=positive, default=1.0, help="its share that is left at the last step; it falls linearly")
-    add("--tau", type=positive, default=0.005, help="rate of the slow target")
-    add("--discount", type=positive, default=0.99, help="discount factor")
+    add("--final-lr", type=share, default=1.0, help="its share that is left at the last step; it falls linearly")
+    add("--tau", type=share, default=0.005, help="rate of the slow target")
+    add("--discount", type=share, default=0.99, help="discount factor")
     add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
 
 
@@ -205,7 +211,12 @@ def algorithm_arguments(add):
     add("--eps", type=positive, default=0.1, help="epsilon of Eq. 13")
     add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: the baseline Contextual BCQ (section 5.1)")
     add("--alpha", type=positive, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
-    add("--tune-alpha", action="store_true", help="let alpha seek the target divergence (FOCAL++)")
+    add(
+        "--tune-alpha",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let alpha seek the target divergence (FOCAL++)",
+    )
     add("--alpha-lr", type=positive, default=1.0, help="with --tune-alpha")
     add("--alpha-max", type=positive, default=2e3, help="with --tune-alpha")
     add("--target-divergence", type=positive, default=0.05, help="with --tune-alpha")

@@ -1,5 +1,4 @@
-"""FOCAL++: provably improved context-based offline meta-RL with attention and contrastive learning (ICLR 2022;
-arXiv:2102.10774). FOCAL with another task encoder and another loss for it: `diff focal.py focal_pp.py`.
+"""FOCAL++: improved offline meta-RL with attention and contrastive learning (Li et al.; ICLR 2022; arXiv:2102.10774).
 
 Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are the paper's equations):
     repeat: draw a meta-batch of tasks; for each task draw contexts c_i, c_j and an RL minibatch b_i from D_i
@@ -11,7 +10,7 @@ Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets
         D is the dual form of KL with a discriminator g, which learns beside them
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
 
-    python focal_pp.py --env sparse-point-robot --small
+    python focal_pp.py --env sparse-point-robot --small    # compare: diff focal.py focal_pp.py
 
 (FOCAL++ reaches 12.96 in its Table 1, the optimal policy 13.1 on these goals.) Where we differ from the paper:
 - Observations are standardised; the encoder learns first and then stands still (see `encoder_rate`), since a policy
@@ -133,6 +132,12 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
 
 
+def share(text):
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return float(text)
+
+
 def parse_args(argv=None):
     """A flag on the command line wins over the table's row for --env, which wins over the defaults here."""
     choose = Parser(add_help=False)
@@ -192,9 +197,9 @@ def shared_arguments(add):
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
     add("--context-size", type=whole, default=256, help="transitions in a context")
     add("--lr", type=positive, default=1e-3, help="learning rate of actor and critic")
-    add("--final-lr", type=positive, default=1.0, help="its share that is left at the last step; it falls linearly")
-    add("--tau", type=positive, default=0.005, help="rate of the slow target")
-    add("--discount", type=positive, default=0.99, help="discount factor")
+    add("--final-lr", type=share, default=1.0, help="its share that is left at the last step; it falls linearly")
+    add("--tau", type=share, default=0.005, help="rate of the slow target")
+    add("--discount", type=share, default=0.99, help="discount factor")
     add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
 
 
@@ -203,9 +208,9 @@ def algorithm_arguments(add):
     add("--encoder-hidden", type=int, choices=[16, 32, 64, 128, 256], default=128, help="its width")
     add("--blocks", type=whole, default=3, help="its attention blocks")
     add("--attention", choices=["both", "batch", "seq", "none"], default="both", help="rows of Tables 1 and 2")
-    add("--dropout", type=positive, default=0.1, help="in the encoder while it learns")
+    add("--dropout", type=share, default=0.1, help="in the encoder while it learns")
     add("--temperature", type=positive, default=0.5, help="tau of Eq. 8")
-    add("--momentum", type=positive, default=0.9, help="m, of the key encoder")
+    add("--momentum", type=share, default=0.9, help="m, of the key encoder")
     add("--encoder-lr", type=positive, default=1e-3, help="learning rate of the task encoder")
     add("--encoder-steps", type=whole, default=None,
         help="its rate falls to 0 by this step; default: steps / 5, or steps if the critic trains it")  # fmt: skip
@@ -217,7 +222,12 @@ def algorithm_arguments(add):
     add("--eps", type=positive, default=0.1, help="epsilon of Eq. 13")
     add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: the baseline Contextual BCQ (section 5.1)")
     add("--alpha", type=positive, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
-    add("--tune-alpha", action="store_true", help="let alpha seek the target divergence (FOCAL++)")
+    add(
+        "--tune-alpha",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let alpha seek the target divergence (FOCAL++)",
+    )
     add("--alpha-lr", type=positive, default=1.0, help="with --tune-alpha")
     add("--alpha-max", type=positive, default=2e3, help="with --tune-alpha")
     add("--target-divergence", type=positive, default=0.05, help="with --tune-alpha")

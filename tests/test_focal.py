@@ -890,6 +890,7 @@ def test_a_huge_learning_rate_diverges(files, tmp_path, no_plots, capsys):
 
 
 BAD_FLAGS = ["--env nowhere", "--quality superb", "--test-quality superb", "--steps -3", "--steps 2.5", "--steps 0"]
+BAD_FLAGS += ["--tau 1.5", "--discount 2", "--final-lr 1.1", "--dml cubic", "--policy x"]
 BAD_FLAGS += ["--lr -1", "--lr nan", "--tau inf", "--latent x", "--device tpu", "--hidden 1e3", "--seed x", "--nope"]
 
 
