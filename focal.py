@@ -76,6 +76,7 @@ SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
 # Table 4's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
+SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
 # With two tasks' data a fast discriminator learns it by heart; one sample of D times Table 4's alpha drowns the target.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 4, "batch_size": 128, "discriminator_steps": 3, "discriminator_lr": 1e-4}
 SMALL = {
