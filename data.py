@@ -1050,7 +1050,8 @@ def describe(path: Path) -> str:
     ]
     for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
         r = dataset.returns[index]
-        lines.append(f"  return, {name} tasks: mean {r.mean():.2f}, worst {r.min():.2f}, best {r.max():.2f}")
+        if np.isfinite(r).all():  # relabelled data and your own may have none
+            lines.append(f"  return, {name} tasks: mean {r.mean():.2f}, worst {r.min():.2f}, best {r.max():.2f}")
     return "\n".join(lines)
 
 
