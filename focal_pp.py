@@ -81,7 +81,7 @@ SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
 # Table 4's alpha of 500 and 1e6, times one sample of D, drowns the target. A policy that learns faster than the
 # discriminator outruns it: cheetah-fwd-back then stays at 200 to 700, ant-fwd-back below its data.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 4, "batch_size": 128, "alpha": 100}
-SMALL_TWO |= {"lr": 3e-4, "discriminator_steps": 3, "discriminator_lr": 1e-3}
+SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3, "discriminator_lr": 1e-3}
 SMALL = {
     "sparse-point-robot": SMALL_POINT | {"eval_every": 1_000},
     "point-robot-wind": SMALL_POINT | {"eval_every": 1_000},
