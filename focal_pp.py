@@ -153,6 +153,7 @@ def parse_args(argv=None):
     algorithm_arguments(parser.add_argument)
     parser.set_defaults(**TABLE.get(known.env, {}) | (SMALL.get(known.env, {}) if known.small else {}))
     args = parser.parse_args(argv)
+    args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
     if bellman(args) and args.encoder_steps == parser.get_default("encoder_steps"):
