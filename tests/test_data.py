@@ -523,7 +523,10 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what a dataset holds
-CONTENT = [*product([WIND], sorted({*data.QUALITIES} - {"relabelled"})), *product([SPARSE, WALKER], ["mixed", "replay"])]
+CONTENT = [
+    *product([WIND], sorted({*data.QUALITIES} - {"relabelled"})),
+    *product([SPARSE, WALKER], ["mixed", "replay"]),
+]
 
 
 @pytest.fixture

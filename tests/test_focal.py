@@ -626,6 +626,18 @@ def test_sparse_rewards_are_in_contexts_only(files, tmp_path, name):
     assert name == SPARSE or 0.4 < (shown != 0).double().mean() < 0.6
 
 
+def test_the_sparse_rewards_radius_is_the_training_datas(files, tmp_path):
+    folder, rewards = tmp_path / WALKER / "20+5-seed0", load_arrays(files[WALKER])["rewards"]
+    for quality, shift in (("expert", 0), ("random", 10)):
+        changed(files[WALKER], folder / f"{quality}.npz", WALKER, rewards=rewards + np.float32(shift))
+    argv = [x for x in flags(WALKER, "") if x not in ("--data", "")] + ["--data-dir", str(tmp_path), "--sparse"]
+    argv += ["--quality", "expert", "--test-quality", "random"]
+    world = focal.World(focal.parse_args(argv), torch.device("cpu"))
+    shown, radius = world.test_rows.split(world.split, -1)[2], np.quantile(rewards[TRAIN], 0.5, method="lower")
+    expected = (rewards[TEST] + 10 - radius) / abs(radius)
+    torch.testing.assert_close(shown[..., 0], torch.as_tensor(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_test_tasks_can_have_data_of_another_quality(files, tmp_path):
     folder = tmp_path / WIND / "40+10-seed0"
     for quality, reward in (("expert", 1), ("random", 2)):
