@@ -163,7 +163,8 @@ def draw(figure, env, runs, folders, suffix):
             axes.plot(step, mean, color=f"C{colour}", label=variant)
     for axes, column in zip(panels, columns, strict=True):
         axes.set(xlabel="gradient steps", title=LABELS.get(column, column.replace("_", " ")))
-        if column in ("q_mean", "critic_loss"):
+        low, high = axes.get_ylim()
+        if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
     panels[0].legend(fontsize="small", framealpha=0.8)
     picture.suptitle(f"{figure} on {env}", fontsize="medium")
