@@ -404,8 +404,9 @@ class Agent(nn.Module):
     METRICS = ("encoder_loss", "encoder_kl", "critic_loss", "actor_loss", "discriminator_loss", "vae_loss", "q_mean")
     METRICS += ("divergence", "alpha")
     PROPOSALS = 10  # actions that BCQ chooses from
+    SETTLED = 64  # contexts of each task that are embedded for good once the encoder stands still
 
-    def __init__(self, args, obs_dim, act_dim):
+    def __init__(self, args, obs_dim, act_dim, tasks):
         super().__init__()
         sizes = obs_dim, args.latent, act_dim, args.hidden
         context_dim = obs_dim + act_dim + 1 + (0 if args.no_next_obs else obs_dim)
@@ -416,6 +417,7 @@ class Agent(nn.Module):
         self.target.load_state_dict(self.critic.state_dict())
         regularised = args.policy == "brac" and (args.alpha > 0 or args.tune_alpha)
         self.discriminator = mlp(obs_dim + args.latent + act_dim, args.hidden, 1) if regularised else None
+        self.register_buffer("settled", torch.zeros(tasks, self.SETTLED, args.latent))
         self.register_buffer("alpha", torch.tensor(float(args.alpha)))
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))
         self.register_buffer("metrics", torch.zeros(len(self.METRICS)))  # sums since the last evaluation
@@ -445,6 +447,13 @@ class Agent(nn.Module):
 
     def divergence(self, s, z, a_pi, a_data):
         return kl_dual(self.logit(s, z, a_pi), self.logit(s, z, a_data))
+
+    @torch.no_grad()
+    def settle(self, batches):
+        """Embeds contexts of every task, from which later updates draw: the encoder does not change any more."""
+        tasks = torch.arange(len(self.settled), device=self.step.device)
+        for i in range(self.SETTLED):
+            self.settled[:, i] = self.encoder(batches.contexts(tasks))[0]
 
     def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
@@ -520,11 +529,12 @@ def make_update(args, agent, optimisers, batches):
                 optimisers[name].param_groups[0]["lr"].copy_(args.lr * rate)
         # Algorithm 1, lines 9 to 14: M tasks, for each an RL minibatch b_i and independent contexts c_i, c_j
         task = batches.tasks()
-        b, c_i = batches.transitions(task), batches.contexts(task)
-        with torch.set_grad_enabled(learn_encoder):
-            z_i, kl = agent.encoder(c_i)  # (M, l), (M,)
-        log = {"encoder_kl": kl.detach().mean(), "alpha": agent.alpha}
-        if learn_encoder:
+        b, log = batches.transitions(task), {"alpha": agent.alpha}
+        if not learn_encoder:
+            z_i = agent.settled[task, torch.randint(agent.SETTLED, task.shape, device=task.device)]
+        else:
+            z_i, kl = agent.encoder(batches.contexts(task))  # (M, l), (M,)
+            log["encoder_kl"] = kl.detach().mean()
             optimisers["encoder"].zero_grad()
             loss = args.kl_weight * kl.mean() if args.encoder == "probabilistic" else 0
             if args.encoder_loss == "dml":
@@ -824,9 +834,12 @@ def resume(run, args, agent, optimisers, world, device):
             fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
     if checkpoint["dataset"] != world.checksum:
         fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
-    agent.load_state_dict(checkpoint["agent"])
-    for key, optimiser in optimisers.items():
-        optimiser.load_state_dict(checkpoint["optimisers"][key])
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        for key, optimiser in optimisers.items():
+            optimiser.load_state_dict(checkpoint["optimisers"][key])
+    except Exception as error:
+        fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
     if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
         torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
@@ -872,17 +885,20 @@ def main(argv=None):
         fail(error)
     torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
-    agent = Agent(args, world.split[0], world.split[1]).to(device)
+    agent = Agent(args, world.split[0], world.split[1], len(world.train_rows)).to(device)
     optimisers = make_optimisers(args, agent, device)
-    update = make_update(args, agent, optimisers, Batches(args, world.train_rows, world.split))
-    learn, settle = update, lambda: update(learn_encoder=False)
+    batches = Batches(args, world.train_rows, world.split)
+    update = make_update(args, agent, optimisers, batches)
+    learn, learn_settled = update, lambda: update(learn_encoder=False)
     if device.type == "cuda" and not args.no_graph:
-        learn, settle = capture(learn), capture(settle)
+        learn, learn_settled = capture(learn), capture(learn_settled)
     start, seconds, rows = resume(run, args, agent, optimisers, world, device)
     write_settings(run, args)
     began, last = time.time() - seconds, start
     for step in range(start + 1, args.steps + 1):
-        learn() if step <= args.encoder_steps else settle()
+        if step == args.encoder_steps + 1:
+            agent.settle(batches)
+        learn() if step <= args.encoder_steps else learn_settled()
         if step % args.eval_every == 0 or step == args.steps:
             check_finite(agent, run, rows)
             result = evaluate(args, agent, world)

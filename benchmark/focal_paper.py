@@ -102,15 +102,20 @@ def plan(args):
                 for seed in range(args.seeds):
                     words = f"--env {env} --seed {seed} --threads 1 {shared} {flags}".split()
                     words += [] if args.full else ["--small"]
-                    words += ["--steps", str(args.steps)] if args.steps else []
+                    if args.steps:  # in a folder of their own, not over the runs of the usual length
+                        words += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
                     runs.append((figure, env, variant, seed, words))
     return runs
 
 
+def folder_of(words):
+    os.chdir(ROOT)
+    return focal.prepare_run(focal.parse_args(words))
+
+
 def execute(words):
-    """Runs focal.py unless that run is done; returns its folder. A run that diverges keeps what it had."""
-    args = focal.parse_args(words)
-    folder = focal.prepare_run(args)
+    """Runs focal.py unless that run is done. A run that diverges keeps what it had."""
+    args, folder = focal.parse_args(words), folder_of(words)
     final = folder / "final.json"
     if not (final.exists() and json.loads(final.read_text())["step"] == args.steps):
         command = [sys.executable, ROOT / "focal.py", *words, "--resume"]
@@ -120,7 +125,6 @@ def execute(words):
         print(" ".join(words), "|", *last, flush=True)
         if done.returncode not in (0, 3):
             raise SystemExit(done.returncode)
-    return folder
 
 
 def metrics(folder):
@@ -178,8 +182,10 @@ def main():
         {(p.env, q) for r in runs for p in [focal.parse_args(r[4])] for q in (p.quality, p.test_quality)}
     ):
         data.prepare(env, quality)  # datasets first: runs would wait for one another
+    folders = [folder_of(run[4]) for run in runs]
+    once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(lambda run: execute(run[4]), runs))
+        list(pool.map(execute, once.values()))
     suffix = "-full" if args.full else ""
     for figure, env in dict.fromkeys(run[:2] for run in runs):
         chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]

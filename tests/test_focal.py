@@ -54,7 +54,7 @@ def build(name, file, more="", device="cpu"):
     k = SimpleNamespace(args=focal.parse_args(flags(name, file, more)))
     k.world = focal.World(k.args, torch.device(device))
     torch.manual_seed(k.args.seed)
-    k.agent = focal.Agent(k.args, *k.world.split[:2]).to(device)
+    k.agent = focal.Agent(k.args, *k.world.split[:2], len(k.world.train_rows)).to(device)
     k.optimisers = focal.make_optimisers(k.args, k.agent, torch.device(device))
     k.batches = focal.Batches(k.args, k.world.train_rows, k.world.split)
     k.update = focal.make_update(k.args, k.agent, k.optimisers, k.batches)
@@ -520,6 +520,8 @@ def test_the_encoder_learns_first_and_then_stands_still(files):
     k = build(WALKER, files[WALKER], "--encoder-steps 4 --coupled")
     seen = [weights(k.agent)]
     for step in range(8):
+        if step == 6:
+            k.agent.settle(k.batches)
         k.update(learn_encoder=step < 6)
         seen.append(weights(k.agent))
     networks = [moved(a, b) for a, b in zip(seen, seen[1:], strict=False)]
@@ -738,10 +740,29 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     assert stored["step"] == 6 and str(path) in capsys.readouterr().out
 
 
+def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(files):
+    k = build(WIND, files[WIND])
+    k.batches.rows.copy_(k.batches.rows[:, :1].expand_as(k.batches.rows).clone())  # a task's rows are all alike
+    k.agent.settle(k.batches)
+    for task in range(len(k.batches.rows)):
+        row = focal.context_of(k.batches.rows[task : task + 1, :1], k.world.split, k.args)
+        expected = k.agent.encoder(row)[0].expand(k.agent.SETTLED, -1)
+        torch.testing.assert_close(k.agent.settled[task], expected, rtol=1e-4, atol=1e-6)
+    k.agent.settled.copy_(torch.arange(len(k.batches.rows))[:, None, None].expand_as(k.agent.settled))
+    seen, sample = [], k.agent.actor.sample
+    k.agent.actor.sample = lambda s, z: seen.append(z) or sample(s, z)
+    k.batches.tasks = lambda: torch.tensor([2, 0])
+    k.update(learn_encoder=False)
+    own = torch.tensor([2.0, 0.0]).repeat_interleave(k.args.batch_size)[:, None].expand(-1, k.args.latent)
+    assert len(seen) == 2 and all(torch.equal(z, own) for z in seen)
+
+
 def test_the_metrics_are_means_since_the_last_evaluation(files, tmp_path, no_plots):
     rows = metrics(run(tmp_path, WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"))
     k, sums = build(WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"), []
     for step in range(1, 6):
+        if step == 5:
+            k.agent.settle(k.batches)
         k.update(learn_encoder=step <= 4)
         sums.append(k.agent.metrics.clone())
         k.agent.metrics.zero_()
@@ -1069,6 +1090,8 @@ def test_it_learns_to_reach_the_goal_in_new_winds(tmp_path):
     k = build(WIND, tmp_path / "d.npz", f"{sizes} --encoder-steps 200 --eval-episodes 4")
     untrained = focal.evaluate(k.args, k.agent, k.world)[1].mean()
     for step in range(600):
+        if step == 200:
+            k.agent.settle(k.batches)
         k.update(learn_encoder=step < 200)
     _, trained, z, _ = focal.evaluate(k.args, k.agent, k.world)
     best = envs.family(WIND).optimum(arrays["tasks"][10:], 20).mean()
