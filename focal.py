@@ -723,11 +723,13 @@ def evaluate(args, agent, world):
 
 
 def separation(z):
-    """ESR and RMS of Table 1 over all pairs of embeddings of different tasks; z (n, E, l)."""
+    """ESR and RMS of Table 1 over all pairs of embeddings of different tasks; z (n, E, l). Also a task's variance
+    over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
     n, e, latent = z.shape
     flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
     d2 = (flat[:, None] - flat[None]).square().sum(-1)[task[:, None] != task[None]]
-    return (d2.sqrt() > math.sqrt(2 * latent / 3)).double().mean().item(), (d2.mean() / latent).sqrt().item()
+    separated = (d2.sqrt() > math.sqrt(2 * latent / 3)).double().mean().item()
+    return separated, (d2.mean() / latent).sqrt().item(), z.var(1, correction=0).mean().item() * e / max(1, e - 1)
 
 
 # ================================================================================================ 7. plots and files
@@ -738,8 +740,8 @@ def summarise(step, seconds, agent, count, result):
     row |= dict(zip(agent.METRICS, (agent.metrics / max(1, count)).tolist(), strict=True))
     row |= {"return_mean": test.mean(), "return_std": test.mean(1).std()}
     row |= {"train_return_mean": train.mean(), "train_return_std": train.mean(1).std()}
-    row["esr"], row["rms"] = separation(z_test)
-    row["train_esr"], row["train_rms"] = separation(z_train)
+    row["esr"], row["rms"], row["variance"] = separation(z_test)
+    row["train_esr"], row["train_rms"], row["train_variance"] = separation(z_train)
     return {key: float(value) if key != "step" else value for key, value in row.items()}
 
 

@@ -26,7 +26,8 @@ TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-b
 TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1"
 METRICS = focal.Agent.METRICS
 COLUMNS = ["step", "seconds", *METRICS, "return_mean", "return_std"]
-COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "train_esr", "train_rms"]
+COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "variance"]
+COLUMNS += ["train_esr", "train_rms", "train_variance"]
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 
 
@@ -706,9 +707,11 @@ def test_separation():
                         distance = math.dist(z[i, e].tolist(), z[j, f].tolist())
                         far.append(distance > math.sqrt(2 * 4 / 3))
                         squares.append(distance**2 / 4)
-    esr, rms = focal.separation(z)
+    esr, rms, variance = focal.separation(z)
     assert 0.2 < np.mean(far) < 0.95
     assert esr == pytest.approx(np.mean(far)) and rms == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-5)
+    assert variance == pytest.approx(np.mean([np.var(task.numpy(), axis=0, ddof=1) for task in z]), rel=1e-5)
+    assert focal.separation(z[:, :1])[2] == 0
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs
@@ -732,10 +735,10 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     stored = checkpoint(path)
     k.agent.load_state_dict(stored["agent"])
     train, test, z_train, z_test = focal.evaluate(k.args, k.agent, k.world)
-    last = dict(zip(["esr", "rms"], focal.separation(z_test), strict=True))
+    last = dict(zip(["esr", "rms", "variance"], focal.separation(z_test), strict=True))
     last |= {"return_mean": test.mean(), "return_std": test.mean(1).std(), "train_return_mean": train.mean()}
     last["train_return_std"] = train.mean(1).std()
-    last |= dict(zip(["train_esr", "train_rms"], focal.separation(z_train), strict=True))
+    last |= dict(zip(["train_esr", "train_rms", "train_variance"], focal.separation(z_train), strict=True))
     assert {key: rows[-1][key] for key in last} == pytest.approx(last, rel=1e-6)
     assert stored["step"] == 6 and str(path) in capsys.readouterr().out
 

@@ -1,11 +1,11 @@
-"""Figures and tables of FOCAL's paper: runs what they need, side by side on the cores, and draws them into results/.
+"""Figures and tables of the papers: runs what they need, side by side on the cores, and draws them into results/.
 
-python benchmark/focal_paper.py figure2 table6          # three seeds, small sizes
-python benchmark/focal_paper.py figure4 --env point-robot-wind --seeds 5
-python benchmark/focal_paper.py figure4 --full          # the paper's sizes
+python benchmark/paper.py focal figure2 table6          # three seeds, small sizes
+python benchmark/paper.py focal_pp table1 --env point-robot-wind --seeds 5
+python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
-A run that is done is not run again, one that was killed goes on. Each writes results/focal-<figure>-<env>.csv, one row
-for each run, and a PNG: bands are the standard deviation over seeds.
+A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
+row for each run, and a PNG: bands are the standard deviation over seeds.
 """
 
 import argparse
@@ -25,10 +25,11 @@ sys.path.insert(0, str(ROOT))
 import data
 import envs
 import focal
+import focal_pp
 
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 # figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw)
-FIGURES = {
+FOCAL = {
     "figure2": (
         ["cheetah-vel"],
         "--latent 5 --alpha 500 --value-penalty --beta 1",
@@ -78,25 +79,60 @@ FIGURES = {
         ["return_mean", "esr"],
     ),
 }  # fmt: skip
+ROWS = {
+    "FOCAL": "--attention none --encoder-loss dml",
+    "contrastive": "--attention none",
+    "batch-wise": "--attention batch",
+    "seq-wise": "--attention seq",
+    "FOCAL++": "",
+}
+SHIFTS = {
+    f"{row}, {quality} test data": f"{ROWS[row]} --test-quality {quality}"
+    for row in ("FOCAL", "FOCAL++")
+    for quality in ("mixed", "expert", "medium", "random")
+}
+FOCAL_PP = {
+    # Tables 1 and 2: sparse contexts on the MuJoCo families whose rewards differ; on sparse-point-robot they always are
+    "table1": (
+        ["sparse-point-robot", "point-robot-wind", "walker-params"],
+        "",
+        ROWS,
+        ["return_mean", "train_variance"],
+    ),
+    "table1-sparse": (
+        ["cheetah-vel", "cheetah-fwd-back", "ant-fwd-back"],
+        "--sparse",
+        ROWS,
+        ["return_mean", "train_variance"],
+    ),
+    "table3": (["sparse-point-robot", "walker-params"], "", SHIFTS, ["return_mean", "variance"]),
+    "figure5": (["sparse-point-robot"], "--quality relabelled", ROWS, ["return_mean", "train_esr"]),
+}
+SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP)}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
+LABELS |= {"train_variance": "variance of a task's embedding", "variance": "variance of a test task's embedding"}
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figures", nargs="+", choices=list(FIGURES))
+    parser.add_argument("script", choices=list(SCRIPTS))
+    parser.add_argument("figures", nargs="+", choices=[figure for _, figures in SCRIPTS.values() for figure in figures])
     parser.add_argument("--env", choices=list(focal.TABLE), help="this environment only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="gradient steps of each run")
     parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for figure in set(args.figures) - set(SCRIPTS[args.script][1]):
+        parser.error(f"{args.script} has no {figure}; expected {', '.join(SCRIPTS[args.script][1])}")
+    return args
 
 
 def plan(args):
     """[(figure, env, variant, seed, command line)] of every run."""
     runs = []
     for figure in args.figures:
-        families, shared, variants, _ = FIGURES[figure]
+        families, shared, variants, _ = SCRIPTS[args.script][1][figure]
         for env in [env for env in families if args.env in (None, env)]:
             for variant, flags in variants.items():
                 for seed in range(args.seeds):
@@ -108,21 +144,22 @@ def plan(args):
     return runs
 
 
-def folder_of(words):
+def folder_of(script, words):
     os.chdir(ROOT)
-    return focal.prepare_run(focal.parse_args(words))
+    module = SCRIPTS[script][0]
+    return module.prepare_run(module.parse_args(words))
 
 
-def execute(words):
-    """Runs focal.py unless that run is done. A run that diverges keeps what it had."""
-    args, folder = focal.parse_args(words), folder_of(words)
+def execute(script, words):
+    """Runs the script unless that run is done. A run that diverges keeps what it had."""
+    args, folder = SCRIPTS[script][0].parse_args(words), folder_of(script, words)
     final = folder / "final.json"
     if not (final.exists() and json.loads(final.read_text())["step"] == args.steps):
-        command = [sys.executable, ROOT / "focal.py", *words, "--resume"]
+        command = [sys.executable, ROOT / f"{script}.py", *words, "--resume"]
         with open(folder / "log.txt", "w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         last = (folder / "log.txt").read_text().splitlines()[-1:]
-        print(" ".join(words), "|", *last, flush=True)
+        print(script, *words, "|", *last, flush=True)
         if done.returncode not in (0, 3):
             raise SystemExit(done.returncode)
 
@@ -135,23 +172,33 @@ def metrics(folder):
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def summarise(runs, folders):
+def summarise(script, runs, folders):
     """One row for each run: means over its last three evaluations."""
     rows = []
     for (_, env, variant, seed, words), folder in zip(runs, folders, strict=True):
-        history, args = metrics(folder), focal.parse_args(words)
+        history, args = metrics(folder), SCRIPTS[script][0].parse_args(words)
         row = {"env": env, "variant": variant, "seed": seed, "steps": int(history[-1]["step"]) if history else 0}
         row["diverged"] = int(row["steps"] < args.steps)
-        for key in ("return_mean", "train_return_mean", "esr", "train_esr", "rms", "train_rms", "q_mean"):
-            row[key] = round(float(np.mean([x[key] for x in history[-3:]])), 4) if history else float("nan")
+        for key in (
+            "return_mean",
+            "train_return_mean",
+            "esr",
+            "train_esr",
+            "rms",
+            "train_rms",
+            "train_variance",
+            "q_mean",
+        ):
+            last = [x.get(key, float("nan")) for x in history[-3:]]
+            row[key] = float(f"{np.mean(last):.6g}") if history else float("nan")
         final = folder / "final.json"
         row["data_return"] = json.loads(final.read_text())["behaviour_return"] if final.exists() else None
         rows.append(row)
     return rows
 
 
-def draw(figure, env, runs, folders, suffix):
-    columns, variants = FIGURES[figure][3], FIGURES[figure][2]
+def draw(script, figure, env, runs, folders, suffix):
+    _, _, variants, columns = SCRIPTS[script][1][figure]
     picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
     for colour, variant in enumerate(variants):
@@ -171,35 +218,36 @@ def draw(figure, env, runs, folders, suffix):
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
     panels[0].legend(fontsize="small", framealpha=0.8)
-    picture.suptitle(f"{figure} on {env}", fontsize="medium")
-    picture.savefig(ROOT / "results" / f"focal-{figure}-{env}{suffix}.png", dpi=110)
+    picture.suptitle(f"{script}, {figure} on {env}", fontsize="medium")
+    picture.savefig(ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png", dpi=110)
 
 
 def main():
     args = arguments()
+    module, figures = SCRIPTS[args.script]
     runs = plan(args)
-    for env, quality in sorted(
-        {(p.env, q) for r in runs for p in [focal.parse_args(r[4])] for q in (p.quality, p.test_quality)}
-    ):
+    parsed = [module.parse_args(run[4]) for run in runs]
+    for env, quality in sorted({(p.env, q) for p in parsed for q in (p.quality, p.test_quality)}):
         data.prepare(env, quality)  # datasets first: runs would wait for one another
-    folders = [folder_of(run[4]) for run in runs]
+    folders = [folder_of(args.script, run[4]) for run in runs]
     once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(execute, once.values()))
+        list(pool.map(lambda words: execute(args.script, words), once.values()))
     suffix = "-full" if args.full else ""
     for figure, env in dict.fromkeys(run[:2] for run in runs):
         chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]
         mine, places = [runs[i] for i in chosen], [folders[i] for i in chosen]
-        rows = summarise(mine, places)
-        with open(ROOT / "results" / f"focal-{figure}-{env}{suffix}.csv", "w", newline="") as file:
+        rows = summarise(args.script, mine, places)
+        with open(ROOT / "results" / f"{args.script}-{figure}-{env}{suffix}.csv", "w", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        draw(figure, env, mine, places, suffix)
-        for variant in FIGURES[figure][2]:
+        draw(args.script, figure, env, mine, places, suffix)
+        for variant in figures[figure][2]:
             each = [row for row in rows if row["variant"] == variant]
-            show = {key: np.array([row[key] for row in each], float) for key in ("return_mean", "train_esr", "q_mean")}
-            text = "  ".join(f"{key} {value.mean():9.2f} ({value.std():.2f})" for key, value in show.items())
+            keys = ("return_mean", "train_esr", "train_variance", "q_mean")
+            show = {key: np.array([row[key] for row in each], float) for key in keys}
+            text = "  ".join(f"{key} {value.mean():10.4g} ({value.std():.2g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")
 
 
