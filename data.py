@@ -20,7 +20,7 @@ episode. Your own data needs the same arrays (those marked * may be left out):
     tasks                            (T, P)    float64      task parameters, as in envs.py
     train_tasks, test_tasks          (n,)      int64        indices into the task axis
     sparse_rewards *                 (T, N)    float32      what the task encoder sees, where it is not `rewards`
-    returns *                        (T,)      float32      mean return of the data in each task, over envs' horizon
+    returns *                        (T,)      float32      mean return of each task's episodes, over envs' horizon
     meta *                           JSON text              environment, quality, settings, versions, checksum
 
     python data.py --env walker-params                      # builds (or finds) the mixed dataset and describes it
@@ -707,7 +707,7 @@ def can_relabel(row: envs.Family) -> bool:
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
-    """SAC's first transitions (T, iterations, envs, D), each sub-environment's in time order."""
+    """SAC's first transitions (T, iterations, envs, D), episode by episode, in the order in which they began."""
     row = envs.family(env)
     rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
     d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
@@ -718,7 +718,21 @@ def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.nd
         state, action, after = flat[:, :d], flat[:, d : d + m], flat[:, d + m + 1 : 2 * d + m + 1]
         reported = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
     episode = np.concatenate([np.zeros_like(ended[:, :, :1]), ended[:, :, :-1].cumsum(2)], axis=2)
-    return _arrays(np.concatenate([rows[..., :-1], reported[..., None], episode], axis=-1).astype(np.float32), row)
+    arrays = _arrays(np.concatenate([rows[..., :-1], reported[..., None], episode], axis=-1).astype(np.float32), row)
+    t, e, steps = episode.shape[:3]
+    first = np.concatenate([np.ones_like(ended[:, :, :1]), ended[:, :, :-1]], axis=2)[..., 0] > 0
+    began = np.maximum.accumulate(np.where(first, np.arange(steps), 0), axis=2)  # the iteration of its first step
+    order = ((began * e + np.arange(e)[:, None]) * steps + np.arange(steps)).reshape(t, -1).argsort(1)
+    for key, value in arrays.items():
+        if key not in ("episodes", "first_return"):
+            arrays[key] = np.take_along_axis(value, order.reshape(order.shape + (1,) * (value.ndim - 2)), axis=1)
+    first = np.take_along_axis(first.reshape(t, -1), order, axis=1)
+    arrays["episodes"] = (first.cumsum(1) - 1).astype(np.int32)
+    rewards = arrays["sparse_rewards" if row.sparse_reward else "rewards"]
+    task, _, total = _episode_returns(rewards, arrays["episodes"], arrays["terminals"], row.horizon)
+    whole = np.bincount(task, minlength=t)
+    mean = np.bincount(task, total, t) / np.maximum(whole, 1)
+    return arrays | {"returns": np.where(whole > 0, mean, np.nan)}
 
 
 # --------------------------------------------------------------------------------------------------- stored datasets
@@ -913,7 +927,7 @@ def prepare(
                 if quality == "relabelled":
                     arrays = relabel(env, tasks, train_tasks, arrays, seed)
                 arrays |= {"tasks": tasks, "train_tasks": train_tasks, "test_tasks": test_tasks}
-                if "first_return" in arrays:
+                if "first_return" in arrays and "returns" not in arrays:
                     arrays["returns"] = arrays["first_return"].mean(1)
                 versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
                 meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
@@ -943,18 +957,23 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
     Returns are those that the papers report (sparse ones for sparse-point-robot), over the family's horizon.
     """
     row = envs.FAMILIES.get(dataset.meta.get("env"))
-    t, n = dataset.rewards.shape
-    episodes = dataset.episodes.cpu().numpy().astype(np.int64)
-    count = episodes.max() + 1
-    key = (np.arange(t)[:, None] * count + episodes).ravel()
+    reported = dataset.context_rewards if row is not None and row.sparse_reward else dataset.rewards
+    horizon = row.horizon if row is not None else None
+    arrays = (x.cpu().numpy() for x in (reported, dataset.episodes, dataset.terminals))
+    return _episode_returns(*arrays, horizon)
+
+
+def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
+    t, n = rewards.shape
+    count = int(episodes.max()) + 1
+    key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
     first = np.full(t * count, t * n)
     np.minimum.at(first, key, np.tile(np.arange(n), t))
     age = np.tile(np.arange(n), t) - first[key]
-    reported = dataset.context_rewards if row is not None and row.sparse_reward else dataset.rewards
-    rewards = reported.cpu().numpy().ravel() * (age < (row.horizon if row is not None else n))
-    total, length = np.bincount(key, rewards, t * count), np.bincount(key, minlength=t * count)
-    whole = np.bincount(key, dataset.terminals.cpu().numpy().ravel(), t * count) > 0
-    whole |= length >= (row.horizon if row is not None else 1)
+    total = np.bincount(key, rewards.ravel() * (age < (horizon or n)), t * count)
+    length = np.bincount(key, minlength=t * count)
+    whole = np.bincount(key, terminals.ravel(), t * count) > 0
+    whole |= length >= (horizon or 1)
     index = np.flatnonzero(whole)
     return index // count, first[index] / max(n - 1, 1), total[index]
 

@@ -572,6 +572,13 @@ def test_episodes_are_in_order_and_end_where_they_should(dataset):
     episodes, terminals = dataset.episodes.numpy(), dataset.terminals.numpy()
     assert episodes.shape[1] % slot == 0
     for task, ends in zip(episodes, terminals, strict=True):
+        if quality == "replay":  # episodes of 4 sub-environments, in the order in which they began
+            length = np.bincount(task)
+            last = np.cumsum(length) - 1
+            assert_equal(task, np.repeat(np.arange(len(length)), length))
+            assert ((ends[last] == 1) | (length == longest)).sum() >= len(length) - 4 and length.max() <= longest
+            assert ends.sum() == ends[last].sum()
+            continue
         number, length = -1, 0
         for t, found in enumerate(task):
             if t % slot == 0 or length == longest or ends[t - 1]:
@@ -593,7 +600,11 @@ def test_episodes_are_in_order_and_end_where_they_should(dataset):
 
 @pytest.mark.parametrize("dataset", CONTENT, indirect=True)
 def test_returns_are_those_of_first_episodes(dataset):
+    """Of every trajectory; in replay, of all episodes that were seen to their end."""
     env, quality, dataset = dataset
+    if quality == "replay":
+        task, _, returns = data.episode_returns(dataset)
+        return assert_equal(dataset.returns, [np.float32(returns[task == i].mean()) for i in range(3)])
     slot, _ = slots(env, quality, dataset)
     for i, rewards in enumerate(dataset.context_rewards.double()):
         returns = []
@@ -606,7 +617,8 @@ def test_returns_are_those_of_first_episodes(dataset):
 @pytest.mark.parametrize("dataset", [c for c in CONTENT if c[1] == "replay"], indirect=True)
 def test_replay_begins_with_uniform_actions(dataset):
     dataset = dataset[2]
-    first = dataset.actions.unflatten(1, (4, 50))[:, :, :20].flatten()
+    began_first = zip(dataset.actions, dataset.episodes, strict=True)  # the first episode of each of 4 sub-environments
+    first = torch.cat([actions[episode == k][:20] for actions, episode in began_first for k in range(4)]).flatten()
     assert first.abs().max() <= 1 and abs(first.mean()) < 0.15 and first.var().item() == pytest.approx(1 / 3, rel=0.2)
 
 
@@ -666,14 +678,17 @@ def test_replay_dataset_is_made_of_the_first_steps():
     arrays = data.roll_out(
         SPARSE, tasks, "replay", {"early": torch.from_numpy(early), "policies": torch.zeros(5, 2, 1)}, tiny(), 0
     )
-    rows = early.swapaxes(1, 2).reshape(2, 8, 9)
+    by_env = early.swapaxes(1, 2).reshape(2, 8, 9)
+    rows = np.stack([by_env[0], by_env[1, [0, 4, 5, 6, 7, 1, 2, 3]]])  # episodes in the order in which they began
     for key, part in (("observations", slice(2)), ("actions", slice(2, 4)), ("next_observations", slice(5, 7))):
         assert_equal(arrays[key], rows[..., part])
     assert_equal(arrays["rewards"], rows[..., 4])
     assert_equal(arrays["terminals"], rows[..., 7])
-    assert arrays["episodes"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 3, 3, 3, 3]]
-    sparse = [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, rows, strict=True)]
-    np.testing.assert_allclose(arrays["sparse_rewards"], sparse, atol=1e-6)
+    assert arrays["episodes"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2, 2, 3]]
+    sparse, in_order = (
+        [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, x, strict=True)] for x in (by_env, rows)
+    )
+    np.testing.assert_allclose(arrays["sparse_rewards"], in_order, atol=1e-6)
     counted = np.array([[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]])
     np.testing.assert_allclose(arrays["first_return"], (np.reshape(sparse, (2, 2, 4)) * counted).sum(2), atol=1e-6)
     assert 3 < np.count_nonzero(sparse) < 16

@@ -1,0 +1,130 @@
+"""FOCAL++'s Figures 5c and 6: what its batch-wise attention looks at, from finished runs of focal_pp.py.
+
+python benchmark/attention.py runs/focal_pp/sparse-point-robot/*quality=relabelled/seed*
+
+Writes results/focal_pp-attention.csv, one row for each run, and a PNG of the first run: the distribution of W over
+transitions that no task rewards and over those that their task does, and the variance of a task's embedding against
+the share of transitions that no task rewards.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import focal_pp
+
+SPARSITY = np.linspace(0, 0.95, 20)
+CONTEXTS = 32  # of each task, at each sparsity
+
+
+def load_run(folder):
+    """The run's settings, its trained encoder, and packed rows of its training tasks."""
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise SystemExit(f"attention.py: {error.filename}: {error.strerror}; expected the folder of a run") from None
+    args = argparse.Namespace(
+        **saved | {"data_dir": Path(saved["data_dir"]), "data": saved["data"] and Path(saved["data"])}
+    )
+    world = focal_pp.World(args, torch.device("cpu"))
+    agent = focal_pp.Agent(args, *world.split[:2], len(world.train_rows))
+    agent.load_state_dict(checkpoint["agent"])
+    if not hasattr(agent.encoder.blocks[-1], "gate"):
+        raise SystemExit(
+            f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
+        )
+    return args, world, agent.encoder
+
+
+def area_under_curve(negative, positive):
+    """Chance that a random positive is above a random negative; ties count half."""
+    negative = np.sort(negative)
+    below, not_above = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return (below + not_above).mean() / 2 / len(negative)
+
+
+@torch.no_grad()
+def weights_of(args, world, encoder, informative, silent):
+    """W of transitions that no task rewards, and of those that their task does, in contexts drawn as in training."""
+    generator = torch.Generator().manual_seed(0)
+    n, count, _ = world.train_rows.shape
+    index = torch.randint(count, (n, 8 * args.context_size), generator=generator)
+    seen, useful, useless = [], [], []
+    for part in index.split(args.context_size, 1):
+        rows = torch.stack([task[i] for task, i in zip(world.train_rows, part, strict=True)])
+        seen.append(encoder.transitions(focal_pp.context_of(rows, world.split, args))[1])
+        useful.append(informative.gather(1, part))
+        useless.append(silent[part])
+    w, useful, useless = (torch.cat(parts, 1).numpy() for parts in (seen, useful, useless))
+    return w[useless], w[useful]
+
+
+@torch.no_grad()
+def variances(args, world, encoder, informative, silent):
+    """Variance of a task's embedding over contexts with a given share of silent transitions: (2, len(SPARSITY)),
+    without and with the last block's weights."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda pool, n: pool[torch.randint(len(pool), (CONTEXTS, n), generator=generator)]
+    useless, result = silent.nonzero()[:, 0], []
+    for share in SPARSITY:
+        n, each = round(share * args.context_size), []
+        for rows, useful in zip(world.train_rows, informative, strict=True):
+            index = torch.cat([draw(useless, n), draw(useful.nonzero()[:, 0], args.context_size - n)], 1)
+            z, w = encoder.transitions(focal_pp.context_of(rows[index], world.split, args))
+            each.append([m.var(0).mean().item() for m in (z.mean(1), (w[..., None] * z).mean(1))])
+        result.append(np.mean(each, 0))
+    return np.array(result).T
+
+
+def draw(zero, nonzero, variance, auc):
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = np.linspace(0, max(zero.max(), nonzero.max()), 50)
+    for values, label in ((zero, "no task rewards it"), (nonzero, "its task rewards it")):
+        left.hist(values, bins, density=True, alpha=0.6, label=label)
+    left.set(xlabel="weight W of a transition", ylabel="density", title=f"Figure 5c, AUC {auc:.3f}", yscale="log")
+    for values, label in zip(variance, ("unweighted", "weighted"), strict=True):
+        right.plot(SPARSITY, values, label=label)
+    right.set(xlabel="share of transitions no task rewards", ylabel="variance of a task's embedding", title="Figure 6")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+    figure.savefig(ROOT / "results" / "focal_pp-attention.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run on relabelled data")
+    rows = []
+    for folder in parser.parse_args().runs:
+        args, world, encoder = load_run(folder)
+        reward = world.train_rows.split(world.split, -1)[2][..., 0]  # (n, N), what contexts hold
+        informative, silent = reward != 0, (reward == 0).all(0)
+        zero, nonzero = weights_of(args, world, encoder, informative, silent)
+        auc = area_under_curve(zero, nonzero)
+        variance = variances(args, world, encoder, informative, silent)
+        lower = SPARSITY[variance[1] < variance[0]]
+        rows.append({"attention": args.attention, "seed": args.seed, "auc": round(float(auc), 4)})
+        rows[-1] |= {"silent": round(silent.double().mean().item(), 3), "lower_from": lower.min() if len(lower) else ""}
+        for name, values in zip(("unweighted", "weighted"), variance, strict=True):
+            rows[-1] |= {f"{name}_{share:.2f}": float(f"{x:.4g}") for share, x in zip(SPARSITY, values, strict=True)}
+        print({key: rows[-1][key] for key in ("attention", "seed", "auc", "silent", "lower_from")}, flush=True)
+        if len(rows) == 1:
+            draw(zero, nonzero, variance, auc)
+    with open(ROOT / "results" / "focal_pp-attention.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
