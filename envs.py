@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -51,6 +52,10 @@ TASKS, EPISODES = 1, 2  # last entry of a random stream's key: task parameters a
 
 def _never(obs: Array) -> Array:
     return np.zeros(len(obs), bool)
+
+
+def _no_reward(task: Array, *_: Any) -> Array:
+    return np.full(len(task), np.nan)
 
 
 @dataclass(frozen=True)
@@ -538,7 +543,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     of the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where
     `info["_final_obs"]`, holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if
     the family has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
-    the others do never changes it.
+    the others do never changes it. With `rewards` off it does not hold the family's reward functions at all: `step`
+    answers "not a number" for every reward, and no sparse one.
     """
 
     def __init__(
@@ -551,8 +557,11 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         autoreset: bool = True,
         render_mode: str | None = None,
         render_size: int = 240,
+        rewards: bool = True,
     ):
         self.name, self.family = name, family(name)
+        if not rewards:
+            self.family = dataclasses.replace(self.family, reward=_no_reward, sparse_reward=None, optimum=None)
         self.tasks = np.ascontiguousarray(tasks, np.float64)
         if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")

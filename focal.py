@@ -457,7 +457,7 @@ class Agent(nn.Module):
 
     def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
-        values = torch.stack([values.get(name, torch.zeros_like(self.alpha)).float() for name in self.METRICS])
+        values = torch.stack([values.get(name, torch.zeros_like(self.metrics[0])).float() for name in self.METRICS])
         self.metrics += values
         self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
 
