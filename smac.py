@@ -15,7 +15,8 @@ At meta-test time the agent explores for two episodes with z from the prior, the
 
 Where we differ from the paper:
 - Data are the early replay of one SAC agent for each task, cut to the paper's sizes; the paper's is one PEARL run's
-  (`--from-nothing` runs that, `--save-replay` keeps its buffers as a dataset). One buffer serves contexts and RL.
+  (`--from-nothing` runs that, `--save-replay` keeps its buffers as a dataset). One buffer serves contexts and RL; the
+  encoder's buffer is its last 400 offline rows and what is collected.
 - Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised.
@@ -58,13 +59,8 @@ TABLE = {
 # --small: what differs on a machine without a GPU.
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
-SMALL_POINT = SMALL_NETWORKS | {
-    "hidden": 64,
-    "steps": 6_000,
-    "online_steps": 6_000,
-    "updates": 1.0,
-    "eval_every": 2_000,
-}
+SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
+SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 40_000, "updates": 0.5, "eval_every": 5_000}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
 
@@ -180,17 +176,13 @@ def algorithm_arguments(add):
     add("--test-tasks", type=whole, default=None, help="number of test tasks; default: the family's")
     add("--data-size", type=whole, default=1600, help="transitions of each task")
     add("--data-until", type=whole, default=None, help="row of the dataset after which they end; default: the last")
+    add("--context-data", type=whole, default=400, help="of them, the last ones, contexts are drawn from these")
     add("--latent", type=whole, default=5, help="size of z")
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
     add("--encoder-loss", choices=["reward", "q", "reward+q"], default="reward",
         help="what trains the encoder offline; with q in it the critic's loss goes on online (Figure 7)")  # fmt: skip
     add("--kl-weight", type=positive, default=1 / 256, help="of the KL in Eq. 3, beside a mean over h'")
-    add(
-        "--actor",
-        choices=["awac", "sac", "bc"],
-        default="awac",
-        help="SMAC, its actor ablation, meta behaviour cloning",
-    )
+    add("--actor", choices=["awac", "sac", "bc"], default="awac", help="sac, bc: the paper's ablations")
     add("--awac-lambda", type=positive, default=100.0, help="temperature lambda of Eq. 2")
     add("--pearl-weight", type=positive, default=1.0, help="lambda_pearl, of PEARL's actor loss in the online phase")
     add("--online-rewards", choices=["decoder", "oracle", "none"], default="decoder", help="none: no online phase")
@@ -202,13 +194,7 @@ def algorithm_arguments(add):
     add("--z-every", choices=["episode", "step"], default="episode", help="when exploration draws z from the prior")
     add("--posterior-share", type=share, default=0.0, help="of the trajectories that act on the posterior instead")
     add("--from-nothing", action="store_true", help="PEARL: no data and no offline phase, true rewards online")
-    add(
-        "--save-replay",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="write the buffers as a dataset (.npz) at the end",
-    )
+    add("--save-replay", type=Path, default=None, metavar="FILE", help="write the buffers as a dataset (.npz)")
 
 
 # ===================================================================================================== 2. networks
@@ -276,9 +262,8 @@ class Decoder(nn.Module):
     def __init__(self, obs_dim, latent, act_dim, hidden=64):
         super().__init__()
         sizes = obs_dim + act_dim + latent, hidden
-        self.net = nn.Sequential(
-            nn.Linear(*sizes), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
+        first, second, last = nn.Linear(*sizes), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def forward(self, s, z, a):
         return self.net(torch.cat([s, a, z], -1)).squeeze(-1)
@@ -369,9 +354,12 @@ class Replay(nn.Module):
         self.rows[task[:, None], place] = rows
         self.filled.index_add_(0, task, torch.full_like(task, rows.shape[1]))
 
-    def draw(self, task, size, held):
-        """(M, size, D) rows, drawn uniformly from the first held (n,) rows of each task's buffer."""
-        index = (torch.rand(len(task), size, device=task.device, dtype=torch.float64) * held[task, None]).long()
+    def draw(self, task, size, held, part=None):
+        """(M, size, D) rows, drawn uniformly from the first held (n,) rows of each task's buffer, but for all offline
+        rows before the last `part`: what the paper calls the encoder's buffer."""
+        first = torch.zeros_like(held) if part is None else (self.offline - part).clamp_min(0)
+        share = torch.rand(len(task), size, device=task.device, dtype=torch.float64)
+        index = (first[task, None] + share * (held - first)[task, None]).long()
         index += task[:, None] * self.rows.shape[1]
         return self.rows.view(-1, self.rows.shape[2]).index_select(0, index.flatten()).unflatten(0, index.shape)
 
@@ -401,12 +389,12 @@ class Agent(nn.Module):
         return rows[..., : sum(self.split[:3])]
 
     @torch.no_grad()
-    def label(self, task, rows, size):
+    def label(self, task, rows, size, part):
         """Rewards (E, H) for trajectories (E, H, D) of tasks (E,), whose own are not looked at (Eq. 4).
 
         r = r_phi(s, a, z), z ~ q_phi(z | h), h from the offline rows of the task's buffer, one z for a trajectory.
         """
-        z = sample(*self.labeller(self.history(self.replay.draw(task, size, self.replay.offline))))
+        z = sample(*self.labeller(self.history(self.replay.draw(task, size, self.replay.offline, part))))
         s, a = rows.split(self.split, -1)[:2]
         return self.decoder(s, z[:, None].expand(-1, rows.shape[1], -1), a)
 
@@ -456,7 +444,7 @@ def make_update(args, agent, optimisers):
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' from D_i, z ~ q_phi(z | h)
         task = tasks()
         held = replay.offline if online and args.online_contexts == "offline" else replay.filled
-        h = agent.history(replay.draw(task, args.context_size, held))
+        h = agent.history(replay.draw(task, args.context_size, held, args.context_data))
         s, a, r, s2, d = replay.draw(task, args.batch_size, replay.filled).flatten(0, 1).split(agent.split, -1)
         r, d = r[:, 0], d[:, 0]
         with torch.set_grad_enabled(by_reward or by_q):
@@ -653,14 +641,14 @@ def evaluate(args, agent, world):
         second = play(agent, world, world.env, prior(), args.seed + 2, redraw=args.z_every)
         h, counted = (torch.cat([x, y], 1) for x, y in zip(first[:2], second[:2], strict=True))
         h, counted = agent.history(h), counted.float()
-        index = torch.multinomial(
-            counted.clamp_min(1e-9), args.context_size, replacement=args.context_size > 2 * horizon
-        )
+        again = args.context_size > 2 * horizon  # as many as in training, even where there are fewer
+        index = torch.multinomial(counted.clamp_min(1e-9), args.context_size, replacement=again)
         some = h.gather(1, index[..., None].expand(-1, -1, h.shape[-1])), counted.gather(1, index)
         posteriors = {"": agent.encoder(h, counted), "short_": agent.encoder(*some)}
         if world.train_rows.shape[1]:
-            own = torch.cat([world.train_rows[world.seen], world.test_rows]).repeat_interleave(e, 0)
-            index = torch.rand(own.shape[:2], device=device).argsort(1)[:, : args.context_size, None]
+            own = torch.cat([world.train_rows[world.seen], world.test_rows])[:, -args.context_data :]
+            own = own.repeat_interleave(e, 0)
+            index = torch.randint(own.shape[1], (len(own), args.context_size, 1), device=device)
             posteriors["offline_"] = agent.encoder(agent.history(own.gather(1, index.expand(-1, -1, own.shape[-1]))))
         result = {"prior_": {"return": first[2], "path": first[0], "counted": first[1]}}
         for name, (mean, variance) in posteriors.items():
@@ -715,13 +703,13 @@ def collect(args, agent, world, iteration):
     z = torch.randn(len(tasks), args.latent, device=device)
     informed = torch.arange(len(tasks), device=device) < round(args.posterior_share * len(tasks))
     informed &= agent.replay.filled[buffers] > 0
-    history = agent.history(agent.replay.draw(buffers, args.context_size, agent.replay.filled))
+    history = agent.history(agent.replay.draw(buffers, args.context_size, agent.replay.filled, args.context_data))
     z = torch.where(informed[:, None], sample(*agent.encoder(history)), z)
     rows, _, _, sound = play(agent, world, env, z, 1_000_003 * args.seed + iteration, explore=True, redraw=args.z_every)
     env.close()
     buffers, rows = buffers[sound], rows[sound]  # a trajectory in which the physics blew up is dropped
     if not oracle:
-        rows[..., agent.split[0] + agent.split[1]] = agent.label(buffers, rows, args.context_size)
+        rows[..., agent.split[0] + agent.split[1]] = agent.label(buffers, rows, args.context_size, args.context_data)
     agent.replay.append(buffers, rows)
 
 

@@ -1,0 +1,595 @@
+"""SMAC against float64 loops written from the paper, who trains whom in each phase, and no reward online."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_focal
+import torch
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, random_tensors, weights
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
+
+import data
+import envs
+import smac
+
+TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3 --device cpu"
+TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --threads 1 --data-size 60 --context-data 40 --online-envs 3"
+ALL = {"encoder", "decoder", "critic", "target", "actor"}
+
+
+def flags(name, file, more=""):
+    online = 2 * 3 * envs.family(name).horizon  # two iterations
+    updates = 6 / (3 * envs.family(name).horizon)
+    words = f"--env {name} {'--data ' + str(file) if file else ''} {TINY} --online-steps {online} --updates {updates}"
+    return [*words.split(), *more.split()]
+
+
+def build(name, file, more="", device="cpu"):
+    """What main builds before its loop, from the same seed."""
+    k = SimpleNamespace(args=smac.parse_args(flags(name, file, more)))
+    k.world = smac.World(k.args, torch.device(device))
+    torch.manual_seed(k.args.seed)
+    k.agent, k.optimisers, k.update = smac.build(k.args, k.world, torch.device(device))
+    return k
+
+
+def run(folder, name, file, more=""):
+    smac.main([*flags(name, file, more), "--run-dir", str(folder)])
+    (path,) = folder.glob("smac/*/*/seed*")
+    return path
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    for name in ("plot_curve", "plot_embeddings", "plot_shift"):
+        monkeypatch.setattr(smac, name, lambda *args: None)
+
+
+# ------------------------------------------------------------------------------------------ losses, from the page
+def test_the_posterior_is_the_product_of_its_factors():
+    encoder = smac.Encoder(4, 16, 2).double()
+    (h,) = random_tensors((3, 5, 4))
+    raw = encoder.net(h).detach()
+    mean, std = raw[..., :2], torch.log1p(raw[..., 2:].exp())
+    ours = encoder(h)
+    for i in range(3):
+        for k in range(2):
+            m, v = mean[i, 0, k].item(), std[i, 0, k].item() ** 2
+            for b in range(1, 5):  # N(m, v) N(m2, v2) is proportional to N((m v2 + m2 v) / (v + v2), v v2 / (v + v2))
+                m2, v2 = mean[i, b, k].item(), std[i, b, k].item() ** 2
+                m, v = (m * v2 + m2 * v) / (v + v2), v * v2 / (v + v2)
+            assert ours[0][i, k].item() == pytest.approx(m) and ours[1][i, k].item() == pytest.approx(v)
+
+
+def test_the_posterior_ignores_order_and_padding():
+    encoder = smac.Encoder(4, 16, 2).double()
+    (h,) = random_tensors((3, 6, 4))
+    expected = encoder(h)
+    for x, y in zip(encoder(h[:, torch.randperm(6)]), expected, strict=True):
+        torch.testing.assert_close(x, y)
+    counted = torch.tensor([1.0, 0, 1, 1, 0, 1]).double().expand(3, -1)
+    padded = torch.where(counted[..., None] > 0, h, 1e3)
+    for x, y, z in zip(encoder(padded, counted), encoder(h[:, [0, 2, 3, 5]]), expected, strict=True):
+        torch.testing.assert_close(x, y)
+        assert not torch.allclose(x, z)
+
+
+def test_kl_and_density():
+    mean, spread, a = random_tensors((6, 3), (6, 3), (6, 3))
+    variance = spread.exp()
+    expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(torch.zeros(3), torch.ones(3))).sum(-1)
+    torch.testing.assert_close(smac.gaussian_kl(mean, variance), expected)
+    policy = TransformedDistribution(Normal(mean, (0.3 * spread).exp()), TanhTransform())
+    torch.testing.assert_close(smac.log_density(mean, 0.3 * spread, a.tanh()), policy.log_prob(a.tanh()).sum(-1))
+    rim = torch.tensor([[1.0, -1.0, 0.5]]).double()
+    assert smac.log_density(mean[:1], spread[:1], rim).isfinite().all()
+
+
+def test_reward_critic_and_pearl_losses():
+    r, decoded, d, q_next, q, log_pi = random_tensors((4,), (4,), (4,), (2, 4), (2, 4), (4,))
+    d = (d > 0).double()
+    loop = lambda: sum((r[i] - decoded[i]) ** 2 for i in range(4)) / 4
+    assert_gradients(lambda: smac.reward_loss(r, decoded), loop, [r, decoded])
+    y = smac.critic_target(r, d, q_next, 5.0, 0.9)
+    for i in range(4):
+        expected = 5 * r[i] + (0.9 * min(q_next[0, i], q_next[1, i]) if d[i] == 0 else 0)
+        torch.testing.assert_close(y[i], expected)
+    y = y.detach()
+    loop = lambda: sum((q[k, i] - y[i]) ** 2 for k in range(2) for i in range(4)) / 4
+    assert_gradients(lambda: smac.critic_loss(q, y), loop, [q])
+    loop = lambda: sum(log_pi[i] - min(q[0, i], q[1, i]) for i in range(4)) / 4
+    assert_gradients(lambda: smac.pearl_loss(log_pi, q), loop, [log_pi, q])
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_awac_loss(scale):
+    log_pi, q_data, q_pi = random_tensors((5,), (2, 5), (2, 5))
+    q_data, q_pi = scale * q_data, scale * q_pi
+    advantage = [min(q_data[0, i], q_data[1, i]).item() - min(q_pi[0, i], q_pi[1, i]).item() for i in range(5)]
+    top = max(advantage)
+    power = [math.exp((x - top) / 0.7) for x in advantage]
+    weight = [5 * x / sum(power) for x in power]
+    loop = lambda: -sum(w * log_pi[i] for i, w in enumerate(weight)) / 5
+    assert_gradients(lambda: smac.awac_loss(log_pi, q_data, q_pi, 0.7), loop, [log_pi])
+    q_data.requires_grad_(True)
+    q_pi.requires_grad_(True)
+    grads = torch.autograd.grad(smac.awac_loss(log_pi, q_data, q_pi, 0.7), [q_data, q_pi], allow_unused=True)
+    assert grads == (None, None)  # no gradient passes the weights
+
+
+# ------------------------------------------------------------------------------------------------ who trains whom
+CASES = [
+    ("", False, ALL),
+    ("--encoder-loss q", False, ALL),
+    ("--encoder-loss reward+q", False, ALL),
+    ("--actor sac", False, ALL),
+    ("--actor bc", False, ALL),
+    ("", True, {"critic", "target", "actor"}),
+    ("--actor sac", True, {"critic", "target", "actor"}),
+    ("--actor bc", True, {"critic", "target", "actor"}),
+    ("--online-contexts offline", True, {"critic", "target", "actor"}),
+    ("--encoder-loss q", True, {"critic", "target", "actor", "encoder"}),
+    ("--encoder-loss reward+q", True, {"critic", "target", "actor", "encoder"}),
+    ("--online-rewards oracle", True, ALL),
+    ("--online-rewards oracle --encoder-loss q", True, ALL),
+]
+
+
+@pytest.mark.parametrize(("more", "online", "expected"), CASES)
+def test_who_learns(files, more, online, expected):
+    k = build(WIND, files[WIND], f"{more} --kl-weight 0" if "q" not in more else more)
+    before = weights(k.agent)
+    for _ in range(2):
+        k.update(online=online)
+    assert moved(before, weights(k.agent)) == expected
+
+
+def stepped(files, more, online=False, prepare=lambda k: None):
+    k = build(WIND, files[WIND], f"--kl-weight 0 {more}")
+    prepare(k)
+    k.update(online=online)
+    return k.agent
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("loss", ["reward", "q", "reward+q"])
+def test_which_loss_trains_the_encoder(files, loss):
+    def other_critic(k):
+        k.agent.target.net[-1].bias.data += 100.0
+
+    def other_decoder(k):
+        k.agent.decoder.net[-1].weight.data *= -3
+
+    plain = stepped(files, f"--encoder-loss {loss}")
+    assert same(plain.encoder, stepped(files, f"--encoder-loss {loss}", prepare=other_critic).encoder) == (
+        loss == "reward"
+    )
+    assert same(plain.encoder, stepped(files, f"--encoder-loss {loss}", prepare=other_decoder).encoder) == (loss == "q")
+    assert same(plain.decoder, stepped(files, f"--encoder-loss {loss}", prepare=other_critic).decoder)
+    assert same(plain.actor, stepped(files, f"--encoder-loss {loss}", prepare=other_decoder).actor)
+
+
+def test_the_kl_pulls_the_posterior_to_the_prior(files):
+    kl = {}
+    for weight in (0, 1):
+        k = build(WIND, files[WIND], f"--kl-weight {weight} --lr 0.003")
+        for _ in range(60):
+            k.update()
+        kl[weight] = k.agent.metrics[1].item()
+    assert kl[1] < 0.7 * kl[0]
+
+
+def test_each_actor_descends_its_own_loss(files, monkeypatch):
+    calls = []
+    for name in ("awac_loss", "pearl_loss"):
+        loss = getattr(smac, name)
+        monkeypatch.setattr(smac, name, lambda *args, name=name, loss=loss: calls.append(name) or loss(*args))
+    seen = {}
+    for more in ("", "--actor sac", "--actor bc", "--pearl-weight 0"):
+        k = build(WIND, files[WIND], more)
+        for online in (False, True):
+            calls.clear()
+            k.update(online=online)
+            seen[more, online] = list(calls)
+    assert seen["", False] == ["awac_loss"] and seen["", True] == ["awac_loss", "pearl_loss"]
+    assert seen["--actor sac", False] == seen["--actor sac", True] == ["pearl_loss"]
+    assert seen["--actor bc", False] == seen["--actor bc", True] == []
+    assert seen["--pearl-weight 0", True] == ["awac_loss"]
+
+
+def test_awac_prefers_the_better_of_two_actions():
+    """One state, two actions in the data, the second better by far: the policy moves to it, cloning stays between."""
+    means = {}
+    for name in ("awac", "bc"):
+        torch.manual_seed(0)
+        actor = smac.Actor(2, 1, 1, 32)
+        optimiser = torch.optim.Adam(actor.parameters(), 3e-3)
+        s, z, a = torch.zeros(64, 2), torch.zeros(64, 1), torch.tensor([[-0.5], [0.5]]).repeat(32, 1)
+        q = torch.stack([10 * a[:, 0], 10 * a[:, 0]])
+        for _ in range(300):
+            log_pi = smac.log_density(*actor(s, z), a)
+            loss = smac.awac_loss(log_pi, q, torch.zeros(2, 64), 2.0) if name == "awac" else -log_pi.mean()
+            smac.step_down(optimiser, loss)
+        means[name] = torch.tanh(actor(s, z)[0])[0].item()
+    assert means["awac"] > 0.4 and abs(means["bc"]) < 0.15
+
+
+# ------------------------------------------------------------------------------------------------------- buffers
+def test_buffers_grow_as_said():
+    rows = torch.arange(3).float()[:, None, None].expand(3, 4, 2).clone()
+    replay = smac.Replay(rows, 5, 8)
+    assert replay.rows.shape == (5, 12, 2) and replay.filled.tolist() == replay.offline.tolist() == [4, 4, 4, 0, 0]
+    new = 10 + torch.arange(4).float()[:, None, None].expand(4, 3, 2)
+    replay.append(torch.tensor([1, 4, 1, 0]), new)
+    assert replay.filled.tolist() == [7, 10, 4, 0, 3] and replay.offline.tolist() == [4, 4, 4, 0, 0]
+    assert replay.rows[1, :, 0].tolist() == [1] * 4 + [10] * 3 + [12] * 3 + [0] * 2
+    assert replay.rows[4, :3, 0].tolist() == [11] * 3 and replay.rows[0, 4:7, 0].tolist() == [13] * 3
+    drawn = replay.draw(torch.tensor([1, 0]), 400, replay.filled)[..., 0]
+    assert set(drawn[0].tolist()) == {1, 10, 12} and set(drawn[1].tolist()) == {0, 13}
+    assert (drawn[0] == 1).float().mean().item() == pytest.approx(0.4, abs=0.1)
+    assert set(replay.draw(torch.tensor([1, 0]), 50, replay.offline)[..., 0].flatten().tolist()) == {0, 1}
+    replay.rows[1, :4, 0] = torch.tensor([5.0, 6, 7, 8])
+    latest = replay.draw(torch.tensor([1, 4]), 200, replay.filled, 2)[..., 0]
+    assert set(latest[0].tolist()) == {7, 8, 10, 12} and set(latest[1].tolist()) == {11}
+
+
+def test_tasks_without_data_are_not_drawn(files):
+    k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle --meta-batch-size 4")
+    assert k.agent.replay.filled.tolist() == [60] * 4 + [0] * 2
+    drawn, draw = [], k.agent.replay.draw
+    k.agent.replay.draw = lambda *args: drawn.append(args[0]) or draw(*args)
+    k.update(online=True)
+    assert all(set(task.tolist()) == {0, 1, 2, 3} for task in drawn)
+
+
+def test_the_schedule_visits_all_tasks_alike():
+    args = smac.parse_args(flags(WIND, "x", "--online-envs 5 --online-steps 2000 --seed 3"))
+    assert smac.iterations(args) == 20 and smac.capacity(args, 7) == 15 * 20
+    plan = smac.schedule(args, 7, 0)
+    assert plan.shape == (20, 5)
+    counts = np.bincount(plan.ravel(), minlength=7)
+    assert counts.max() == 15 and counts.min() == 14
+    assert (np.sort(plan.ravel()[:7]) == np.arange(7)).all() and not np.array_equal(plan, smac.schedule(args, 7, 1))
+
+
+def test_an_update_draws_two_independent_histories(files):
+    k = build(WIND, files[WIND], "--online-contexts offline")
+    for online in (False, True):
+        drawn, draw = [], smac.Replay.draw
+        k.agent.replay.draw = lambda *args: drawn.append(args) or draw(k.agent.replay, *args)
+        k.update(online=online)
+        (task, size, held, part), (task2, size2, held2) = drawn
+        assert torch.equal(task, task2) and len(set(task.tolist())) == 3
+        assert (size, size2) == (k.args.context_size, k.args.batch_size)
+        assert part == 40 and (held is k.agent.replay.offline) == online and held2 is k.agent.replay.filled
+
+
+# ----------------------------------------------------------------------------------------------- the online phase
+class MeanReward(torch.nn.Module):
+    """A posterior that is the mean reward of the history, almost surely."""
+
+    def forward(self, history, counted=None):
+        mean = history[..., -1:].mean(1).expand(-1, 3)
+        return mean, torch.full_like(mean, 1e-12)
+
+
+def test_labels_come_from_the_offline_history_of_the_trajectory_s_own_buffer(files):
+    k = build(WIND, files[WIND])
+    k.agent.labeller = MeanReward()
+    k.agent.decoder.forward = lambda s, z, a: z[..., 0] + 10 * s[..., 0] + 100 * a[..., 1]
+    reward = k.agent.split[0] + k.agent.split[1]
+    k.agent.replay.rows[..., reward] = torch.arange(4.0)[:, None]
+    k.agent.replay.rows[:, :20, reward] = -1e6  # nor what is not in the encoder's buffer
+    k.agent.replay.rows[:, 60:, reward] = 1e6  # what is collected online must not be looked at
+    k.agent.replay.filled += 20
+    task = torch.tensor([2, 0, 3])
+    rows = torch.randn(3, 20, k.agent.replay.rows.shape[-1])
+    rows[..., reward] = math.nan
+    expected = task[:, None] + 10 * rows[..., 0] + 100 * rows[..., 3]
+    torch.testing.assert_close(k.agent.label(task, rows, 8, 40), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("more", ["", "--online-tasks test", "--online-rewards oracle"])
+@pytest.mark.parametrize("name", [WIND, WALKER])
+def test_collected_trajectories_are_real_and_go_where_they_belong(files, name, more):
+    k = build(name, files[name], more)
+    before = k.agent.replay.rows.clone()
+    smac.collect(k.args, k.agent, k.world, 1)
+    horizon, n = envs.family(name).horizon, 60
+    buffers = smac.schedule(k.args, 4, 0)[1]
+    tasks = k.world.train_tasks[buffers]
+    if "test" in more:
+        tasks = k.world.test_tasks[smac.schedule(k.args, 2, 1)[1]]
+    counts = np.bincount(buffers, minlength=4)
+    assert k.agent.replay.filled.tolist() == [n + horizon * count for count in counts]
+    assert torch.equal(k.agent.replay.rows[:, :n], before[:, :n]) and k.agent.replay.rows.isfinite().all()
+    place = np.full(4, n)
+    for buffer, task in zip(buffers, tasks, strict=True):
+        rows = k.agent.replay.rows[buffer, place[buffer] : place[buffer] + horizon]
+        place[buffer] += horizon
+        s, a, r, s2, d = rows.split(k.agent.split, -1)
+        inside = d[:-1, 0] == 0
+        assert torch.equal(s2[:-1][inside], s[1:][inside]) and inside.float().mean() > 0.8
+        if name == WIND:  # in the wind of its own task
+            s, s2 = (x * k.world.std + k.world.mean for x in (s, s2))
+            torch.testing.assert_close(s2 - s, 0.1 * a + torch.as_tensor(task).float(), rtol=1e-4, atol=1e-5)
+            true = -(s2 - torch.tensor([1.0, 0.0])).norm(dim=-1)
+            assert torch.allclose(r[:, 0], true, atol=1e-5) == ("oracle" in more)
+            assert not d.any()  # a time limit is not the MDP's end
+        else:
+            assert torch.equal(
+                d[:, 0] > 0, torch.from_numpy(envs.family(name).terminated((s2 * k.world.std + k.world.mean).numpy()))
+            )
+
+
+def test_the_oracle_of_test_tasks_has_buffers_of_their_own(files):
+    k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle")
+    smac.collect(k.args, k.agent, k.world, 0)
+    counts = np.bincount(smac.schedule(k.args, 2, 1)[0], minlength=2)
+    assert k.agent.replay.filled.tolist() == [60] * 4 + [20 * count for count in counts]
+
+
+@pytest.mark.parametrize(
+    "more", ["", "--encoder-loss reward+q", "--online-tasks test", "--z-every step", "--posterior-share 1"]
+)
+def test_no_true_reward_reaches_the_online_phase(files, tmp_path, no_plots, monkeypatch, more):
+    """Other rewards change what evaluations report, and nothing that is learnt, drawn or stored."""
+    honest = run(tmp_path / "a", WIND, files[WIND], more)
+    row = envs.FAMILIES[WIND]
+    monkeypatch.setitem(
+        envs.FAMILIES,
+        WIND,
+        dataclasses.replace(row, reward=lambda task, *_: np.random.default_rng().normal(size=len(task))),
+    )
+    lying = run(tmp_path / "b", WIND, files[WIND], more)
+    test_focal.assert_equal(checkpoint(honest)["agent"], checkpoint(lying)["agent"])
+    for x, y in zip(metrics(honest), metrics(lying), strict=True):
+        assert x["return_mean"] != y["return_mean"]
+        assert all(x[key] == y[key] for key in smac.Agent.METRICS)
+
+
+def test_the_oracle_sees_true_rewards(files, tmp_path, no_plots, monkeypatch):
+    honest = run(tmp_path / "a", WIND, files[WIND], "--online-rewards oracle")
+    row = envs.FAMILIES[WIND]
+    monkeypatch.setitem(envs.FAMILIES, WIND, dataclasses.replace(row, reward=lambda task, *_: np.ones(len(task))))
+    lying = run(tmp_path / "b", WIND, files[WIND], "--online-rewards oracle")
+    assert moved(*(checkpoint(x)["agent"] for x in (honest, lying))) >= ALL
+
+
+def test_encoder_and_decoder_stand_still_online(files, tmp_path, no_plots):
+    offline = run(tmp_path / "a", WIND, files[WIND], "--online-rewards none")
+    whole = run(tmp_path / "b", WIND, files[WIND])
+    assert len(metrics(offline)) == 2 and len(metrics(whole)) == 6
+    assert [row["online_steps"] for row in metrics(whole)] == [0, 0, 60, 60, 120, 120]
+    a, b = (checkpoint(x)["agent"] for x in (offline, whole))
+    for key in a:
+        if key.startswith(("encoder", "decoder")):
+            assert torch.equal(a[key], b[key])
+            if key.startswith("encoder"):
+                assert torch.equal(b[key], b[key.replace("encoder", "labeller", 1)])
+    assert moved(a, b) >= {"actor", "critic", "target"}
+
+
+def test_labels_come_from_the_encoder_at_the_end_of_the_offline_phase(files, tmp_path, no_plots):
+    more = "--encoder-loss reward+q"
+    offline = checkpoint(run(tmp_path / "a", WIND, files[WIND], f"{more} --online-rewards none"))["agent"]
+    whole = checkpoint(run(tmp_path / "b", WIND, files[WIND], more))["agent"]
+    for key in offline:
+        if key.startswith("encoder"):
+            assert torch.equal(offline[key], whole[key.replace("encoder", "labeller", 1)])
+            assert not torch.equal(offline[key], whole[key])
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+def test_evaluation_follows_both_protocols(files, monkeypatch):
+    k = build(WIND, files[WIND], "--eval-episodes 2")
+    seen, played, play = [], [], smac.play
+
+    def record(agent, world, env, z, seed, explore=False, redraw=""):
+        result = play(agent, world, env, z, seed, explore, redraw)
+        played.append(SimpleNamespace(z=z, seed=seed, explore=explore, rows=result[0], total=result[2]))
+        return result
+
+    monkeypatch.setattr(smac, "play", record)
+    forward = k.agent.encoder.forward
+    k.agent.encoder.forward = lambda h, counted=None: seen.append(h) or forward(h, counted)
+    state = torch.get_rng_state()
+    result = smac.evaluate(k.args, k.agent, k.world)
+    assert torch.equal(state, torch.get_rng_state())  # it takes nothing from the run's random numbers
+    first, second, online, short, offline = played
+    assert not any(p.explore for p in played) and online.seed == short.seed == offline.seed
+    assert torch.equal(seen[0], k.agent.history(torch.cat([first.rows, second.rows], 1)))
+    assert seen[1].shape[1] == seen[2].shape[1] == k.args.context_size
+    own = torch.cat([k.world.train_rows[k.world.seen], k.world.test_rows])
+    for i, history in enumerate(seen[2]):  # two meta-episodes of each of two training and two test tasks
+        rows = k.agent.history(own[i // 2, -40:])
+        assert all((row == rows).all(1).any() for row in history)
+        assert len({tuple(row.tolist()) for row in history}) > k.args.context_size // 2
+    for i, history in enumerate(seen[1]):
+        assert all((row == seen[0][i]).all(1).any() for row in history)
+    variance = k.agent.encoder(seen[0])[1]
+    assert ((online.z - k.agent.encoder(seen[0])[0]) / variance.sqrt()).abs().max() < 5
+    for name, p in (("prior_", first), ("", online), ("short_", short), ("offline_", offline)):
+        train, test = result[name]["return"]
+        assert np.concatenate([train, test]).ravel().tolist() == p.total.tolist()
+    again = smac.evaluate(k.args, k.agent, k.world)
+    assert np.array_equal(result[""]["return"][1], again[""]["return"][1])
+
+
+def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
+    k = build(WALKER, files[WALKER])
+    k.agent.act = lambda s, z, explore=False: torch.ones(len(s), 6)
+    z = torch.zeros(k.world.env.num_envs, 3)
+    rows, counted, total, _ = smac.play(k.agent, k.world, k.world.env, z, 0)
+    ended = rows[..., -1] > 0
+    assert ended.any(1).all() and counted.shape == (4, 200)
+    for i in range(4):
+        first = int(ended[i].float().argmax())
+        assert counted[i].tolist() == [True] * (first + 1) + [False] * (199 - first)
+        reward = rows[i, :, k.agent.split[0] + k.agent.split[1]]
+        assert total[i] == pytest.approx(reward[: first + 1].double().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("redraw", "expected"), [("", "once"), ("episode", "after falls"), ("step", "always")])
+def test_when_exploration_draws_z(files, redraw, expected):
+    k = build(WALKER, files[WALKER])
+    seen = []
+    k.agent.act = lambda s, z, explore=False: seen.append(z.clone()) or torch.ones(len(s), 6)
+    z = torch.zeros(k.world.env.num_envs, 3)
+    rows, *_ = smac.play(k.agent, k.world, k.world.env, z, 0, redraw=redraw)
+    changes = torch.stack([(a != b).any(1) for a, b in zip(seen, seen[1:], strict=False)], 1)
+    fell = rows[:, :-1, -1] > 0
+    assert fell.any() and not fell.all()
+    assert torch.equal(changes, {"once": fell & False, "after falls": fell, "always": fell | True}[expected])
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+def test_what_a_run_writes(files, tmp_path, capsys):
+    path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
+    names = ["args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"]
+    assert sorted(file.name for file in path.iterdir()) == sorted(
+        [*names, "shift-offline-phase.png", "shift-online-phase.png"]
+    )
+    rows = metrics(path)
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18]
+    assert {"return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean", "kl", "offline_kl"} <= set(
+        rows[0]
+    )
+    assert all(0 <= row["return_mean"] <= 20 for row in rows)  # the sparse return
+    assert "online context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
+def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
+    whole = run(tmp_path / "a", WIND, files[WIND], more)
+    for kill in (1, 2, 4):
+        saved, save = [], smac.save
+
+        def save_and_die(*args, saved=saved, save=save, kill=kill):
+            save(*args)
+            saved.append(1)
+            if len(saved) == kill:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(smac, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / f"b{kill}", WIND, files[WIND], more)
+        monkeypatch.setattr(smac, "save", save)
+        resumed = run(tmp_path / f"b{kill}", WIND, files[WIND], f"{more} --resume")
+        assert metrics(resumed) == metrics(whole)
+        test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
+
+
+def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
+    file = tmp_path / "pearl.npz"
+    counts = "--train-tasks 3 --test-tasks 2 --online-steps 240 --posterior-share 0.5"
+    path = run(tmp_path, WIND, None, f"{counts} --from-nothing --save-replay {file}")
+    (row, *_), dataset = metrics(path), data.load(file, WIND)
+    assert math.isnan(row["offline_return_mean"]) and row["step"] == 3
+    assert dataset.rewards.shape == (5, 80) and dataset.train_tasks.tolist() == [0, 1, 2]
+    assert np.array_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 0))
+    for i, task in enumerate(dataset.tasks):
+        s, a, s2 = (x[i].numpy() for x in (dataset.observations, dataset.actions, dataset.next_observations))
+        np.testing.assert_allclose(s2 - s, 0.1 * a + task, atol=1e-5)
+        np.testing.assert_allclose(dataset.rewards[i], -np.linalg.norm(s2 - [1, 0], axis=1), atol=1e-4)
+        assert dataset.episodes[i].tolist() == [t // 20 for t in range(80)]
+    more = "--data-size 80 --online-rewards none"
+    assert metrics(run(tmp_path / "smac", WIND, file, more))[0]["offline_return_mean"] < 0
+
+
+def test_the_data_are_cut(files):
+    k = build(WIND, files[WIND], "--data-size 20 --data-until 50")
+    stored = data.load(files[WIND])
+    s = k.world.train_rows[..., :2] * k.world.std + k.world.mean
+    torch.testing.assert_close(s, stored.observations[TRAIN, 30:50], atol=1e-5, rtol=1e-4)
+    s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
+    torch.testing.assert_close(s, stored.observations[TEST, 30:50], atol=1e-5, rtol=1e-4)
+    expected = stored.rewards[TEST, 40:60].sum(1).mean()  # the one episode of 20 steps that begins in these rows
+    assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--data-size 61", ["--data-until", "60", "61"]),
+        ("--data-until 90", ["--data-until", "60", "90"]),
+        ("--steps 0 --online-rewards none", ["--steps"]),
+        ("--posterior-share 2", ["--posterior-share", "2"]),
+        ("--actor td3", ["--actor", "td3"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(files, tmp_path, capsys, more, words):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, WIND, files[WIND], more)
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("smac.py: ") and all(word in shown.err for word in words)
+
+
+TABLE_1 = {
+    "hidden": 300, "encoder_hidden": 200, "batch_size": 256, "context_size": 64, "meta_batch_size": 4, "lr": 3e-4,
+    "discount": 0.99, "tau": 0.005, "updates": 4.0, "steps": 50_000, "reward_scale": 5, "awac_lambda": 100,
+    "pearl_weight": 1, "latent": 5, "kl_weight": 1 / 256, "quality": "replay",
+}  # fmt: skip
+TABLE_2 = {"cheetah-vel": (1600, 100, 30), "ant-dir": (1600, 100, 20)}
+TABLE_2 |= dict.fromkeys(("walker-params", "hopper-params", "humanoid-dir"), (1200, 50, 5))
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_defaults_are_the_papers(name):
+    args = vars(smac.parse_args(["--env", name]))
+    assert {key: args[key] for key in TABLE_1} == TABLE_1
+    row = envs.family(name)
+    assert (args["data_size"], args["train_tasks"] or row.train, args["test_tasks"] or row.test) == TABLE_2[name]
+    assert args["online_contexts"] == ("offline" if name == "cheetah-vel" else "all")
+
+
+# -------------------------------------------------------------------------------------------------------- learning
+def test_it_learns_to_reach_the_goal_in_new_winds(tmp_path):
+    policy = lambda obs, rng: np.clip(2 * ([1, 0] - obs) + 0.7 * rng.standard_normal(obs.shape), -1, 1)
+    arrays = collect(WIND, list(range(10)), [10, 11, 12], 400, 20, policy)
+    data.save(tmp_path / "d.npz", arrays, {"env": WIND})
+    sizes = "--hidden 64 --encoder-hidden 64 --batch-size 64 --context-size 64 --meta-batch-size 4 --data-size 400"
+    k = build(WIND, tmp_path / "d.npz", f"{sizes} --eval-episodes 4 --lr 0.001")
+    untrained = smac.evaluate(k.args, k.agent, k.world)
+    for _ in range(600):
+        k.update()
+    trained = smac.evaluate(k.args, k.agent, k.world)
+    for protocol in ("", "offline_"):
+        assert trained[protocol]["return"][1].mean() > untrained[protocol]["return"][1].mean() + 5
+    rows = k.world.test_rows
+    z = k.agent.encoder(k.agent.history(rows))[0][:, None].expand(-1, rows.shape[1], -1)
+    s, a, r = rows.split(k.agent.split, -1)[:3]
+    error = (k.agent.decoder(s, z, a) - r[..., 0]).square().mean()
+    assert error < 0.1 * r.var()
+
+
+@cuda
+def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots):
+    eager = run(tmp_path / "eager", WIND, files[WIND], "--device cuda --no-graph")
+    graph = run(tmp_path / "graph", WIND, files[WIND], "--device cuda")
+    for x, y in zip(metrics(eager), metrics(graph), strict=True):
+        for key in smac.Agent.METRICS:
+            assert math.isclose(x[key], y[key], rel_tol=1e-2, abs_tol=1e-4)
+
+
+@cuda
+@pytest.mark.parametrize("more", ["", "--online-rewards oracle --encoder-loss reward+q"])
+def test_an_update_never_waits_for_the_device(files, more):
+    k = build(WALKER, files[WALKER], f"--device cuda {more}", "cuda")
+    for online in (False, True) * 2:
+        k.update(online)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for online in (False, True):
+            k.update(online)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
