@@ -182,7 +182,6 @@ def shared_arguments(add):
     add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
     add("--quality", choices=data.QUALITIES, default="mixed", help="quality of the training tasks' data")
     add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
-    add("--sparse", action="store_true", help="sparse rewards in contexts (FOCAL++, Eq. 35); dense ones elsewhere")
     add("--eval-every", type=whole, default=10_000, help="gradient steps between evaluations")
     add("--eval-episodes", type=whole, default=4, help="episodes of each task in an evaluation")
     add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")
@@ -200,6 +199,7 @@ def shared_arguments(add):
 
 
 def algorithm_arguments(add):
+    add("--sparse", action="store_true", help="sparse rewards in contexts (FOCAL++, Eq. 35); dense ones elsewhere")
     add("--latent", type=whole, default=20, help="size l of the task embedding")
     add("--encoder", choices=["deterministic", "probabilistic"], default="deterministic", help="see its class")
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")

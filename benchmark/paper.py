@@ -106,7 +106,12 @@ FOCAL_PP = {
         ["return_mean", "train_variance"],
     ),
     "table3": (["sparse-point-robot", "walker-params"], "", SHIFTS, ["return_mean", "variance"]),
-    "figure5": (["sparse-point-robot"], "--quality relabelled --encoder-steps 4000", ROWS, ["return_mean", "train_esr"]),
+    "figure5": (
+        ["sparse-point-robot"],
+        "--quality relabelled --encoder-steps 4000",
+        ROWS,
+        ["return_mean", "train_esr"],
+    ),
 }
 SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP)}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
