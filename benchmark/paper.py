@@ -26,6 +26,7 @@ import data
 import envs
 import focal
 import focal_pp
+import smac
 
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 # figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw)
@@ -113,8 +114,48 @@ FOCAL_PP = {
         ["return_mean", "train_esr"],
     ),
 }
-SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP)}
+BOTH = ["return_mean", "offline_return_mean", "short_kl"]
+SMAC = {
+    "figure5": (
+        ["sparse-point-robot", "cheetah-vel", "ant-dir", "walker-params", "hopper-params"],
+        "",
+        {
+            "SMAC": "",
+            "online oracle": "--online-rewards oracle",
+            "SAC ablation": "--actor sac",
+            "meta behaviour cloning": "--actor bc",
+        },
+        BOTH,
+    ),
+    "figure7": (
+        ["walker-params", "hopper-params"],
+        "",
+        {
+            "SMAC": "",
+            "only Q loss": "--encoder-loss q",
+            "Q and reward loss, online Q only": "--encoder-loss reward+q",
+        },
+        BOTH,
+    ),
+    "figure9": (
+        ["ant-dir", "cheetah-vel"],
+        "",
+        {
+            "training tasks": "",
+            "test tasks": "--online-tasks test",
+            "oracle on test tasks": "--online-tasks test --online-rewards oracle",
+        },
+        BOTH,
+    ),
+}
+SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC)}
+COLUMNS = dict.fromkeys(("focal", "focal_pp"), ["return_mean", "train_return_mean", "esr", "train_esr", "rms"])
+COLUMNS = {script: [*keys, "train_rms", "train_variance", "q_mean"] for script, keys in COLUMNS.items()}
+COLUMNS["smac"] = ["return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean"]
+COLUMNS["smac"] += ["train_return_mean", "train_offline_return_mean", "kl", "short_kl", "offline_kl", "q_mean"]
+SHOWN = {"return_mean", "offline_return_mean", "train_esr", "train_variance", "q_mean"}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
+LABELS |= {"offline_return_mean": "return, offline context", "short_kl": "KL of online posteriors"}
 LABELS |= {"train_variance": "variance of a task's embedding", "variance": "variance of a test task's embedding"}
 
 
@@ -122,7 +163,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", choices=list(SCRIPTS))
     parser.add_argument("figures", nargs="+", choices=[figure for _, figures in SCRIPTS.values() for figure in figures])
-    parser.add_argument("--env", choices=list(focal.TABLE), help="this environment only")
+    parser.add_argument("--env", choices=list(envs.FAMILIES), help="this environment only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="gradient steps of each run")
     parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
@@ -159,7 +200,7 @@ def execute(script, words):
     """Runs the script unless that run is done. A run that diverges keeps what it had."""
     args, folder = SCRIPTS[script][0].parse_args(words), folder_of(script, words)
     final = folder / "final.json"
-    if not (final.exists() and json.loads(final.read_text())["step"] == args.steps):
+    if not (final.exists() and json.loads(final.read_text())["step"] == length(script, args)):
         command = [sys.executable, ROOT / f"{script}.py", *words, "--resume"]
         with open(folder / "log.txt", "w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -167,6 +208,11 @@ def execute(script, words):
         print(script, *words, "|", *last, flush=True)
         if done.returncode not in (0, 3):
             raise SystemExit(done.returncode)
+
+
+def length(script, args):
+    """Gradient steps of a whole run."""
+    return args.steps + (smac.online_updates(args) if script == "smac" else 0)
 
 
 def metrics(folder):
@@ -183,19 +229,13 @@ def summarise(script, runs, folders):
     for (_, env, variant, seed, words), folder in zip(runs, folders, strict=True):
         history, args = metrics(folder), SCRIPTS[script][0].parse_args(words)
         row = {"env": env, "variant": variant, "seed": seed, "steps": int(history[-1]["step"]) if history else 0}
-        row["diverged"] = int(row["steps"] < args.steps)
-        for key in (
-            "return_mean",
-            "train_return_mean",
-            "esr",
-            "train_esr",
-            "rms",
-            "train_rms",
-            "train_variance",
-            "q_mean",
-        ):
+        row["diverged"] = int(row["steps"] < length(script, args))
+        for key in COLUMNS[script]:
             last = [x.get(key, float("nan")) for x in history[-3:]]
             row[key] = float(f"{np.mean(last):.6g}") if history else float("nan")
+        offline = [x for x in history if x.get("online_steps") == 0][-1:]
+        for key in ("return_mean", "offline_return_mean", "short_kl") if offline else ():
+            row[f"{key}_after_offline_phase"] = float(f"{offline[0][key]:.6g}")
         final = folder / "final.json"
         row["data_return"] = json.loads(final.read_text())["behaviour_return"] if final.exists() else None
         rows.append(row)
@@ -232,8 +272,10 @@ def main():
     module, figures = SCRIPTS[args.script]
     runs = plan(args)
     parsed = [module.parse_args(run[4]) for run in runs]
-    for env, quality in sorted({(p.env, q) for p in parsed for q in (p.quality, p.test_quality)}):
-        data.prepare(env, quality)  # datasets first: runs would wait for one another
+    wanted = {(p.env, q, *(getattr(p, f"{part}_tasks", None) for part in ("train", "test")))
+              for p in parsed for q in (p.quality, p.test_quality)}  # fmt: skip
+    for env, quality, train, test in sorted(wanted, key=str):
+        data.prepare(env, quality, train=train, test=test)  # datasets first: runs would wait for one another
     folders = [folder_of(args.script, run[4]) for run in runs]
     once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -250,7 +292,7 @@ def main():
         draw(args.script, figure, env, mine, places, suffix)
         for variant in figures[figure][2]:
             each = [row for row in rows if row["variant"] == variant]
-            keys = ("return_mean", "train_esr", "train_variance", "q_mean")
+            keys = [key for key in each[0] if key in SHOWN or key.endswith("phase")]
             show = {key: np.array([row[key] for row in each], float) for key in keys}
             text = "  ".join(f"{key} {value.mean():10.4g} ({value.std():.2g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")

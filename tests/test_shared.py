@@ -10,10 +10,43 @@ import focal
 
 ROOT = Path(focal.__file__).resolve().parent
 SCRIPTS = ["focal.py", "focal_pp.py", "smac.py"]
-ALIKE = """Parser fail natural whole positive share variant BatchedLinear mlp Actor gaussian_kl Critic step_down capture
-    standardisation check_finite write_text write_metrics plot_embeddings save settings resume prepare_run
-    write_settings write_final""".split()
-BANNERS = "1. arguments|2. networks|3. task encoder|4. losses|5. update|6. evaluate|7. plots and files|8. main".split("|")
+ALIKE = [
+    "Parser",
+    "fail",
+    "natural",
+    "whole",
+    "positive",
+    "share",
+    "variant",
+    "BatchedLinear",
+    "mlp",
+    "Actor",
+    "gaussian_kl",
+    "Critic",
+    "step_down",
+    "capture",
+    "standardisation",
+    "check_finite",
+    "write_text",
+    "write_metrics",
+    "plot_embeddings",
+    "save",
+    "settings",
+    "resume",
+    "prepare_run",
+    "write_settings",
+    "write_final",
+]
+BANNERS = [
+    "1. arguments",
+    "2. networks",
+    "3. task encoder",
+    "4. losses",
+    "5. update",
+    "6. evaluate",
+    "7. plots and files",
+    "8. main",
+]
 
 
 def source(script):
