@@ -1,0 +1,1015 @@
+"""MerPO: model-based offline meta-RL with regularised policy optimisation (Lin et al.; ICLR 2022; arXiv:2202.02929).
+
+Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the paper's equations):
+    stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi (3)
+        phi <- phi - xi (phi - mean theta_n)                            the meta-model; -log T, where (3) has log T
+    adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
+    stage 2, repeat: draw tasks; their policies and critics start from the meta-policy pi_c and Q_meta; J times RAC:
+        roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
+        Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
+        pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
+        lambda rises where pi_n is far from the behaviour and from pi_c
+    pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta towards the mean of Q_n; alpha_n by (11)
+A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on its own data.
+
+    python merpo.py --env point-robot-wind --small
+
+Choices where the paper is silent:
+- Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda and (11).
+- Each of the five models makes an equal share of the rollouts. log beta moves by its rate up or down (Adam on a
+  scalar does little else); lambda is clipped at ten times its initial value, divergences at 10.
+- With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
+  of mean 1. Q_meta - mean Q_n goes to Adam as a gradient: as a plain step of 1e-3 it would hardly move.
+- Observations, rewards and their changes are standardised for the models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import envs
+
+# ==================================================================================================== 1. arguments
+# Table 2 of the paper; families that are not in it take the cheetah's row.
+TWO = {"meta_batch_size": 2, "lambda_initial": 100, "threshold": 10}
+TABLE = {
+    "sparse-point-robot": {"discount": 0.9, "threshold": 10},
+    "point-robot-wind": {"discount": 0.9, "threshold": 10},
+    "cheetah-vel": {"lr": 1e-3, "actor_lr": 5e-4, "threshold": 10},
+    "cheetah-fwd-back": TWO | {"lr": 1e-3, "actor_lr": 5e-4},
+    "ant-fwd-back": TWO | {"lr": 8e-4, "actor_lr": 5e-4},
+    "walker-params": {},
+}
+# Table 1, RAC alone on one task (`--single`)
+SINGLE = {
+    "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "beta_initial": 1,
+    "model_lr": 1.0, "eta": 0.0, "beta_lr": 0.0, "lambda_lr": 0.0,
+}  # fmt: skip
+TABLE |= {
+    "halfcheetah": SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4},
+    "hopper": SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4},
+    "walker2d": SINGLE | {"rollout_length": 1, "beta_initial": 10, "lr": 1e-4, "actor_lr": 1e-5},
+}
+# --small: what differs on a machine without a GPU.
+SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
+SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 200, "steps": 400, "eval_every": 100}
+SMALL = dict.fromkeys(TABLE, SMALL_ALL)
+for name in ("halfcheetah", "hopper", "walker2d"):
+    SMALL[name] = SMALL_ALL | {"model_lr": 1.0, "steps": 1_000}
+
+
+# What does not change the result of a run, or is in its path anyway.
+ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def fail(message, code=2):
+    """Ends the run with one line."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def natural(text):
+    if not text.isascii() or not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32 - 1, found {text!r}")
+    return int(text)
+
+
+def whole(text):
+    if not text.isascii() or not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def positive(text):
+    try:
+        if float(text) >= 0 and math.isfinite(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
+
+
+def share(text):
+    if positive(text) > 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return float(text)
+
+
+def parse_args(argv=None):
+    """A flag on the command line wins over the table's row for --env, which wins over the defaults here."""
+    choose = Parser(add_help=False)
+    choose.add_argument("--env", default="walker-params")
+    choose.add_argument("--small", action="store_true")
+    known, _ = choose.parse_known_args(argv)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shared_arguments(parser.add_argument)
+    algorithm_arguments(parser.add_argument)
+    parser.set_defaults(**TABLE.get(known.env, {}) | (SMALL.get(known.env, {}) if known.small else {}))
+    args = parser.parse_args(argv)
+    args.test_quality = None if args.test_quality == args.quality else args.test_quality
+    args.variant = variant(args, parser)
+    args.test_quality = args.test_quality or args.quality
+    args.alpha = 0.0 if args.single == "combo-3" else args.alpha
+    args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
+    if envs.family(args.env).differs == "nothing" and not args.single:
+        fail(f"--env {args.env}: has a single task; expected --single combo, combo-3 or rac beside it")
+    if args.single and args.meta_batch_size != 1:
+        fail(f"--single: one task at a time; expected --meta-batch-size 1, found {args.meta_batch_size}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
+    return args
+
+
+def mixture(text):
+    return text if text == "adaptive" else share(text)
+
+
+def variant(args, parser):
+    """The name of the run's folder: the size, and every setting that is not this environment's default."""
+    parts = ["small" if args.small else "paper"]
+    for key, value in vars(args).items():
+        if key not in ELSEWHERE and value != parser.get_default(key):
+            parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
+    name = ",".join(parts)
+    return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def shared_arguments(add):
+    add("--env", default="walker-params", choices=list(TABLE), help="task family")
+    add("--small", action="store_true", help="sizes for a machine without a GPU")
+    add("--seed", type=natural, default=0, help="fixes everything the run draws")
+    add("--steps", type=whole, default=2_000, help="meta-iterations of stage 2")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where the networks and the data are")
+    add("--threads", type=natural, default=0, help="PyTorch's threads on the CPU; 0: one for each core")
+    add("--data", type=Path, default=None, metavar="FILE", help="a dataset of your own (.npz, see data.py)")
+    add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
+    add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
+    add("--quality", choices=data.QUALITIES, default="mixed", help="quality of the training tasks' data")
+    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
+    add("--eval-every", type=whole, default=100, help="iterations between evaluations")
+    add("--eval-episodes", type=whole, default=4, help="episodes of each task in an evaluation")
+    add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    add("--resume", action="store_true", help="go on from the run's checkpoint, if there is one")
+    add("--no-graph", action="store_true", help="on CUDA: run every operation by itself instead of one graph")
+    add("--hidden", type=whole, default=300, help="width of policies and critics")
+    add("--meta-batch-size", type=whole, default=8, help="tasks in a meta-iteration")
+    add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
+    add("--lr", type=positive, default=1e-3, help="learning rate of task critics")
+    add("--tau", type=share, default=0.005, help="rate of the slow target")
+    add("--discount", type=share, default=0.99, help="discount factor")
+
+
+def algorithm_arguments(add):
+    add("--layers", type=whole, default=5, help="hidden layers of policies and critics")
+    add("--actor-lr", type=positive, default=1e-3, help="learning rate of task policies")
+    add("--outer-lr", type=positive, default=1e-3, help="learning rate of meta-policy and meta-Q")
+    add("--inner-steps", type=whole, default=10, help="J, steps of RAC in a meta-iteration")
+    add("--adapt-steps", type=natural, default=100, help="steps of RAC on a test task")
+    add("--ent", type=positive, default=0.2, help="temperature of the entropy in the critic's target")
+    add("--alpha", type=mixture, default=0.4, help="weight of the behaviour in Eq. 9, 0 to 1, or adaptive (MerPO-Adp)")
+    add("--alpha-lr", type=positive, default=1e-4, help="of Eq. 11")
+    add("--beta-initial", type=positive, default=1.0, help="of the conservative term in Eq. 1")
+    add("--beta-lr", type=positive, default=1e-3, help="step of log beta; 0 with --single")
+    add("--threshold", type=positive, default=5.0, help="difference of Q above which beta rises")
+    add("--lambda-initial", type=positive, default=5.0, help="of the regularisers in Eq. 9")
+    add("--lambda-lr", type=positive, default=1.0, help="its plain step; 0 with --single")
+    add("--target-divergence", type=positive, default=0.05, help="above which lambda rises")
+    add("--real-ratio", type=share, default=0.5, help="f, the share of data from D_n in a batch (Figure 9a)")
+    add("--no-model", action="store_true", help="no rollouts at all: CQL within tasks (Figure 7b)")
+    add("--rollout-length", type=whole, default=1, help="H, steps of a model rollout")
+    add("--rollouts", type=whole, default=250, help="rollouts of each task before a step of RAC")
+    add("--rollout-buffer", type=whole, default=10_000, help="transitions that D_model holds")
+    add("--model-hidden", type=whole, default=256, help="width of the dynamics models")
+    add("--model-layers", type=whole, default=4, help="their hidden layers")
+    add("--model-steps", type=whole, default=2_000, help="iterations of stage 1")
+    add("--model-lr", type=positive, default=5e-2, help="xi, the plain outer step of the meta-model")
+    add("--model-task-lr", type=positive, default=1e-4, help="learning rate of a task's models")
+    add("--model-adapt-steps", type=whole, default=25, help="h, their steps")
+    add("--eta", type=positive, default=0.1, help="of the proximal term of Eqs. 3 and 4")
+    add("--trajectories", type=whole, default=None, help="of each training task's data; default: all (Figure 10)")
+    add("--test-trajectories", type=whole, default=None, help="of each test task's")
+    add("--test-start", choices=list(STARTS), default="meta", help="how a test task begins (Figures 7c and 9b)")
+    add(
+        "--single",
+        choices=["combo", "combo-3", "rac"],
+        default=None,
+        help="one task, a fixed meta-policy (section 5.1)",
+    )
+    add(
+        "--meta-policy",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="with --single: a run's last policy; default: random",
+    )
+
+
+# test_start: (policy and critic start from the meta-policy and meta-Q, alpha if not --alpha, whether lambda is 0)
+STARTS = {
+    "meta": (True, None, False),
+    "meta-no-init": (False, None, False),
+    "behaviour": (False, 1.0, False),
+    "behaviour-init": (True, 1.0, False),
+    "combo": (False, None, True),
+}
+
+
+# ===================================================================================================== 2. networks
+class BatchedLinear(nn.Module):
+    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
+
+    def __init__(self, n, d_in, d_out):
+        super().__init__()
+        bound = 1 / math.sqrt(d_in)
+        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class BatchedMLP(nn.Module):
+    """n independent networks: (n, B, d_in) -> (n, B, d_out)."""
+
+    def __init__(self, n, d_in, hidden, layers, d_out):
+        super().__init__()
+        sizes = [d_in, *[hidden] * layers, d_out]
+        self.layers = nn.ModuleList(BatchedLinear(n, i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Policy(nn.Module):
+    """n tanh-Gaussian policies pi(a | s): (n, B, d) -> (n, B, m)."""
+
+    def __init__(self, n, obs_dim, act_dim, hidden, layers):
+        super().__init__()
+        self.net = BatchedMLP(n, obs_dim, hidden, layers, 2 * act_dim)
+
+    def forward(self, s):
+        mean, log_std = self.net(s).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+    def sample(self, s):
+        """An action (n, B, m) that carries gradients, and its log density (n, B)."""
+        mean, log_std = self(s)
+        u = mean + log_std.exp() * torch.randn_like(mean)
+        return torch.tanh(u), tanh_normal(u, mean, log_std)
+
+    def log_density(self, s, a):
+        """log pi(a | s) (n, B) of given actions, which are kept off the rim."""
+        return tanh_normal(torch.atanh(a.clamp(-0.999, 0.999)), *self(s))
+
+
+def tanh_normal(u, mean, log_std):
+    """Log density of tanh(u), u ~ N(mean, std)."""
+    log_normal = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return (log_normal - log_det).sum(-1)
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a) of n tasks: (n, B, d), (n, B, m) -> (2, n, B)."""
+
+    def __init__(self, n, obs_dim, act_dim, hidden, layers):
+        super().__init__()
+        self.net = BatchedMLP(2 * n, obs_dim + act_dim, hidden, layers, 1)
+
+    def forward(self, s, a):
+        x = torch.cat([s, a], -1)
+        return self.net(torch.cat([x, x])).view(2, *x.shape[:2])
+
+
+# ================================================================================================= 3. task encoder
+# MerPO has none: what tells tasks apart are their dynamics models, adapted from one meta-model.
+class Models(nn.Module):
+    """n Gaussian models T(s', r | s, a) of the standardised change of state and reward."""
+
+    def __init__(self, n, obs_dim, act_dim, hidden, layers):
+        super().__init__()
+        self.net = BatchedMLP(n, obs_dim + act_dim, hidden, layers, 2 * (obs_dim + 1))
+
+    def forward(self, x):
+        """Mean and log variance (n, B, d + 1), the latter softly kept in [-8, 0.5]; x (n, B, d + m) is s, a."""
+        mean, log_var = self.net(x).chunk(2, -1)
+        log_var = 0.5 - F.softplus(0.5 - log_var)
+        return mean, -8 + F.softplus(log_var + 8)
+
+
+# ======================================================================================================= 4. losses
+def model_loss(mean, log_var, target):
+    """-log T of Eqs. 3 and 4 but for a constant, sum over dimensions, mean over rows: (n, B, k) -> (n,)."""
+    return 0.5 * ((target - mean).square() * (-log_var).exp() + log_var).sum(-1).mean(-1)
+
+
+def proximal(theta, phi):
+    """|theta - phi|^2 of Eqs. 3 and 4, summed over everything; lists of tensors."""
+    return sum((a - b).square().sum() for a, b in zip(theta, phi, strict=True))
+
+
+def critic_target(r, d, q_next, log_pi_next, discount, ent):
+    """B Q of Eq. 1, clipped double Q with maximum entropy; q_next (2, n, B) of the slow target at a' ~ pi_n(. | s')."""
+    return r + discount * (1 - d) * (q_next.amin(0) - ent * log_pi_next)
+
+
+def critic_loss(q_rho, q_data, q, y, beta):
+    """Eq. 1: beta (E_rho[Q] - E_D[Q]) + 1/2 E_df[(Q - B Q)^2], summed over tasks and twins.
+
+    q (2, n, .), y (n, B), beta (n,).
+    """
+    return (beta * (q_rho.mean(-1) - q_data.mean(-1)) + 0.5 * (q - y).square().mean(-1)).sum()
+
+
+def actor_loss(q, log_pi_data, kl_meta, lam, alpha):
+    """Minus Eq. 9: E_rho[Q] + lambda alpha E_D[log pi_n] - lambda (1 - alpha) E_rho[KL(pi_n || pi_c)]; sum over tasks.
+
+    q (2, n, B), log_pi_data and kl_meta (n, .), lam and alpha (n,).
+    """
+    gain = q.amin(0).mean(-1) + lam * alpha * log_pi_data.mean(-1) - lam * (1 - alpha) * kl_meta.mean(-1)
+    return -gain.sum()
+
+
+def gaussian_divergence(p, q):
+    """KL(p || q) (...) of diagonal Gaussians before tanh, each (mean, log_std); tanh leaves it as it is."""
+    (mean_p, log_p), (mean_q, log_q) = p, q
+    ratio = ((mean_p - mean_q).square() + (2 * log_p).exp()) * (-2 * log_q).exp()
+    return (log_q - log_p + 0.5 * ratio - 0.5).sum(-1)
+
+
+def meta_policy_loss(kl_meta, lam, alpha):
+    """Eq. 10 for pi_c: mean of w_n KL(pi_n || pi_c), w_n = lambda_n (1 - alpha_n) of mean 1, uniform if all are 0."""
+    weight = lam * (1 - alpha)
+    mean = weight.mean()
+    weight = torch.where(mean > 0, weight / mean.clamp_min(1e-12), torch.ones_like(weight))
+    return (weight * kl_meta.mean(-1)).mean()
+
+
+# ======================================================================================================= 5. update
+def spread(target, source, shape, source_shape):
+    """Copies networks: the first axis of `target`, read as `shape`, takes that of `source`, read as `source_shape`."""
+    for a, b in zip(target.parameters(), source.parameters(), strict=True):
+        a.data.view(*shape, *a.shape[1:]).copy_(b.detach().view(*source_shape, *b.shape[1:]))
+
+
+def pick(target, source, index):
+    """Copies the networks `index` of `source` into `target`."""
+    for a, b in zip(target.parameters(), source.parameters(), strict=True):
+        a.data.copy_(b.detach().index_select(0, index))
+
+
+def forget(optimiser):
+    """Adam as it was before its first step."""
+    for state in optimiser.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+class Tasks(nn.Module):
+    """What is kept of n tasks: data, models, fitted behaviour, D_model, and beta, lambda, alpha."""
+
+    KEPT = 5  # models of 7
+
+    def __init__(self, args, rows, obs_dim, act_dim):
+        super().__init__()
+        n, count, width = rows.shape
+        # the last tenth (in a random order, the same for every task) is held out from the models
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(rows.device)
+        self.register_buffer("rows", rows[:, order], persistent=False)
+        self.held_out = max(1, count // 10)
+        drawn = np.random.default_rng(0).integers(count - self.held_out, size=(7, count - self.held_out))
+        self.register_buffer("bootstrap", torch.from_numpy(drawn).to(rows.device), persistent=False)
+        self.models = Models(n * self.KEPT, obs_dim, act_dim, args.model_hidden, args.model_layers)
+        self.behaviour = Policy(n, obs_dim, act_dim, args.hidden, args.layers)
+        self.requires_grad_(False)
+        add = self.register_buffer
+        add("model_rows", torch.zeros(n, args.rollout_buffer, width))
+        add("model_count", torch.zeros(n, dtype=torch.long))
+        add("log_beta", torch.full((n,), math.log(max(args.beta_initial, 1e-9))))
+        add("lam", torch.full((n,), float(args.lambda_initial)))
+        add("alpha", torch.full((n,), float(args.alpha)))
+        add("errors", torch.zeros(2))  # of the models on held-out data, before and after they adapted
+
+    def draw(self, index, size):
+        """(T, size, D) rows of D_n."""
+        i = torch.randint(self.rows.shape[1], (len(index), size), device=index.device)
+        return self.rows[index[:, None], i]
+
+    def imagine(self, index, rows):
+        """Appends (T, R, D) to D_model of tasks (T,); the oldest make room."""
+        place = self.model_count[index, None] + torch.arange(rows.shape[1], device=index.device)
+        self.model_rows[index[:, None], place % self.model_rows.shape[1]] = rows
+        self.model_count.index_add_(0, index, torch.full_like(index, rows.shape[1]))
+
+    def imagined(self, index, size):
+        """(T, size, D) rows of D_model."""
+        held = self.model_count[index].clamp_max(self.model_rows.shape[1])
+        i = (torch.rand(len(index), size, device=index.device, dtype=torch.float64) * held[:, None]).long()
+        return self.model_rows[index[:, None], i]
+
+
+class Agent(nn.Module):
+    """Meta-model, meta-policy, meta-Q, and what is kept of the tasks."""
+
+    METRICS = ("model_loss", "critic_loss", "actor_loss", "meta_policy_loss", "q_mean", "q_gap", "beta", "lambda")
+    METRICS += ("alpha", "d_behaviour", "d_meta")
+    MODELS = 7
+
+    def __init__(self, args, world):
+        super().__init__()
+        d, m = world.row.obs_dim, world.row.act_dim
+        sizes = d, m, args.hidden, args.layers
+        self.meta_model = Models(self.MODELS, d, m, args.model_hidden, args.model_layers).requires_grad_(False)
+        self.meta_policy, self.meta_q = Policy(1, *sizes), Critic(1, *sizes)
+        self.train_tasks = Tasks(args, world.train_rows, d, m)
+        self.test_tasks = Tasks(args, world.test_rows, d, m)
+        self.inner = Inner(args, min(args.meta_batch_size, len(world.train_rows)), world)
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("metrics", torch.zeros(len(self.METRICS)))  # sums since the last evaluation
+        self.register_buffer("bad_step", torch.full((len(self.METRICS),), math.inf, dtype=torch.float64))
+
+    def record(self, **values):
+        """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
+        values = torch.stack([values.get(name, torch.zeros_like(self.metrics[0])).float() for name in self.METRICS])
+        self.metrics += values
+        self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
+
+
+class Inner(nn.Module):
+    """RAC (Algorithm 1) for T tasks at once: their policies, critics and slow targets."""
+
+    def __init__(self, args, n, world):
+        super().__init__()
+        d, m = world.row.obs_dim, world.row.act_dim
+        self.args, self.world, self.n, sizes = args, world, n, (n, d, m, args.hidden, args.layers)
+        self.actor, self.critic = Policy(*sizes), Critic(*sizes)
+        self.target = Critic(*sizes).requires_grad_(False)
+        self.target.load_state_dict(self.critic.state_dict())
+        self.models = Models(n * Tasks.KEPT, d, m, args.model_hidden, args.model_layers).requires_grad_(False)
+        self.behaviour = Policy(*sizes).requires_grad_(False)
+
+    def start(self, tasks, index, agent, optimisers):
+        """Takes up tasks (T,): their models and behaviour; policies and critics from the meta-policy and meta-Q."""
+        kept = index[:, None] * Tasks.KEPT + torch.arange(Tasks.KEPT, device=index.device)
+        pick(self.models, tasks.models, kept.flatten())
+        pick(self.behaviour, tasks.behaviour, index)
+        if agent is not None:
+            spread(self.actor, agent.meta_policy, (self.n,), (1,))
+            spread(self.critic, agent.meta_q, (2, self.n), (2, 1))
+            forget(optimisers["actor"])
+            forget(optimisers["critic"])
+        self.target.load_state_dict(self.critic.state_dict())
+
+    def step(self, tasks, index, meta_policy, optimisers, free=False):
+        """One step of RAC; returns what is worth recording. `free`: no regulariser at all (COMBO)."""
+        args, world = self.args, self.world
+        if not args.no_model:
+            tasks.imagine(index, self.roll_out(tasks.draw(index, args.rollouts)))  # line 3
+        real = tasks.draw(index, args.batch_size)
+        rho = real if args.no_model else tasks.imagined(index, args.batch_size)
+        count = round((1.0 if args.no_model else args.real_ratio) * args.batch_size)
+        mixed = torch.cat([real[:, :count], rho[:, : args.batch_size - count]], 1)
+        s_data, a_data = real.split(world.split, -1)[:2]
+        s_rho = rho.split(world.split, -1)[0]
+        log = self.evaluate_policy(tasks, index, s_rho, s_data, a_data, mixed, optimisers["critic"])
+        return log | self.improve_policy(tasks, index, s_rho, s_data, a_data, meta_policy, optimisers["actor"], free)
+
+    @torch.no_grad()
+    def roll_out(self, rows):
+        """H steps of the models from the states of rows (T, R, D): (T, R' H, D); each model makes an equal share."""
+        world, kept = self.world, Tasks.KEPT
+        each = rows.shape[1] // kept
+        start = rows[:, : each * kept].split(world.split, -1)[0]
+        s, made = start, []
+        for _ in range(self.args.rollout_length):
+            a, _ = self.actor.sample(s)
+            mean, log_var = self.models(torch.cat([s, a], -1).view(self.n * kept, each, -1))
+            change = (mean + (0.5 * log_var).exp() * torch.randn_like(mean)).view(self.n, each * kept, -1)
+            change = change * world.change_std + world.change_mean
+            s2, r = s + change[..., :-1], change[..., -1:]
+            d = world.row.terminated((s2 * world.std + world.mean).flatten(0, 1)).view(*r.shape).float()
+            made.append(torch.cat([s, a, r, s2, d], -1))
+            s = torch.where(d > 0, start, s2)
+        return torch.cat(made, 1)
+
+    def evaluate_policy(self, tasks, index, s_rho, s_data, a_data, mixed, optimiser):
+        args = self.args
+        s, a, r, s2, d = mixed.split(self.world.split, -1)
+        with torch.no_grad():
+            a2, log_pi2 = self.actor.sample(s2)
+            y = critic_target(r[..., 0], d[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
+            many = s_rho.repeat_interleave(10, 1)  # ten fresh actions for each state
+            a_rho, _ = self.actor.sample(many)
+            beta = tasks.log_beta[index]
+            gap = (self.critic(many, a_rho).mean(-1) - self.critic(s_data, a_data).mean(-1)).mean(0)  # (T,)
+            beta = beta + args.beta_lr * torch.sign(gap - args.threshold)
+            tasks.log_beta.index_copy_(0, index, beta)
+        q = self.critic(s, a)
+        loss = critic_loss(self.critic(many, a_rho), self.critic(s_data, a_data), q, y, beta.exp())  # Eq. 1
+        step_down(optimiser, loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), args.tau)
+        log = {"critic_loss": loss.detach() / self.n, "q_mean": q.detach().mean(), "q_gap": gap.mean()}
+        return log | {"beta": beta.exp().mean()}
+
+    def improve_policy(self, tasks, index, s_rho, s_data, a_data, meta_policy, optimiser, free):
+        args, alpha, lam = self.args, tasks.alpha[index], tasks.lam[index]
+        self.critic.requires_grad_(False)
+        a, _ = self.actor.sample(s_rho)
+        with torch.no_grad():  # pi_c is fixed here; one network for all tasks' states
+            meta = [x.view_as(a) for x in meta_policy(s_rho.flatten(0, 1)[None])]
+        d_meta = gaussian_divergence(self.actor(s_rho), meta)
+        weight = torch.zeros_like(lam) if free else lam
+        loss = actor_loss(self.critic(s_rho, a), self.actor.log_density(s_data, a_data), d_meta, weight, alpha)  # Eq. 9
+        step_down(optimiser, loss)
+        self.critic.requires_grad_(True)
+        with torch.no_grad():
+            d_behaviour = gaussian_divergence(self.behaviour(s_data), self.actor(s_data)).mean(-1).clamp_max(10)
+            d_meta = d_meta.mean(-1).clamp_max(10)
+            lam = lam + args.lambda_lr * (alpha * d_behaviour + (1 - alpha) * d_meta - args.target_divergence)
+            tasks.lam.index_copy_(0, index, lam.clamp(0, 10 * args.lambda_initial))
+        log = {"actor_loss": loss.detach() / self.n, "lambda": lam.mean(), "alpha": alpha.mean()}
+        return log | {"d_behaviour": d_behaviour.mean(), "d_meta": d_meta.mean()}
+
+
+def adam(module, lr, device):
+    lr = torch.tensor(lr, device=device)  # a tensor, so that a captured graph can change it
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=device.type == "cuda")
+
+
+def inner_optimisers(args, inner, device):
+    return {"actor": adam(inner.actor, args.actor_lr, device), "critic": adam(inner.critic, args.lr, device)}
+
+
+def make_optimisers(args, agent, device):
+    optimisers = {f"inner_{name}": adam for name, adam in inner_optimisers(args, agent.inner, device).items()}
+    optimisers["meta_policy"] = adam(agent.meta_policy, args.outer_lr, device)
+    optimisers["meta_q"] = adam(agent.meta_q, args.outer_lr, device)
+    return optimisers
+
+
+def step_down(optimiser, loss):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def adapt_models(args, world, theta, phi, tasks, index, optimiser):
+    """h steps of Eq. 3 (or 4): 7 models of each task (T,), from phi, on bootstrapped data; returns -log T (T x 7,)."""
+    n, models = len(index), Agent.MODELS
+    spread(theta, phi, (n, models), (1, models))
+    forget(optimiser)
+    mine = torch.arange(models, device=index.device).repeat(n)[:, None]  # (T x 7, 1)
+    task = index.repeat_interleave(models)[:, None]
+    anchor = [p.detach().repeat(n, *[1] * (p.dim() - 1)) for p in phi.parameters()]
+    for _ in range(args.model_adapt_steps):
+        i = torch.randint(tasks.bootstrap.shape[1], (n * models, args.batch_size), device=index.device)
+        i = tasks.bootstrap[mine, i]
+        x, target = world.model_data(tasks.rows[task, i])
+        loss = model_loss(*theta(x), target)
+        optimiser.zero_grad()
+        (loss.sum() + args.eta * proximal(list(theta.parameters()), anchor)).backward()
+        optimiser.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def held_out_error(world, models, tasks, index):
+    """Mean squared error of predicted means on held-out rows, (T, models of each)."""
+    x, target = world.model_data(tasks.rows[index, -tasks.held_out :])
+    n = models.net.layers[0].weight.shape[0] // len(index)
+    mean, _ = models(x.repeat_interleave(n, 0))
+    return (mean - target.repeat_interleave(n, 0)).square().mean((1, 2)).view(len(index), n)
+
+
+def settle_tasks(args, agent, world, tasks, device):
+    """Between the stages: every task's models adapt (Eq. 4), the best are kept, and its behaviour is fitted."""
+    n, index = len(tasks.rows), torch.arange(len(tasks.rows), device=device)
+    d, m = world.row.obs_dim, world.row.act_dim
+    theta = Models(n * Agent.MODELS, d, m, args.model_hidden, args.model_layers).to(device)
+    optimiser = adam(theta, args.model_task_lr, device)
+    spread(theta, agent.meta_model, (n, Agent.MODELS), (1, Agent.MODELS))
+    before = held_out_error(world, theta, tasks, index)
+    if args.model_lr < 1 or args.eta:  # not with --single, whose models are trained whole in stage 1
+        adapt_models(args, world, theta, agent.meta_model, tasks, index, optimiser)
+    after = held_out_error(world, theta, tasks, index)
+    best = after.argsort(1)[:, : Tasks.KEPT] + index[:, None] * Agent.MODELS
+    pick(tasks.models, theta, best.flatten())
+    tasks.errors.copy_(torch.stack([before.mean(), after.mean()]))
+    tasks.behaviour.requires_grad_(True)
+    optimiser = adam(tasks.behaviour, 1e-3, device)
+    for _ in range(500):
+        s, a = tasks.draw(index, args.batch_size).split(world.split, -1)[:2]
+        step_down(optimiser, -tasks.behaviour.log_density(s, a).mean(-1).sum())
+    tasks.behaviour.requires_grad_(False)
+
+
+def make_updates(args, agent, optimisers, world):
+    """learn_model() and learn_policy(): one iteration of stage 1 and of stage 2. Neither waits for the device."""
+    device, inner, tasks = world.mean.device, agent.inner, agent.train_tasks
+    inner_adam = {name: optimisers[f"inner_{name}"] for name in ("actor", "critic")}
+    models = Agent.MODELS * inner.n, world.row.obs_dim, world.row.act_dim, args.model_hidden, args.model_layers
+    theta = Models(*models).to(device)
+    theta_adam = adam(theta, args.model_task_lr, device)
+
+    def draw_tasks():
+        return torch.rand(len(tasks.rows), device=device).argsort()[: inner.n]
+
+    def learn_model():
+        agent.step += 1
+        loss = adapt_models(args, world, theta, agent.meta_model, tasks, draw_tasks(), theta_adam)  # lines 3 to 5
+        with torch.no_grad():
+            for phi, p in zip(agent.meta_model.parameters(), theta.parameters(), strict=True):
+                # phi <- phi - xi_1 (phi - mean_n theta_n)
+                phi.lerp_(p.detach().view(inner.n, Agent.MODELS, *p.shape[1:]).mean(0), args.model_lr)
+            agent.record(model_loss=loss.mean())
+
+    def learn_policy():
+        agent.step += 1
+        index = draw_tasks()
+        if not args.single:
+            inner.start(tasks, index, agent, inner_adam)
+        for _ in range(args.inner_steps):  # lines 11 to 15
+            log = inner.step(tasks, index, agent.meta_policy, inner_adam, args.single == "combo")
+        if not args.single:
+            log |= learn_meta(index)
+        with torch.no_grad():
+            agent.record(**log)
+
+    def learn_meta(index):
+        s = tasks.imagined(index, args.batch_size) if not args.no_model else tasks.draw(index, args.batch_size)
+        s = s.split(world.split, -1)[0]
+        with torch.no_grad():
+            policy = inner.actor(s)
+        mean, log_std = agent.meta_policy(s.flatten(0, 1)[None])  # one network for all tasks' states
+        kl = gaussian_divergence(policy, (mean.view_as(policy[0]), log_std.view_as(policy[0])))
+        if args.adaptive:
+            with torch.no_grad():
+                real, a = tasks.draw(index, args.batch_size).split(world.split, -1)[:2]
+                d_behaviour = gaussian_divergence(inner.behaviour(real), inner.actor(real)).mean(-1)
+                # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5]
+                alpha = tasks.alpha[index] + args.alpha_lr * (d_behaviour - kl.detach().mean(-1))
+                tasks.alpha.index_copy_(0, index, alpha.clamp(0.1, 0.5))
+        loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # Eq. 10
+        step_down(optimisers["meta_policy"], loss)
+        with torch.no_grad():
+            for p, q in zip(agent.meta_q.parameters(), inner.critic.parameters(), strict=True):
+                p.grad = p - q.detach().view(2, inner.n, *q.shape[1:]).mean(1)  # Q_meta - mean_n Q_n
+        optimisers["meta_q"].step()
+        return {"meta_policy_loss": loss.detach()}
+
+    return learn_model, learn_policy
+
+
+def capture(fn):
+    """`fn`, without arguments, as one CUDA graph; three warm-up calls run eagerly and are steps like any other."""
+    graph, calls = torch.cuda.CUDAGraph(), 0
+
+    def replay():
+        nonlocal calls
+        calls += 1
+        if calls <= 3:  # on a side stream, as capture asks for
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                fn()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if calls == 4:
+            with torch.cuda.graph(graph):  # records, does not run
+                fn()
+        graph.replay()
+
+    return replay
+
+
+# ===================================================================================================== 6. evaluate
+def standardisation(observations):
+    """Mean and standard deviation (d,) of the training tasks' observations (n, N, d)."""
+    flat = observations.flatten(0, 1).double()
+    return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
+
+
+def pack(dataset, tasks, mean, std, trajectories):
+    """Rows (n, N, D): s, a, r, s', d; observations standardised; `trajectories` of them spread over the data, or all."""
+    s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
+    r, d = (column[tasks][..., None] for column in (dataset.rewards, dataset.terminals))
+    rows = torch.cat([s, dataset.actions[tasks], r, s2, d], -1)
+    if trajectories is None:
+        return rows
+    row = envs.FAMILIES.get(dataset.meta.get("env"))
+    parts = rows.unflatten(1, (-1, row.data_horizon if row and rows.shape[1] % row.data_horizon == 0 else 1))
+    if trajectories > parts.shape[1]:
+        fail(f"--trajectories, --test-trajectories: the data hold {parts.shape[1]} of each task, found {trajectories}")
+    chosen = torch.linspace(0, parts.shape[1] - 1, trajectories).round().long()
+    return parts[:, chosen].flatten(1, 2)
+
+
+class World:
+    """The data of every task as packed rows, their statistics, and sub-environments for the evaluation."""
+
+    def __init__(self, args, device):
+        train = open_data(args, args.quality, device)
+        test = open_data(args, args.test_quality, device) if args.test_quality != args.quality else train
+        self.row, e = envs.family(args.env), args.eval_episodes
+        d, m = self.row.obs_dim, self.row.act_dim
+        self.split = [d, m, 1, d, 1]
+        self.mean, self.std = standardisation(train.observations[train.train_tasks])
+        self.train_rows = pack(train, train.train_tasks, self.mean, self.std, args.trajectories)
+        self.test_rows = pack(test, test.test_tasks, self.mean, self.std, args.test_trajectories)
+        s, _, r, s2, _ = self.train_rows.split(self.split, -1)
+        self.change_mean, self.change_std = standardisation(torch.cat([s2 - s, r], -1))
+        tasks = test.tasks[test.test_tasks]
+        self.env = envs.make(args.env, tasks.repeat(e, axis=0), seed=args.seed)
+        returns = test.returns[test.test_tasks]
+        self.behaviour = float(returns.mean()) if np.isfinite(returns).all() else None
+        self.optimum = float(self.row.optimum(tasks, self.row.horizon).mean()) if self.row.optimum else None
+        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
+
+    def model_data(self, rows):
+        """Inputs (.., d + m) and standardised targets (.., d + 1) of the models, from rows (.., D)."""
+        s, a, r, s2, _ = rows.split(self.split, -1)
+        return torch.cat([s, a], -1), (torch.cat([s2 - s, r], -1) - self.change_mean) / self.change_std
+
+
+def open_data(args, quality, device):
+    """The dataset of this quality, built on the spot if it is missing; tensors on the device."""
+    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir)
+    return data.load(path, env=args.env, device=device)
+
+
+@torch.no_grad()
+def play(args, policy, world):
+    """Undiscounted returns (n_test, E) of the policies' means; `policy` has one network, or one for each test task."""
+    e, device = args.eval_episodes, world.mean.device
+    obs, _ = world.env.reset(seed=args.seed)
+    n = len(obs) // e
+    total, alive = np.zeros(len(obs)), np.ones(len(obs), bool)
+    for _ in range(world.env.horizon):
+        s = (torch.as_tensor(obs, dtype=torch.float32).to(device) - world.mean) / world.std
+        networks = policy.net.layers[0].weight.shape[0]
+        action = torch.tanh(policy(s.view(networks, -1, s.shape[-1]))[0]).view(n * e, -1).cpu().numpy()
+        obs, reward, terminated, truncated, info = world.env.step(action)
+        total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
+        alive &= ~(terminated | truncated)
+    return total.reshape(n, e)
+
+
+def evaluate(args, agent, world):
+    """Every test task adapts, all as one batch: RAC from the meta-policy on its own data; then its policy is scored.
+
+    Returns {steps of RAC: returns (n_test, E)}, from the meta-policy itself (0) on. What is drawn is the same at every
+    evaluation and takes nothing from the run's own random numbers.
+    """
+    device = world.mean.device
+    if args.single:
+        return {args.adapt_steps: play(args, agent.inner.actor, world), 0: play(args, agent.meta_policy, world)}
+    tasks, n = agent.test_tasks, len(world.test_rows)
+    initialise, alpha, free = STARTS[args.test_start]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        inner = Inner(args, n, world).to(device)
+        optimisers, index = inner_optimisers(args, inner, device), torch.arange(n, device=device)
+        with torch.no_grad():
+            tasks.model_count.zero_()
+            tasks.log_beta.copy_(agent.train_tasks.log_beta.mean().expand(n))
+            tasks.lam.copy_(agent.train_tasks.lam.mean().expand(n))
+            tasks.alpha.copy_((agent.train_tasks.alpha.mean() if alpha is None else torch.tensor(alpha)).expand(n))
+        inner.start(tasks, index, agent if initialise else None, optimisers)
+        returns = {0: play(args, agent.meta_policy, world)}
+        for step in range(1, args.adapt_steps + 1):
+            inner.step(tasks, index, agent.meta_policy, optimisers, free)
+            if step in (10, 25, 50) or step % 100 == 0 or step == args.adapt_steps:
+                returns[step] = play(args, inner.actor, world)
+    return returns
+
+
+# ================================================================================================ 7. plots and files
+def summarise(step, seconds, agent, count, returns):
+    """One row of metrics.csv: means of the losses since the last evaluation, returns after and before adaptation."""
+    row = {"step": step, "seconds": round(seconds, 1)}
+    row |= dict(zip(agent.METRICS, (agent.metrics / max(1, count)).tolist(), strict=True))
+    adapted, meta = (returns[max(returns)], returns[0]) if returns else (np.full((1, 1), np.nan),) * 2
+    row |= {"return_mean": adapted.mean(), "return_std": adapted.mean(1).std(), "meta_return_mean": meta.mean()}
+    for prefix, tasks in (("", agent.test_tasks), ("train_", agent.train_tasks)):
+        row |= dict(zip((f"{prefix}error_before", f"{prefix}error_after"), tasks.errors.tolist(), strict=True))
+    return {key: float(value) if key != "step" else value for key, value in row.items()}
+
+
+def check_finite(agent, run, rows):
+    """Ends a run that diverged, before anything is saved over its last good checkpoint."""
+    kept = f"the last good checkpoint is kept in {run}" if rows else "there is no checkpoint yet"
+    bad = agent.bad_step.tolist()
+    if min(bad) < math.inf:
+        fail(f"diverged: {agent.METRICS[bad.index(min(bad))]} is not finite since step {int(min(bad))}; {kept}", 3)
+    for name, parameter in agent.named_parameters():
+        if not parameter.isfinite().all():
+            fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
+
+
+def write_text(path, text):
+    data.write(path, lambda file: file.write(text.encode()))
+
+
+def write_metrics(run, rows):
+    lines = [",".join(rows[0])] + [",".join(repr(value) for value in row.values()) for row in rows]
+    write_text(run / "metrics.csv", "\n".join(lines) + "\n")
+
+
+def plot_curve(run, args, rows, world):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="meta-iterations", ylabel="return", title=f"{Path(__file__).stem} on {args.env}")
+    rows = [row for row in rows if math.isfinite(row["return_mean"])]
+    step = np.array([row["step"] - args.model_steps for row in rows])
+    mean, std = (np.array([row[f"return_{part}"] for row in rows]) for part in ("mean", "std"))
+    axes.fill_between(step, mean - std, mean + std, color="tab:blue", alpha=0.15, linewidth=0)
+    label = "policy" if args.single else f"test tasks after {args.adapt_steps} steps of RAC"
+    axes.plot(step, mean, color="tab:blue", label=f"{label} (band: std over tasks)")
+    axes.plot(step, [row["meta_return_mean"] for row in rows], color="tab:gray", label="the meta-policy itself")
+    if world.behaviour is not None:
+        axes.axhline(world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
+    if world.optimum is not None:
+        axes.axhline(world.optimum, color="tab:green", linestyle="--", label="optimum")
+    axes.legend(fontsize="x-small", framealpha=0.8)
+    data.write(run / "curve.png", lambda file: figure.savefig(file, dpi=130))
+
+
+def plot_adaptation(run, args, returns, world):
+    """Return of test tasks against steps of RAC on their own data (Figure 9b)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+    axes = figure.add_subplot(xlabel="steps of RAC on a test task's data", ylabel="return", title=args.env)
+    steps = sorted(returns)
+    for task in np.stack([returns[step].mean(1) for step in steps], 1):
+        axes.plot(steps, task, color="tab:blue", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, [returns[step].mean() for step in steps], color="tab:blue", marker="o", label="mean of test tasks")
+    if world.behaviour is not None:
+        axes.axhline(world.behaviour, color="tab:orange", linestyle=":", label="their data")
+    axes.legend(fontsize="small")
+    data.write(run / "adaptation.png", lambda file: figure.savefig(file, dpi=130))
+
+
+def save(run, step, seconds, args, agent, optimisers, rows, world):
+    cuda = torch.cuda.get_rng_state() if agent.step.is_cuda else None
+    checkpoint = {
+        "step": step, "seconds": seconds, "rows": rows, "args": settings(args), "dataset": world.checksum,
+        "agent": agent.state_dict(),
+        "optimisers": {key: optimiser.state_dict() for key, optimiser in optimisers.items()},
+        "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+    }  # fmt: skip
+    data.write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def settings(args):
+    """The resolved arguments as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def resume(run, args, agent, optimisers, world, device):
+    """Loads the checkpoint; the run then goes on as if it had never stopped. Returns step, seconds and rows."""
+    path = run / "checkpoint.pt"
+    if not args.resume or not path.exists():
+        return 0, 0.0, []
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        then = checkpoint["args"]
+    except Exception as error:
+        fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
+    for key, value in settings(args).items():
+        if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
+    if checkpoint["dataset"] != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        for key, optimiser in optimisers.items():
+            optimiser.load_state_dict(checkpoint["optimisers"][key])
+    except Exception as error:
+        fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
+    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
+    return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
+
+
+def prepare_run(args):
+    """<run-dir>/<script>/<env>/<variant>/seed<k>/"""
+    run = args.run_dir / Path(__file__).stem / args.env / args.variant / f"seed{args.seed}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        data.write(run / ".writable", lambda file: None)
+        (run / ".writable").unlink()
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: cannot write there ({error.strerror})")
+    return run
+
+
+def write_settings(run, args):
+    """The resolved arguments, and the script as it runs."""
+    write_text(run / "args.json", json.dumps(settings(args), indent=1))
+    data.write(run / "source.py", lambda file: file.write(Path(__file__).read_bytes()))
+
+
+def write_final(run, args, rows, world, seconds):
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    final = rows[-1] | {
+        "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
+        "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
+    }  # fmt: skip
+    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
+    write_text(run / "final.json", json.dumps(final, indent=1))
+
+
+# =========================================================================================================== 8. main
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    run = prepare_run(args)
+    try:
+        world = World(args, device)
+    except data.DataError as error:
+        fail(error)
+    torch.set_num_threads(args.threads or envs.cores())
+    torch.manual_seed(args.seed)
+    agent = Agent(args, world).to(device)
+    optimisers = make_optimisers(args, agent, device)
+    if args.meta_policy:
+        load_policy(args, agent.meta_policy)
+    learn_model, learn_policy = make_updates(args, agent, optimisers, world)
+    if device.type == "cuda" and not args.no_graph:
+        learn_model, learn_policy = capture(learn_model), capture(learn_policy)
+    start, seconds, rows = resume(run, args, agent, optimisers, world, device)
+    write_settings(run, args)
+    began, last, total = time.time() - seconds, start, args.model_steps + args.steps
+    for step in range(start + 1, total + 1):
+        if step == args.model_steps + 1:
+            for tasks in (agent.train_tasks, agent.test_tasks):
+                settle_tasks(args, agent, world, tasks, device)
+            agent.inner.start(agent.train_tasks, torch.arange(agent.inner.n, device=device), None, {})
+        learn_model() if step <= args.model_steps else learn_policy()
+        if step % args.eval_every == 0 or step in (args.model_steps, total):
+            check_finite(agent, run, rows)
+            returns = evaluate(args, agent, world) if step > args.model_steps else {}
+            rows.append(summarise(step, time.time() - began, agent, step - last, returns))
+            agent.metrics.zero_()
+            last = step
+            write_metrics(run, rows)
+            if returns:
+                plot_curve(run, args, rows, world)
+                plot_adaptation(run, args, returns, world)
+            save(run, step, time.time() - began, args, agent, optimisers, rows, world)
+            report(rows[-1], world, total)
+    write_final(run, args, rows, world, time.time() - began)
+    print(f"curves, metrics and checkpoint: {run}")
+
+
+def load_policy(args, policy):
+    """The last policy of another run with --single (sizes alike) becomes the meta-policy."""
+    path = args.meta_policy / "checkpoint.pt"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)["agent"]
+        policy.load_state_dict({key: stored[f"inner.actor.{key}"] for key in policy.state_dict()})
+    except Exception as error:
+        fail(f"--meta-policy {args.meta_policy}: not a run with --single of the same sizes ({type(error).__name__})")
+
+
+def report(row, world, total):
+    best = f" of {world.optimum:.2f}" if world.optimum is not None else ""
+    behaviour = f", data {world.behaviour:.2f}" if world.behaviour is not None else ""
+    rate = row["step"] / max(row["seconds"], 0.1)
+    print(
+        f"step {row['step']:>6}/{total}  model loss {row['model_loss']:7.2f}  test return {row['return_mean']:8.2f}"
+        f"{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  Q {row['q_mean']:.1f}  beta {row['beta']:.2f}  "
+        f"lambda {row['lambda']:.1f}  {rate:.1f} steps/s  {(total - row['step']) / rate / 60:.1f} min left",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; --resume goes on from the last checkpoint", 130)
