@@ -15,7 +15,7 @@ A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on 
     python merpo.py --env point-robot-wind --small
 
 Choices where the paper is silent:
-- Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda and (11).
+- Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda, (11).
 - Each of the five models makes an equal share of the rollouts. log beta moves by its rate up or down (Adam on a
   scalar does little else); lambda is clipped at ten times its initial value, divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
@@ -130,9 +130,9 @@ def parse_args(argv=None):
     args.alpha = 0.0 if args.single == "combo-3" else args.alpha
     args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
     if envs.family(args.env).differs == "nothing" and not args.single:
-        fail(f"--env {args.env}: has a single task; expected --single combo, combo-3 or rac beside it")
-    if args.single and args.meta_batch_size != 1:
-        fail(f"--single: one task at a time; expected --meta-batch-size 1, found {args.meta_batch_size}")
+        fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
+    if args.single and envs.family(args.env).differs != "nothing":
+        fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
@@ -711,7 +711,7 @@ def standardisation(observations):
 
 
 def pack(dataset, tasks, mean, std, trajectories):
-    """Rows (n, N, D): s, a, r, s', d; observations standardised; `trajectories` of them spread over the data, or all."""
+    """Rows (n, N, D): s, a, r, s', d; observations standardised; `trajectories` of them, spread, or all."""
     s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
     r, d = (column[tasks][..., None] for column in (dataset.rewards, dataset.terminals))
     rows = torch.cat([s, dataset.actions[tasks], r, s2, d], -1)
@@ -1002,8 +1002,8 @@ def report(row, world, total):
     rate = row["step"] / max(row["seconds"], 0.1)
     print(
         f"step {row['step']:>6}/{total}  model loss {row['model_loss']:7.2f}  test return {row['return_mean']:8.2f}"
-        f"{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  Q {row['q_mean']:.1f}  beta {row['beta']:.2f}  "
-        f"lambda {row['lambda']:.1f}  {rate:.1f} steps/s  {(total - row['step']) / rate / 60:.1f} min left",
+        f"{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  Q {row['q_mean']:.1f}  "
+        f"beta {row['beta']:.2f}  lambda {row['lambda']:.1f}  {rate:.1f} steps/s  {(total - row['step']) / rate / 60:.1f} min left",
         flush=True,
     )
 

@@ -61,7 +61,8 @@ SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau":
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
 SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
-SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 40_000, "updates": 0.5, "eval_every": 5_000}
+SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
+SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
 
 

@@ -1,0 +1,630 @@
+"""MerPO against loops written from the paper: models, RAC, the outer step, and that tasks do not mix."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_focal
+import torch
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, random_tensors, weights
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
+
+import data
+import envs
+import merpo
+
+TINY = "--hidden 16 --layers 2 --model-hidden 16 --model-layers 2 --batch-size 8 --meta-batch-size 3 --device cpu"
+TINY += " --steps 4 --model-steps 2 --eval-every 2 --eval-episodes 1 --threads 1 --rollouts 10 --rollout-buffer 40"
+TINY += " --inner-steps 2 --adapt-steps 3 --model-adapt-steps 3"
+
+
+def flags(name, file, more=""):
+    return [*f"--env {name} --data {file} {TINY}".split(), *more.split()]
+
+
+def build(name, file, more="", device="cpu"):
+    """What main builds before its loop, from the same seed."""
+    k = SimpleNamespace(args=merpo.parse_args(flags(name, file, more)))
+    k.world = merpo.World(k.args, torch.device(device))
+    torch.manual_seed(k.args.seed)
+    k.agent = merpo.Agent(k.args, k.world).to(device)
+    k.optimisers = merpo.make_optimisers(k.args, k.agent, torch.device(device))
+    k.learn_model, k.learn_policy = merpo.make_updates(k.args, k.agent, k.optimisers, k.world)
+    k.inner, k.tasks = k.agent.inner, k.agent.train_tasks
+    k.adam = {name: k.optimisers[f"inner_{name}"] for name in ("actor", "critic")}
+    return k
+
+
+def settle(k):
+    for tasks in (k.agent.train_tasks, k.agent.test_tasks):
+        merpo.settle_tasks(k.args, k.agent, k.world, tasks, k.world.mean.device)
+
+
+def run(folder, name, file, more=""):
+    merpo.main([*flags(name, file, more), "--run-dir", str(folder)])
+    (path,) = folder.glob("merpo/*/*/seed*")
+    return path
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    for name in ("plot_curve", "plot_adaptation"):
+        monkeypatch.setattr(merpo, name, lambda *args: None)
+
+
+# ------------------------------------------------------------------------------------------ losses, from the page
+def test_model_loss_is_minus_log_likelihood():
+    mean, log_var, target = random_tensors((2, 5, 3), (2, 5, 3), (2, 5, 3))
+    likelihood = Normal(mean, (0.5 * log_var).exp()).log_prob(target).sum(-1).mean(-1)
+    constant = 1.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(merpo.model_loss(mean, log_var, target), -likelihood - constant)
+
+
+def test_proximal():
+    a, b, c, d = random_tensors((2, 3), (4,), (2, 3), (4,))
+    loop = lambda: (
+        sum((a[i, j] - c[i, j]) ** 2 for i in range(2) for j in range(3)) + sum((b[i] - d[i]) ** 2 for i in range(4))
+    )
+    assert_gradients(lambda: merpo.proximal([a, b], [c, d]), loop, [a, b])
+
+
+def test_critic_target_and_loss():
+    r, d, log_pi, q_next = random_tensors((2, 4), (2, 4), (2, 4), (2, 2, 4))
+    d = (d > 0).double()
+    y = merpo.critic_target(r, d, q_next, log_pi, 0.9, 0.3)
+    for n in range(2):
+        for i in range(4):
+            future = min(q_next[0, n, i], q_next[1, n, i]) - 0.3 * log_pi[n, i]
+            torch.testing.assert_close(y[n, i], r[n, i] + (0.9 * future if d[n, i] == 0 else 0))
+    q_rho, q_data, q = random_tensors((2, 2, 6), (2, 2, 3), (2, 2, 4), seed=1)
+    beta = torch.tensor([0.5, 2.0]).double()
+
+    def loop():
+        total = 0
+        for twin in range(2):
+            for n in range(2):
+                gap = sum(q_rho[twin, n, i] for i in range(6)) / 6 - sum(q_data[twin, n, i] for i in range(3)) / 3
+                error = sum((q[twin, n, i] - y[n, i]) ** 2 for i in range(4)) / 4
+                total = total + beta[n] * gap + 0.5 * error
+        return total
+
+    assert_gradients(lambda: merpo.critic_loss(q_rho, q_data, q, y, beta), loop, [q_rho, q_data, q])
+
+
+def test_actor_loss():
+    q, log_pi, kl = random_tensors((2, 2, 4), (2, 3), (2, 4))
+    lam, alpha = torch.tensor([5.0, 0.5]).double(), torch.tensor([0.4, 0.1]).double()
+
+    def loop():
+        total = 0
+        for n in range(2):
+            value = sum(min(q[0, n, i], q[1, n, i]) for i in range(4)) / 4
+            data_term = lam[n] * alpha[n] * sum(log_pi[n, i] for i in range(3)) / 3
+            meta_term = lam[n] * (1 - alpha[n]) * sum(kl[n, i] for i in range(4)) / 4
+            total = total - (value + data_term - meta_term)
+        return total
+
+    assert_gradients(lambda: merpo.actor_loss(q, log_pi, kl, lam, alpha), loop, [q, log_pi, kl])
+
+
+def test_divergence_and_density():
+    m1, s1, m2, s2, a = random_tensors((3, 4, 2), (3, 4, 2), (3, 4, 2), (3, 4, 2), (3, 4, 2))
+    expected = kl_divergence(Normal(m1, s1.exp()), Normal(m2, s2.exp())).sum(-1)
+    torch.testing.assert_close(merpo.gaussian_divergence((m1, s1), (m2, s2)), expected)
+    policy = TransformedDistribution(Normal(m1, s1.exp()), TanhTransform())
+    torch.testing.assert_close(merpo.tanh_normal(a, m1, s1), policy.log_prob(a.tanh()).sum(-1))
+
+
+def test_meta_policy_loss():
+    (kl,) = random_tensors((3, 4))
+    lam, alpha = torch.tensor([5.0, 1.0, 2.0]).double(), torch.tensor([0.4, 0.1, 1.0]).double()
+    weight = [3.0, 0.9, 0.0]
+    loop = lambda: sum(3 * w / 3.9 * kl[n].mean() for n, w in enumerate(weight)) / 3
+    assert_gradients(lambda: merpo.meta_policy_loss(kl, lam, alpha), loop, [kl])
+    uniform = merpo.meta_policy_loss(kl, lam, torch.ones(3).double())  # the behaviour only: distilled all the same
+    torch.testing.assert_close(uniform, kl.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------- stage 1
+class Constant(torch.nn.Module):
+    """n models that predict one number, whatever they see; their loss is a parabola."""
+
+    def __init__(self, n, start=0.0):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.full((n, 1, 1), start))
+
+    def forward(self, x):
+        mean = self.value.expand(-1, x.shape[1], 3)
+        return mean, torch.zeros_like(mean)
+
+
+def test_the_meta_model_goes_to_its_fixed_point(files, monkeypatch):
+    """Tasks whose best value is c: theta = (c + 2 eta phi / 3) / (1 + 2 eta / 3), so phi goes to the mean of c."""
+    best = torch.tensor([-1.0, 0.5, 3.0, 0.7])
+    monkeypatch.setattr(merpo, "Models", lambda n, *sizes: Constant(n))
+    monkeypatch.setattr(merpo.World, "model_data", lambda world, rows: (rows, rows[..., :3]))
+    k = build(
+        WIND, files[WIND], "--meta-batch-size 4 --model-task-lr 0.1 --model-adapt-steps 150 --eta 1 --model-lr 0.5"
+    )
+    k.tasks.rows[..., :3] = best[:, None, None]
+    k.learn_model()
+    phi = k.agent.meta_model.value
+    theta = (best + 2 / 3 * 0) / (1 + 2 / 3)
+    torch.testing.assert_close(phi.flatten(), (0.5 * theta.mean()).expand(7), rtol=1e-2, atol=1e-2)
+    for _ in range(25):
+        k.learn_model()
+    torch.testing.assert_close(phi.flatten(), best.mean().expand(7), rtol=2e-2, atol=1e-2)
+
+
+def test_models_recover_the_dynamics_of_each_task(tmp_path):
+    """s' = s + 0.1 a + wind: the wind of a task, which no other model knows, is in its own models."""
+    arrays = collect(WIND, list(range(6)), [6, 7], 400, 20)
+    data.save(tmp_path / "d.npz", arrays, {"env": WIND})
+    more = (
+        "--model-steps 60 --model-adapt-steps 25 --model-task-lr 0.003 --model-lr 0.5 --batch-size 64 --model-hidden 32"
+    )
+    k = build(WIND, tmp_path / "d.npz", f"{more} --meta-batch-size 6")
+    for _ in range(60):
+        k.learn_model()
+    settle(k)
+    for tasks, winds in ((k.tasks, arrays["tasks"][:6]), (k.agent.test_tasks, arrays["tasks"][6:])):
+        assert tasks.errors[1] < 0.5 * tasks.errors[0]
+        n = len(winds)
+        x, _ = k.world.model_data(tasks.rows)
+        mean = tasks.models(x.repeat_interleave(5, 0))[0] * k.world.change_std + k.world.change_mean
+        moved_by = (mean[..., :2] * k.world.std).view(n, 5, -1, 2)
+        wind = (moved_by - 0.1 * tasks.rows[:, None, :, 2:4]).mean(2)
+        assert (wind - torch.as_tensor(winds)[:, None]).abs().max() < 0.012
+
+
+def test_the_best_five_by_held_out_error_are_kept(files, monkeypatch):
+    monkeypatch.setattr(merpo, "adapt_models", lambda *args: None)
+    k = build(WIND, files[WIND])
+    for j, p in enumerate(k.agent.meta_model.net.layers[-1].bias):  # models 1 and 4 are far off
+        p.data += 50.0 if j in (1, 4) else 0.0
+    settle(k)
+    kept = k.tasks.models.net.layers[0].weight.view(4, 5, -1)
+    source = k.agent.meta_model.net.layers[0].weight.flatten(1)
+    for task in kept:
+        chosen = {int((source == w).all(1).nonzero()[0]) for w in task}
+        assert chosen == {0, 2, 3, 5, 6}
+
+
+def test_held_out_rows_are_never_trained_on(files):
+    k = build(WIND, files[WIND])
+    seen, model_data = [], k.world.model_data
+    k.world.model_data = lambda rows: seen.append(rows) or model_data(rows)
+    for _ in range(20):
+        k.learn_model()
+    held = k.tasks.rows[:, -k.tasks.held_out :].flatten(0, 1)
+    used = torch.cat([rows.flatten(0, -2) for rows in seen])
+    assert k.tasks.held_out == 6 and not (used[:, None] == held[None]).all(-1).any()
+    assert k.tasks.bootstrap.max() < 54 and 0.5 < len(k.tasks.bootstrap[0].unique()) / 54 < 0.8
+
+
+# -------------------------------------------------------------------------------------------------------------- RAC
+def started(files, name=WIND, more=""):
+    k = build(name, files[name], more)
+    settle(k)
+    k.index = torch.tensor([2, 0, 3])
+    k.inner.start(k.tasks, k.index, k.agent, k.adam)
+    return k
+
+
+def step(k, free=False):
+    return k.inner.step(k.tasks, k.index, k.agent.meta_policy, k.adam, free)
+
+
+def test_tasks_start_from_the_meta_policy_with_their_own_models(files):
+    k = started(files)
+    step(k)
+    assert all(float(state["step"]) > 0 for adam in k.adam.values() for state in adam.state.values())
+    k.inner.start(k.tasks, k.index, k.agent, k.adam)
+    assert not any(value.any() for adam in k.adam.values() for state in adam.state.values() for value in state.values())
+    for slots, source in ((k.inner.actor, k.agent.meta_policy), (k.inner.critic, k.agent.meta_q)):
+        for a, b in zip(slots.parameters(), source.parameters(), strict=True):
+            for i in range(3):
+                assert torch.equal(a.view(-1, 3, *a.shape[1:])[:, i], b)
+    assert test_focal.moved(*(dict(x.named_parameters()) for x in (k.inner.target, k.inner.critic))) == set()
+    own = k.tasks.models.net.layers[0].weight.view(4, 5, -1)
+    assert torch.equal(k.inner.models.net.layers[0].weight.view(3, 5, -1), own[k.index])
+    own = k.tasks.behaviour.net.layers[0].weight
+    assert torch.equal(k.inner.behaviour.net.layers[0].weight, own[k.index])
+
+
+def test_tasks_do_not_mix(files):
+    def after(change):
+        k = started(files)
+        if change:
+            k.tasks.rows[3] = k.tasks.rows[3].flip(0) + 1.0
+        torch.manual_seed(1)
+        for _ in range(3):
+            step(k)
+        return k
+
+    plain, other = after(False), after(True)
+    for a, b in zip(plain.inner.parameters(), other.inner.parameters(), strict=True):
+        a, b = (x.view(-1, 3, x[0].numel()) if len(x) % 3 == 0 else x for x in (a, b))
+        if len(a) == 5:  # models are (task, model)
+            a, b = a.view(3, 5, -1).transpose(0, 1), b.view(3, 5, -1).transpose(0, 1)
+        assert torch.equal(a[:, :2], b[:, :2])
+    networks = moved(weights(plain.inner), weights(other.inner))
+    assert {"actor", "critic", "target"} <= networks
+    for key in ("lam", "log_beta", "model_rows", "model_count"):
+        a, b = getattr(plain.tasks, key), getattr(other.tasks, key)
+        assert torch.equal(a[:3], b[:3]) and torch.equal(a[1], getattr(started(files).tasks, key)[1])
+
+
+def test_model_rollouts(files):
+    k = started(files, WALKER, "--rollout-length 3")
+    rows = k.inner.roll_out(k.tasks.draw(k.index, 10))
+    assert rows.shape == (3, 30, k.tasks.rows.shape[-1])
+    s, a, r, s2, d = rows.split(k.world.split, -1)
+    fell = envs.family(WALKER).terminated((s2 * k.world.std + k.world.mean).flatten(0, 1).numpy())
+    assert torch.equal(d.flatten() > 0, torch.as_tensor(fell)) and a.abs().max() <= 1
+    starts = s[:, :10]
+    stored = k.tasks.rows.split(k.world.split, -1)[0]
+    for i, task in enumerate(k.index):
+        assert all((row == stored[task]).all(1).any() for row in starts[i])
+        for t in (10, 20):  # goes on from where it was, or begins anew
+            expected = torch.where(d[i, t - 10 : t] > 0, starts[i], s2[i, t - 10 : t])
+            assert torch.equal(s[i, t : t + 10], expected)
+    k.inner.models.net.layers[-1].weight.data.zero_()
+    bias = k.inner.models.net.layers[-1].bias.data.zero_()
+    bias[..., 18:] = -50.0  # no noise
+    bias[..., 0] = -((1.3 / k.world.std[0] + k.world.change_mean[0]) / k.world.change_std[0])  # the height drops
+    assert k.inner.roll_out(k.tasks.draw(k.index, 10))[..., -1].all()
+
+
+def test_each_model_makes_an_equal_share(files):
+    k = started(files)
+    k.inner.models.net.layers[-1].weight.data.zero_()
+    bias = k.inner.models.net.layers[-1].bias.data.zero_()
+    bias[..., 3:] = -50.0
+    bias.view(3, 5, -1)[..., 2] = torch.arange(15.0).view(3, 5)  # the reward says which model it was
+    rows = k.inner.roll_out(k.tasks.draw(k.index, 10))
+    which = (rows[..., 4] - k.world.change_mean[2]) / k.world.change_std[2]
+    for i in range(3):
+        values, counts = which[i].round(decimals=1).unique(return_counts=True)
+        assert counts.tolist() == [2] * 5
+        torch.testing.assert_close(values, torch.arange(5.0) + 5 * i, atol=0.1, rtol=0.02)
+
+
+def test_the_imagined_buffer_forgets_the_oldest(files):
+    k = build(WIND, files[WIND])
+    for value in range(1, 6):
+        k.tasks.imagine(torch.tensor([2, 0]), torch.full((2, 10, k.tasks.rows.shape[-1]), float(value)))
+    assert k.tasks.model_count.tolist() == [50, 0, 50, 0]
+    assert k.tasks.model_rows[2, :, 0].tolist() == [5.0] * 10 + [2.0] * 10 + [3.0] * 10 + [4.0] * 10
+    assert not k.tasks.model_rows[1].any()
+    drawn = k.tasks.imagined(torch.tensor([0]), 300)
+    assert set(drawn.flatten().tolist()) == {2.0, 3.0, 4.0, 5.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "real"), [("", 4), ("--real-ratio 1", 8), ("--real-ratio 0.25", 2), ("--no-model", 8)]
+)
+def test_share_of_real_data_in_the_backup(files, monkeypatch, more, real):
+    k = started(files, WIND, more)
+    k.tasks.rows[..., 4] = 7.0
+    seen, target = [], merpo.critic_target
+    monkeypatch.setattr(merpo, "critic_target", lambda r, *args: seen.append(r) or target(r, *args))
+    step(k)
+    assert ((seen[0] == 7.0).sum(1) == real).all()
+    assert (k.tasks.model_count.max() > 0) == (more != "--no-model")
+
+
+@pytest.mark.parametrize(("threshold", "sign"), [(1e9, -1), (0, None)])
+def test_beta_moves_towards_the_threshold(files, threshold, sign):
+    k = started(files, WIND, f"--threshold {threshold} --beta-lr 0.1")
+    if sign is None:
+        k.args.threshold, sign = -1e9, 1
+    before = k.tasks.log_beta.clone()
+    step(k)
+    torch.testing.assert_close(k.tasks.log_beta - before, 0.1 * sign * torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+def test_lambda_rises_with_the_divergence_and_stays_in_range(files):
+    k = started(files, WIND, "--lambda-initial 2 --lambda-lr 3 --alpha 0.25 --actor-lr 0")
+    merpo.spread(k.inner.behaviour, k.agent.meta_policy, (3,), (1,))  # all policies are one: no divergence
+    step(k)
+    torch.testing.assert_close(k.tasks.lam, torch.tensor([1.85, 2.0, 1.85, 1.85]))
+    for _ in range(20):
+        step(k)
+    assert k.tasks.lam.tolist() == [0.0, 2.0, 0.0, 0.0]
+    k.inner.behaviour.net.layers[-1].bias.data[:] += 3.0
+    step(k)
+    assert (k.tasks.lam[k.index] > 0).all()
+    for _ in range(20):
+        step(k)
+    assert k.tasks.lam.tolist() == [20.0, 2.0, 20.0, 20.0]
+
+
+def test_regularisers_pull_where_they_should(files):
+    """With a huge lambda, alpha = 0 keeps the policy at the meta-policy and alpha = 1 takes it to the data."""
+    distance = {}
+    for alpha in (0, 1):
+        k = started(
+            files, WIND, f"--alpha {alpha} --lambda-initial 1000 --lambda-lr 0 --actor-lr 0.003 --batch-size 32"
+        )
+        k.tasks.rows[..., 2:4] = torch.tensor([0.7, -0.7])
+        k.agent.meta_policy.net.layers[-1].bias.data[..., :2] = torch.tensor([-0.5, 0.5])
+        k.inner.start(k.tasks, k.index, None, {})
+        for _ in range(150):
+            step(k)
+        s, a = k.tasks.draw(k.index, 50).split(k.world.split, -1)[:2]
+        mean = k.inner.actor(s)[0]
+        meta = k.agent.meta_policy(s.flatten(0, 1)[None])[0].view_as(mean)
+        distance[alpha] = (mean.tanh() - a).abs().mean().item(), (mean - meta).abs().mean().item()
+    assert distance[1][0] < 0.1 < distance[0][0] and distance[0][1] < 0.15 < distance[1][1]
+
+
+def test_combo_knows_no_meta_policy(files):
+    def actor_after(free, change):
+        k = started(files)
+        if change:
+            k.agent.meta_policy.net.layers[-1].bias.data += 1.0
+        torch.manual_seed(0)
+        step(k, free)
+        return weights(k.inner.actor)
+
+    assert moved(actor_after(True, False), actor_after(True, True)) == set()
+    assert moved(actor_after(False, False), actor_after(False, True))
+
+
+# --------------------------------------------------------------------------------------------------- the outer step
+def test_who_learns(files):
+    k = build(WIND, files[WIND])
+    before = weights(k.agent)
+    k.learn_model()
+    assert moved(before, weights(k.agent)) == {"meta_model"}
+    settle(k)
+    before = weights(k.agent)
+    k.learn_policy()
+    after = weights(k.agent)
+    assert moved(before, after) == {"meta_policy", "meta_q", "inner"}
+    changed = {
+        key.split(".")[1] for key in before if key.startswith("inner") and not torch.equal(before[key], after[key])
+    }
+    assert changed == {"actor", "critic", "target", "models", "behaviour"}
+
+
+def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_their_mean(files, monkeypatch):
+    k = started(files, WIND, "--outer-lr 0.01")
+    monkeypatch.setattr(
+        torch,
+        "rand",
+        lambda *size, rand=torch.rand, **kw: torch.tensor([0.2, 0.9, 0.1, 0.3]) if size == (4,) else rand(*size, **kw),
+    )
+    divergence, gap = [], []
+    k.inner.step = lambda *args: {}  # the policies below stand for what RAC found
+
+    def start(*args):
+        k.inner.actor.net.layers[-1].bias.data[..., :2] = 1.0
+        k.inner.critic.net.layers[-1].bias.data[:] = torch.tensor([1.0, 2.0, 6.0]).repeat(2)[:, None, None]
+
+    k.inner.start = start
+    k.tasks.imagine(torch.arange(4), k.tasks.rows[:, :40])
+    s = k.tasks.rows[:3].split(k.world.split, -1)[0]
+    for _ in range(40):
+        k.learn_policy()
+        meta = [x.view(3, -1, 2) for x in k.agent.meta_policy(s.flatten(0, 1)[None])]
+        divergence.append(merpo.gaussian_divergence(k.inner.actor(s), meta).mean().item())
+        gap.append((k.agent.meta_q.net.layers[-1].bias - 3.0).abs().max().item())
+    assert divergence[-1] < 0.5 * divergence[0] and gap[-1] < gap[0] - 0.3
+
+
+@pytest.mark.parametrize(("shift", "expected"), [("behaviour", 1), ("meta", -1)])
+def test_adaptive_alpha(files, shift, expected):
+    """It rises where the policy is closer to the meta-policy than to the behaviour, and falls in the other case."""
+    k = started(files, WIND, "--alpha adaptive --alpha-lr 0.01 --actor-lr 0 --outer-lr 0")
+    start = k.inner.start
+
+    def start_far(*args):
+        start(*args)
+        if shift == "behaviour":
+            k.inner.behaviour.net.layers[-1].bias.data += 3.0
+        else:  # on the behaviour, far from the meta-policy
+            for a, b in zip(k.inner.actor.parameters(), k.inner.behaviour.parameters(), strict=True):
+                a.data.copy_(b)
+            k.agent.meta_policy.net.layers[-1].bias.data += 3.0
+
+    k.inner.start = start_far
+    k.learn_policy()
+    change = k.tasks.alpha - 0.4
+    assert (change * expected >= 0).all() and (change != 0).sum() == 3
+    for _ in range(60):
+        k.learn_policy()
+    assert k.tasks.alpha.tolist() == pytest.approx([0.5 if expected > 0 else 0.1] * 4)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+def test_evaluation_adapts_on_the_task_s_own_data_and_leaves_no_trace(files):
+    k = started(files)
+    step(k)
+    before, state = {key: x.clone() for key, x in k.agent.state_dict().items()}, torch.get_rng_state()
+    first = merpo.evaluate(k.args, k.agent, k.world)
+    assert sorted(first) == [0, 3] and first[3].shape == (2, 1)
+    for key, value in k.agent.state_dict().items():
+        assert torch.equal(value, before[key]) or key.startswith("test_tasks")
+    assert torch.equal(torch.get_rng_state(), state)
+    again = merpo.evaluate(k.args, k.agent, k.world)
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    k.agent.test_tasks.rows[0, :, 2:4] = 1.0
+    other = merpo.evaluate(k.args, k.agent, k.world)
+    assert other[3][0] != first[3][0] and other[3][1] == first[3][1] and np.array_equal(other[0], first[0])
+
+
+@pytest.mark.parametrize("start", ["meta", "meta-no-init", "behaviour", "behaviour-init", "combo"])
+def test_starts_at_test_time(files, monkeypatch, start):
+    k = started(files, WIND, f"--test-start {start}")
+    seen = []
+
+    class Watched(merpo.Inner):
+        def step(self, tasks, index, meta_policy, optimisers, free=False):
+            if not seen:
+                like_meta = torch.equal(self.actor.net.layers[0].weight[1:], k.agent.meta_policy.net.layers[0].weight)
+                seen.append((like_meta, tasks.alpha[0].item(), free))
+            return super().step(tasks, index, meta_policy, optimisers, free)
+
+    monkeypatch.setattr(merpo, "Inner", Watched)
+    merpo.evaluate(k.args, k.agent, k.world)
+    initialise, alpha, free = merpo.STARTS[start]
+    assert seen == [(initialise, pytest.approx(0.4 if alpha is None else alpha), free)]
+
+
+def test_a_policy_that_copies_the_data_gets_their_return(tmp_path):
+    policy = lambda obs, rng: np.clip(2 * ([1, 0] - obs) + 0.1 * rng.standard_normal(obs.shape), -1, 1)
+    arrays = collect(WIND, [0, 1, 2], [3, 4], 200, 20, policy)
+    arrays["returns"] = arrays["rewards"].sum(1) / 10
+    data.save(tmp_path / "d.npz", arrays, {"env": WIND})
+    k = build(WIND, tmp_path / "d.npz", "--batch-size 64 --hidden 32")
+    settle(k)
+    returns = merpo.play(k.args, k.agent.test_tasks.behaviour, k.world)
+    assert returns.mean(1) == pytest.approx(arrays["returns"][3:], abs=0.8)
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+def test_what_a_run_writes(files, tmp_path, capsys):
+    path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
+    names = ["args.json", "metrics.csv", "final.json", "curve.png", "adaptation.png", "checkpoint.pt", "source.py"]
+    assert sorted(file.name for file in path.iterdir()) == sorted(names)
+    rows = metrics(path)
+    assert [row["step"] for row in rows] == [2, 4, 6] and math.isnan(rows[0]["return_mean"])
+    assert all(0 <= row["return_mean"] <= 20 and row["error_after"] > 0 for row in rows[1:])
+    assert "meta-policy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", ["", "--alpha adaptive", "--no-model"])
+def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
+    whole = run(tmp_path / "a", WIND, files[WIND], more)
+    for kill in (1, 2):
+        saved, save = [], merpo.save
+
+        def save_and_die(*args, saved=saved, save=save, kill=kill):
+            save(*args)
+            saved.append(1)
+            if len(saved) == kill:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(merpo, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / f"b{kill}", WIND, files[WIND], more)
+        monkeypatch.setattr(merpo, "save", save)
+        resumed = run(tmp_path / f"b{kill}", WIND, files[WIND], f"{more} --resume")
+        for x, y in zip(metrics(resumed), metrics(whole), strict=True):
+            assert all(x[key] == y[key] or math.isnan(x[key]) for key in x)
+        test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
+
+
+def test_test_tasks_never_train(files, tmp_path, no_plots):
+    plain = run(tmp_path / "a", WIND, files[WIND])
+    arrays = test_focal.load_arrays(files[WIND])
+    arrays["actions"][TEST] = 0.5
+    arrays["rewards"][TEST] += 3.0
+    data.save(tmp_path / "other.npz", arrays, {"env": WIND})
+    other = run(tmp_path / "b", WIND, tmp_path / "other.npz")
+    a, b = (checkpoint(path)["agent"] for path in (plain, other))
+    for key in a:
+        assert torch.equal(a[key], b[key]) or key.startswith("test_tasks"), key
+    assert metrics(plain)[-1]["return_mean"] != metrics(other)[-1]["return_mean"]
+
+
+@pytest.mark.parametrize("single", ["combo", "combo-3", "rac"])
+def test_one_task_alone(tmp_path, no_plots, monkeypatch, single):
+    row = envs.FAMILIES["hopper"]
+    arrays = collect("hopper", [0], [], 120, 40)
+    arrays |= {"train_tasks": np.array([0]), "test_tasks": np.array([0])}
+    data.save(tmp_path / "d.npz", arrays, {"env": "hopper"})
+    path = run(
+        tmp_path / "a", "hopper", tmp_path / "d.npz", f"--single {single} --meta-batch-size 1 --beta-lr 0 --lambda-lr 0"
+    )
+    last = metrics(path)[-1]
+    assert (
+        last["lambda"] == 1 and last["beta"] == 1 and last["alpha"] == pytest.approx(0 if single == "combo-3" else 0.4)
+    )
+    assert row.horizon == 1000 and last["return_mean"] > 0
+    a, b = (checkpoint(path)["agent"][f"{who}.net.layers.0.weight"] for who in ("meta_policy", "inner.actor"))
+    assert not torch.equal(a, b)
+    good = run(tmp_path / "b", "hopper", tmp_path / "d.npz",
+        f"--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0 --meta-policy {path}")  # fmt: skip
+    assert torch.equal(checkpoint(good)["agent"]["meta_policy.net.layers.0.weight"], b)
+
+
+def test_few_trajectories(files):
+    k = build(WIND, files[WIND], "--trajectories 6 --test-trajectories 2")
+    assert k.world.train_rows.shape[1] == 6 and k.world.test_rows.shape[1] == 2
+    stored = data.load(files[WIND])
+    s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
+    torch.testing.assert_close(s, stored.observations[TEST][:, [0, 59]], atol=1e-5, rtol=1e-4)
+    assert k.world.behaviour == pytest.approx(stored.returns[TEST].mean(), rel=1e-5) and len(k.world.train_rows) == len(
+        TRAIN
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        (WIND, "--alpha 1.5", ["--alpha", "1.5"]),
+        (WIND, "--single rac", ["--single", "rac", WIND]),
+        (WIND, "--trajectories 61", ["--trajectories", "60", "61"]),
+        ("hopper", "", ["hopper", "--single"]),
+        (WIND, "--test-start nowhere", ["--test-start", "nowhere"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(files, tmp_path, capsys, name, more, words):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, name, files[WIND], more)
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("merpo.py: ") and all(word in shown.err for word in words)
+
+
+TABLE_2 = {
+    "hidden": 300, "layers": 5, "batch_size": 256, "inner_steps": 10, "adapt_steps": 100, "model_lr": 5e-2, "ent": 0.2,
+    "model_task_lr": 1e-4, "model_adapt_steps": 25, "lambda_lr": 1, "target_divergence": 0.05, "beta_lr": 1e-3,
+    "alpha": 0.4, "outer_lr": 1e-3, "real_ratio": 0.5, "rollout_length": 1, "beta_initial": 1, "steps": 2_000,
+}  # fmt: skip
+COLUMNS = ("discount", "meta_batch_size", "lr", "actor_lr", "lambda_initial", "threshold")
+BY_FAMILY = {
+    WALKER: (0.99, 8, 1e-3, 1e-3, 5, 5),
+    "cheetah-fwd-back": (0.99, 2, 1e-3, 5e-4, 100, 10),
+    "ant-fwd-back": (0.99, 2, 8e-4, 5e-4, 100, 10),
+    WIND: (0.9, 8, 1e-3, 1e-3, 5, 10),
+}
+
+
+@pytest.mark.parametrize("name", BY_FAMILY)
+def test_defaults_are_the_papers(name):
+    args = vars(merpo.parse_args(["--env", name]))
+    assert {key: args[key] for key in TABLE_2} == TABLE_2
+    assert tuple(args[key] for key in COLUMNS) == BY_FAMILY[name]
+
+
+@cuda
+@pytest.mark.parametrize("more", ["", "--alpha adaptive"])
+def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots, more):
+    more = f"--device cuda --model-steps 6 --steps 8 {more}"
+    eager = run(tmp_path / "eager", WIND, files[WIND], f"{more} --no-graph")
+    graph = run(tmp_path / "graph", WIND, files[WIND], more)
+    for x, y in zip(metrics(eager), metrics(graph), strict=True):
+        for key in merpo.Agent.METRICS:
+            assert math.isclose(x[key], y[key], rel_tol=1e-2, abs_tol=1e-4)
+
+
+@cuda
+def test_an_update_never_waits_for_the_device(files):
+    k = build(WALKER, files[WALKER], "--device cuda", "cuda")
+    k.learn_model()
+    settle(k)
+    for _ in range(2):
+        k.learn_policy()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        k.learn_model()
+        k.learn_policy()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
