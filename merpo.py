@@ -1003,7 +1003,8 @@ def report(row, world, total):
     print(
         f"step {row['step']:>6}/{total}  model loss {row['model_loss']:7.2f}  test return {row['return_mean']:8.2f}"
         f"{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  Q {row['q_mean']:.1f}  "
-        f"beta {row['beta']:.2f}  lambda {row['lambda']:.1f}  {rate:.1f} steps/s  {(total - row['step']) / rate / 60:.1f} min left",
+        f"beta {row['beta']:.2f}  lambda {row['lambda']:.1f}  {rate:.1f} steps/s  "
+        f"{(total - row['step']) / rate / 60:.1f} min left",
         flush=True,
     )
 
