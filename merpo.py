@@ -518,14 +518,18 @@ class Inner(nn.Module):
         with torch.no_grad():
             a2, log_pi2 = self.actor.sample(s2)
             y = critic_target(r[..., 0], d[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
-            many = s_rho.repeat_interleave(10, 1)  # ten fresh actions for each state
-            a_rho, _ = self.actor.sample(many)
-            beta = tasks.log_beta[index]
-            gap = (self.critic(many, a_rho).mean(-1) - self.critic(s_data, a_data).mean(-1)).mean(0)  # (T,)
-            beta = beta + args.beta_lr * torch.sign(gap - args.threshold)
+            mean, log_std = (x.repeat_interleave(10, 1) for x in self.actor(s_rho))  # ten fresh actions for each state
+            a_rho = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
+        q_rho, q_data, q = (
+            self.critic(s_rho.repeat_interleave(10, 1), a_rho),
+            self.critic(s_data, a_data),
+            self.critic(s, a),
+        )
+        with torch.no_grad():
+            gap = (q_rho.mean(-1) - q_data.mean(-1)).mean(0)  # (T,)
+            beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
             tasks.log_beta.index_copy_(0, index, beta)
-        q = self.critic(s, a)
-        loss = critic_loss(self.critic(many, a_rho), self.critic(s_data, a_data), q, y, beta.exp())  # Eq. 1
+        loss = critic_loss(q_rho, q_data, q, y, beta.exp())  # Eq. 1
         step_down(optimiser, loss)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), args.tau)
