@@ -26,6 +26,7 @@ import data
 import envs
 import focal
 import focal_pp
+import merpo
 import smac
 
 PEARL = "--encoder probabilistic --encoder-loss bellman"
@@ -148,14 +149,48 @@ SMAC = {
         BOTH,
     ),
 }
-SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC)}
+ADAPTED = ["return_mean", "meta_return_mean", "lambda"]
+FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
+MERPO = {
+    "figure4": (  # with a random meta-policy
+        ["halfcheetah", "hopper", "walker2d"],
+        "",
+        {name: f"--single {name.lower()}" for name in ("COMBO", "COMBO-3", "RAC")},
+        ["return_mean", "q_mean"],
+    ),
+    "figure5": (
+        ["halfcheetah", "hopper"],
+        "--single rac",
+        {f"alpha = {alpha}": f"--alpha {alpha}" for alpha in (0, 0.4, 0.7, 1)},
+        ["return_mean", "q_mean"],
+    ),
+    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, ADAPTED),
+    "figure7a": (FAMILIES[:2], "", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
+    "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
+    "figure7c": (
+        FAMILIES[:2],
+        "",
+        {
+            f"{name}, {quality} test data": f"--test-start {start} --test-quality {quality}"
+            for name, start in (("with meta", "meta"), ("behaviour only", "behaviour-init"))
+            for quality in ("random", "medium", "expert")
+        },
+        ADAPTED,
+    ),
+    "figure9a": (FAMILIES[:1], "", {f"real ratio {f}": f"--real-ratio {f}" for f in (0.2, 0.5, 0.8)}, ADAPTED),
+    "figure9b": (FAMILIES[:2], "", {start: f"--test-start {start}" for start in merpo.STARTS}, ADAPTED),
+    "figure10": (FAMILIES[:1], "", {f"{n} trajectories": f"--test-trajectories {n}" for n in (1, 5, 20, 50)}, ADAPTED),
+}
+SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC), "merpo": (merpo, MERPO)}
 COLUMNS = dict.fromkeys(("focal", "focal_pp"), ["return_mean", "train_return_mean", "esr", "train_esr", "rms"])
 COLUMNS = {script: [*keys, "train_rms", "train_variance", "q_mean"] for script, keys in COLUMNS.items()}
 COLUMNS["smac"] = ["return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean"]
 COLUMNS["smac"] += ["train_return_mean", "train_offline_return_mean", "kl", "short_kl", "offline_kl", "q_mean"]
-SHOWN = {"return_mean", "offline_return_mean", "train_esr", "train_variance", "q_mean"}
+COLUMNS["merpo"] = ["return_mean", "meta_return_mean", "q_mean", "lambda", "alpha", "beta", "d_behaviour", "d_meta"]
+SHOWN = {"return_mean", "meta_return_mean", "offline_return_mean", "train_esr", "train_variance", "q_mean"}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
 LABELS |= {"offline_return_mean": "return, offline context", "short_kl": "KL of online posteriors"}
+LABELS |= {"meta_return_mean": "return of the meta-policy itself"}
 LABELS |= {"train_variance": "variance of a task's embedding", "variance": "variance of a test task's embedding"}
 
 
@@ -212,7 +247,9 @@ def execute(script, words):
 
 def length(script, args):
     """Gradient steps of a whole run."""
-    return args.steps + (smac.online_updates(args) if script == "smac" else 0)
+    return args.steps + {"smac": smac.online_updates, "merpo": lambda args: args.model_steps}.get(script, lambda _: 0)(
+        args
+    )
 
 
 def metrics(folder):

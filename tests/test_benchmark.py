@@ -29,7 +29,7 @@ def plan(paper, monkeypatch, words):
 
 
 @pytest.mark.parametrize("size", ["", "--full"])
-@pytest.mark.parametrize("script", ["focal", "focal_pp", "smac"])
+@pytest.mark.parametrize("script", ["focal", "focal_pp", "smac", "merpo"])
 def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, tmp_path, script, size):
     module, figures = paper.SCRIPTS[script]
     for figure, (families, _, variants, columns) in figures.items():
@@ -38,7 +38,7 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
         assert len(set(folders)) == len(runs) == 3 * len(families) * len(variants)
         assert all(("small" in folder.parent.name) == (not size) for folder in folders)
         header = {"return_mean", "train_esr", "esr", "train_rms", "variance", "train_variance", *module.Agent.METRICS}
-        header |= {"offline_return_mean", "short_kl"} if script == "smac" else set()
+        header |= {"smac": {"offline_return_mean", "short_kl"}, "merpo": {"meta_return_mean"}}.get(script, set())
         assert set(columns) <= header
 
 
