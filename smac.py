@@ -899,9 +899,11 @@ def write_final(run, args, rows, world, seconds):
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
-def save_replay(path, args, agent, world):
-    """The buffers as a dataset. Test tasks' data are as many trajectories of the trained policy, half of them with z
-    from the prior, half on the posterior of those."""
+def save_replay(args, agent, world):
+    """The buffers as a dataset. Test tasks' data are as many trajectories of the trained policy, half of them on
+    z of the prior, the other on the posterior of that half."""
+    if args.save_replay is None:
+        return
     horizon, n = world.row.horizon, len(world.train_tasks)
     count = int(agent.replay.filled[:n].min()) // horizon * horizon
     if count < 2 * horizon:
@@ -934,7 +936,7 @@ def save_replay(path, args, agent, world):
     }  # fmt: skip
     arrays = {key: x.cpu().numpy() for key, x in arrays.items()} | {"tasks": tasks, "train_tasks": train_index}
     arrays["test_tasks"] = train_index if world.row.only else np.arange(n, len(tasks))
-    data.save(path, arrays, {"env": args.env, "quality": "replay", "seed": args.seed, "script": "smac.py"})
+    data.save(args.save_replay, arrays, {"env": args.env, "quality": "replay", "seed": args.seed, "script": "smac.py"})
 
 
 # =========================================================================================================== 8. main
@@ -954,8 +956,7 @@ def main(argv=None):
         learn, practise = capture(learn), capture(practise)
     start, seconds, rows = resume(run, args, agent, optimisers, world, device)
     write_settings(run, args)
-    began, last, each = time.time() - seconds, start, updates_each(args)
-    total = args.steps + online_updates(args)
+    began, last, each, total = time.time() - seconds, start, updates_each(args), args.steps + online_updates(args)
     for step in range(start + 1, total + 1):
         iteration, rest = divmod(step - args.steps - 1, each)
         if iteration == 0 and rest == 0:
@@ -977,8 +978,7 @@ def main(argv=None):
             save(run, step, time.time() - began, args, agent, optimisers, rows, world)
             report(rows[-1], world, total)
     write_final(run, args, rows, world, time.time() - began)
-    if args.save_replay:
-        save_replay(args.save_replay, args, agent, world)
+    save_replay(args, agent, world)
     print(f"curve, embeddings, metrics and checkpoint: {run}")
 
 

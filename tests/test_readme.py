@@ -14,15 +14,19 @@ import pytest
 import data
 import envs
 import focal
+import focal_pp
+import merpo
+import smac
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+SCRIPTS = {f"{module.__name__}.py": module for module in (focal, focal_pp, smac, merpo)}
 COMMANDS = [
     line.strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.splitlines()
     if line.strip()
-] + re.findall(r"`(python (?:focal|data|envs)\.py [^`]+)`", README)
+] + re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", README)
 
 
 def parts(command):
@@ -37,9 +41,9 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     for words in parts(command):
-        if words[:2] == ["python", "focal.py"] and "--help" not in words:
-            args = focal.parse_args(words[2:])
-            assert "--small" not in words or args.hidden < focal.parse_args(["--env", args.env]).hidden
+        if words[0] == "python" and words[1] in SCRIPTS and "--help" not in words:
+            args = SCRIPTS[words[1]].parse_args(words[2:])
+            assert args.small == ("--small" in words)
         elif words[:2] == ["python", "data.py"]:
             assert data.parse_args(words[2:]).env in envs.FAMILIES
         elif words[0] == "python" and words[1].endswith(".py") and words[1] != "disc.py":  # the example's
@@ -53,7 +57,7 @@ def test_links_exist(link):
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("script", ["focal.py", "data.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "data.py", "envs.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
     assert "--env" in done.stdout and not done.stderr
@@ -61,20 +65,22 @@ def test_help(script):
 
 def test_imports_only_what_the_house_allows():
     allowed = {"data", "envs", "numpy", "torch", "matplotlib"} | set(sys.stdlib_module_names)
-    for line in re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / "focal.py").read_text(), re.M):
-        assert line in allowed, line
+    for script in SCRIPTS:
+        for line in re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / script).read_text(), re.M):
+            assert line in allowed, line
     assert not re.search(r"^\s*(import|from) data\b", (ROOT / "envs.py").read_text(), re.M)
     for name in ("focal", "smac", "merpo"):
         assert name not in (ROOT / "data.py").read_text() + (ROOT / "envs.py").read_text()
 
 
-def test_first_screen_and_function_lengths():
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_first_screen_and_function_lengths(script):
     import ast
 
-    source = (ROOT / "focal.py").read_text()
+    source = (ROOT / script).read_text()
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 45
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name not in ("make_update", "algorithm_arguments"):
+        if isinstance(node, ast.FunctionDef) and not re.match("make_update|algorithm_arg", node.name):
             assert node.end_lineno - node.lineno + 1 <= 40, node.name
 
 
