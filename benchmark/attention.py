@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import focal_pp
 
 SPARSITY = np.linspace(0, 0.95, 20)
-CONTEXTS = 32  # of each task, at each sparsity
+CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
 
 
 def load_run(folder):
@@ -76,9 +76,9 @@ def variances(args, world, encoder, informative, silent):
     draw = lambda pool, n: pool[torch.randint(len(pool), (CONTEXTS, n), generator=generator)]
     useless, result = silent.nonzero()[:, 0], []
     for share in SPARSITY:
-        n, each = round(share * args.context_size), []
+        n, each = round(share * SIZE), []
         for rows, useful in zip(world.train_rows, informative, strict=True):
-            index = torch.cat([draw(useless, n), draw(useful.nonzero()[:, 0], args.context_size - n)], 1)
+            index = torch.cat([draw(useless, n), draw(useful.nonzero()[:, 0], SIZE - n)], 1)
             z, w = encoder.transitions(focal_pp.context_of(rows[index], world.split, args))
             each.append([m.var(0).mean().item() for m in (z.mean(1), (w[..., None] * z).mean(1))])
         result.append(np.mean(each, 0))
