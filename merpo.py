@@ -12,7 +12,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
     pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta towards the mean of Q_n; alpha_n by (11)
 A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on its own data.
 
-    python merpo.py --env point-robot-wind --small    # one thread: 6 minutes; -8.6 before adaptation, -6.6 after, data -7.7
+    python merpo.py --env point-robot-wind --small    # one thread, 6 minutes: -8.6, adapted -6.6 (data -7.7)
 
 Choices where the paper is silent:
 - Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda, (11).

@@ -290,7 +290,7 @@ def draw(script, figure, env, runs, folders, suffix):
             continue
         step = [row["step"] for row in histories[0][:length]]
         for axes, column in zip(panels, columns, strict=True):
-            values = np.array([[row[column] for row in history[:length]] for history in histories])
+            values = np.array([[row.get(column, np.nan) for row in history[:length]] for history in histories])
             mean, std = values.mean(0), values.std(0)
             axes.fill_between(step, mean - std, mean + std, color=f"C{colour}", alpha=0.15, linewidth=0)
             axes.plot(step, mean, color=f"C{colour}", label=variant)
@@ -299,7 +299,8 @@ def draw(script, figure, env, runs, folders, suffix):
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
-    panels[0].legend(fontsize="small", framealpha=0.8)
+    handles = panels[0].get_legend_handles_labels()
+    picture.legend(*handles, loc="outside lower center", ncols=min(4, len(variants)), fontsize="small")
     picture.suptitle(f"{script}, {figure} on {env}", fontsize="medium")
     picture.savefig(ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png", dpi=110)
 
