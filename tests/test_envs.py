@@ -8,6 +8,7 @@ from itertools import product
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import envs
@@ -752,3 +753,38 @@ def test_the_command_line_lists_families_and_refuses_in_one_line(tmp_path, capsy
     with pytest.raises(SystemExit) as error:
         envs.main(["--env", "point-robot-wind", "--render", str(tmp_path / "none" / "out.gif")])
     assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- without rewards, and on tensors
+@pytest.mark.parametrize("name", ["sparse-point-robot", "walker-params", "ant-dir"])
+def test_an_environment_without_rewards_steps_alike_and_knows_none(name):
+    tasks = envs.sample_tasks(name, 3, 0)
+    open_book, closed = (
+        envs.make(name, tasks, seed=1, horizon=30, threads=1, rewards=rewards) for rewards in (True, False)
+    )
+    assert np.array_equal(open_book.reset()[0], closed.reset()[0])
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        action = rng.uniform(-1, 1, (3, open_book.family.act_dim))
+        a, b = open_book.step(action), closed.step(action)
+        assert np.array_equal(a[0], b[0]) and np.array_equal(a[2], b[2]) and np.array_equal(a[3], b[3])
+        assert np.isfinite(a[1]).all() and np.isnan(b[1]).all() and "sparse_reward" not in b[4]
+    row = envs.FAMILIES[name]
+    held = [getattr(closed.family, field) for field in ("reward", "sparse_reward", "optimum")]
+    assert row.reward not in held and row.sparse_reward not in [x for x in held if x] and held[1:] == [None, None]
+
+
+@pytest.mark.parametrize("name", list(envs.FAMILIES))
+def test_terminations_are_the_same_on_tensors(name):
+    row = envs.family(name)
+    obs = np.random.default_rng(0).normal(size=(400, row.obs_dim)) * 0.6
+    obs[:, :2] *= 0.3 if "hopper" in name else 1.0
+    obs[:, 0] += {"walker2d": 1.25, "walker-params": 1.25, "hopper": 1.25, "hopper-params": 1.25}.get(name, 0.0)
+    obs[:, 0] += {"humanoid-dir": 1.4, "ant-dir": 0.6, "ant-fwd-back": 0.6}.get(name, 0.0)
+    obs[0, 0], obs[1, 0], obs[2, -1] = np.nan, np.inf, -np.inf
+    found = row.terminated(torch.from_numpy(obs))
+    assert found.dtype == torch.bool and np.array_equal(found.numpy(), row.terminated(obs))
+    if row.terminated is not envs._never:
+        assert found[:2].all() and 20 < found.sum() < 400
+    else:
+        assert not found.any()
