@@ -329,6 +329,19 @@ def test_collected_trajectories_are_real_and_go_where_they_belong(files, name, m
             )
 
 
+def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
+    k = build(SPARSE, files[SPARSE])
+    made, make = [], envs.make
+    monkeypatch.setattr(envs, "make", lambda *args, **kw: made.append(make(*args, **kw)) or made[-1])
+    seen, label = [], k.agent.label
+    k.agent.label = lambda task, rows, *sizes: seen.append(rows.clone()) or label(task, rows, *sizes)
+    smac.collect(k.args, k.agent, k.world, 0)
+    (env,), (rows,) = made, seen
+    assert env.family.reward is not envs.FAMILIES[SPARSE].reward and env.family.sparse_reward is None
+    assert rows[..., k.agent.split[0] + k.agent.split[1]].isnan().all() and rows.isnan().sum() == rows[..., 0].numel()
+    assert k.agent.replay.rows.isfinite().all()
+
+
 def test_the_oracle_of_test_tasks_has_buffers_of_their_own(files):
     k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle")
     smac.collect(k.args, k.agent, k.world, 0)
