@@ -87,7 +87,7 @@ class Settings:
     checkpoints: int = 50
     trajectories: int = 50  # of each task in a dataset
     shard: int = 7  # most tasks of one process on a CPU; fixed, so that results do not depend on the number of cores
-    core_minutes: float = 40.0  # what this costs on one core, to tell the user
+    core_minutes: float = 40.0  # what this costs on one core for the family's usual tasks, to tell the user
     replay: int = 10_000  # first transitions of each task that become the `replay` dataset
 
 
@@ -920,7 +920,7 @@ def prepare(
     try:
         with locked(folder):
             if not path.exists():
-                _announce(path, settings, folder, device, workers, len(tasks))
+                _announce(path, settings, folder, device, workers, len(tasks), len(row.only) or row.train + row.test)
                 behaviour = build_behaviour(env, tasks, seed, settings, folder, device, workers)
                 source = "mixed" if quality == "relabelled" else quality
                 arrays = roll_out(env, tasks, source, behaviour, settings, seed)
@@ -939,7 +939,7 @@ def prepare(
 
 
 def _announce(
-    path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None, tasks: int
+    path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None, tasks: int, usual: int
 ) -> None:
     if (folder / "behaviour.pt").exists():
         print(f"building {path}: rolling out the policies that are there", flush=True)

@@ -392,7 +392,7 @@ def test_who_learns(files):
 
 
 def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_their_mean(files, monkeypatch):
-    k = started(files, WIND, "--outer-lr 0.01")
+    k = started(files, WIND, "--outer-lr 0.01 --meta-q-lr 0.1")
     monkeypatch.setattr(
         torch,
         "rand",
@@ -413,7 +413,20 @@ def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_thei
         meta = [x.view(3, -1, 2) for x in k.agent.meta_policy(s.flatten(0, 1)[None])]
         divergence.append(merpo.gaussian_divergence(k.inner.actor(s), meta).mean().item())
         gap.append((k.agent.meta_q.net.layers[-1].bias - 3.0).abs().max().item())
-    assert divergence[-1] < 0.5 * divergence[0] and gap[-1] < gap[0] - 0.3
+    assert divergence[-1] < 0.5 * divergence[0]
+    assert gap == pytest.approx([gap[0] * 0.9**i for i in range(40)], rel=1e-3, abs=1e-5)  # a plain step of xi_q
+
+
+def test_every_outer_step_moves_the_meta_policy(files):
+    def distance(outer_steps):
+        k = started(files, WIND, f"--outer-steps {outer_steps} --actor-lr 0.1")
+        before = weights(k.agent.meta_policy)
+        torch.manual_seed(0)
+        k.learn_policy()
+        after = weights(k.agent.meta_policy)
+        return sum((after[key] - before[key]).abs().sum() for key in before)
+
+    assert distance(5) > 2 * distance(1)
 
 
 @pytest.mark.parametrize(("shift", "expected"), [("behaviour", 1), ("meta", -1)])
