@@ -66,6 +66,7 @@ SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
+SMALL["ant-dir"] = SMALL_MUJOCO | {"train_tasks": 40, "test_tasks": 10}  # ants take long to learn to walk
 
 
 # What does not change the result of a run, or is in its path anyway.
