@@ -186,6 +186,7 @@ def algorithm_arguments(add):
     add("--layers", type=whole, default=5, help="hidden layers of policies and critics")
     add("--actor-lr", type=positive, default=1e-3, help="learning rate of task policies")
     add("--outer-lr", type=positive, default=1e-3, help="learning rate of the meta-policy")
+    add("--final-lr", type=share, default=1.0, help="share of the rates left at the last meta-iteration, or test step")
     add("--outer-steps", type=whole, default=1, help="gradient steps on Eq. 10 in a meta-iteration")
     add("--meta-q-lr", type=share, default=1.0, help="xi_q, the plain outer step of meta-Q")
     add("--inner-steps", type=whole, default=10, help="J, steps of RAC in a meta-iteration")
@@ -578,6 +579,13 @@ def make_optimisers(args, agent, device):
     return optimisers
 
 
+def anneal(args, optimisers, done):
+    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps made."""
+    initial = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
+    for name, optimiser in optimisers.items():
+        optimiser.param_groups[0]["lr"].copy_(initial[name] * (1 - (1 - args.final_lr) * done))
+
+
 def step_down(optimiser, loss):
     optimiser.zero_grad()
     loss.backward()
@@ -638,6 +646,7 @@ def make_updates(args, agent, optimisers, world):
     """learn_model() and learn_policy(): one iteration of stage 1 and of stage 2. Neither waits for the device."""
     device, inner, tasks = world.mean.device, agent.inner, agent.train_tasks
     inner_adam = {name: optimisers[f"inner_{name}"] for name in ("actor", "critic")}
+    policy_adam = inner_adam | {"meta_policy": optimisers["meta_policy"]}
     models = Agent.MODELS * inner.n, world.row.obs_dim, world.row.act_dim, args.model_hidden, args.model_layers
     theta = Models(*models).to(device)
     theta_adam = adam(theta, args.model_task_lr, device)
@@ -656,6 +665,8 @@ def make_updates(args, agent, optimisers, world):
 
     def learn_policy():
         agent.step += 1
+        if args.final_lr != 1:
+            anneal(args, policy_adam, (agent.step - args.model_steps) / args.steps)
         index = draw_tasks()
         if not args.single:
             inner.start(tasks, index, agent, inner_adam)
@@ -812,6 +823,8 @@ def evaluate(args, agent, world):
         inner.start(tasks, index, agent if initialise else None, optimisers)
         returns = {0: play(args, agent.meta_policy, world)}
         for step in range(1, args.adapt_steps + 1):
+            if args.final_lr != 1:
+                anneal(args, optimisers, torch.tensor(step / args.adapt_steps, device=device))
             inner.step(tasks, index, agent.meta_policy, optimisers, free)
             if step in (10, 25, 50) or step % 100 == 0 or step == args.adapt_steps:
                 returns[step] = play(args, inner.actor, world)

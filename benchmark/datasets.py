@@ -33,11 +33,11 @@ def describe(env, folder):
 
 def main(root=ROOT / "datasets"):
     rows = []
-    for env, family in envs.FAMILIES.items():
-        folder = root / env / f"{family.train}+{family.test}-seed0"
-        row = describe(env, folder)
-        if len(row) > 1:
-            rows.append(row)
+    for env in envs.FAMILIES:
+        for folder in sorted((root / env).glob("*-seed0")):
+            row = describe(env, folder)
+            if len(row) > 1:
+                rows.append(row)
     with open(ROOT / "results" / "datasets.csv", "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
