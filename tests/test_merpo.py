@@ -429,6 +429,26 @@ def test_every_outer_step_moves_the_meta_policy(files):
     assert distance(5) > 2 * distance(1)
 
 
+def test_rates_fall_to_their_last_share_in_training_and_on_test_tasks(files, monkeypatch):
+    k = started(files, WIND, "--final-lr 0.1 --model-steps 2 --steps 4 --adapt-steps 4 --actor-lr 0.01 --outer-lr 0.1")
+    rate = lambda optimiser: optimiser.param_groups[0]["lr"].item()
+    seen = []
+    k.agent.step.fill_(2)  # stage 1 is over
+    for _ in range(4):
+        k.learn_policy()
+        seen.append((rate(k.adam["actor"]), rate(k.optimisers["meta_policy"])))
+    share = [0.775, 0.55, 0.325, 0.1]
+    assert seen == [pytest.approx((0.01 * x, 0.1 * x)) for x in share]
+    used, step_of = [], merpo.Inner.step
+    note = lambda self, tasks, index, meta, optimisers, free: (
+        used.append(rate(optimisers["actor"])),
+        step_of(self, tasks, index, meta, optimisers, free),
+    )[1]
+    monkeypatch.setattr(merpo.Inner, "step", note)
+    merpo.evaluate(k.args, k.agent, k.world)
+    assert used == pytest.approx([0.01 * x for x in share])
+
+
 @pytest.mark.parametrize(("shift", "expected"), [("behaviour", 1), ("meta", -1)])
 def test_adaptive_alpha(files, shift, expected):
     """It rises where the policy is closer to the meta-policy than to the behaviour, and falls in the other case."""
