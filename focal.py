@@ -840,6 +840,7 @@ def resume(run, args, agent, optimisers, world, device):
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+            optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
@@ -879,7 +880,7 @@ def write_final(run, args, rows, world, seconds):
 # =========================================================================================================== 8. main
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
         world = World(args, device)

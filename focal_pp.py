@@ -412,7 +412,7 @@ def contrast_loss(z_q, z_k, same, temperature):
     # Eqs. 7, 8: -sum_i log( exp(z_q_i . z_k_i / tau) / sum_j exp(z_q_i . z_k_j / tau) )
     own = torch.eye(len(z_q), dtype=torch.bool, device=z_q.device)
     logits = (z_q @ z_k.T / temperature).masked_fill(same & ~own, -math.inf)
-    return -logits.log_softmax(1)[own].sum()
+    return -logits.log_softmax(1).diagonal().sum()
 
 
 def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
@@ -898,6 +898,7 @@ def resume(run, args, agent, optimisers, world, device):
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+            optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
@@ -937,7 +938,7 @@ def write_final(run, args, rows, world, seconds):
 # =========================================================================================================== 8. main
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
         world = World(args, device)
