@@ -233,12 +233,16 @@ class Actor(nn.Module):
 
     def sample(self, s, z):
         """An action (..., m) that carries gradients, and its log density (...)."""
-        mean, log_std = self(s, z)
-        noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-        return torch.tanh(u), (log_normal - log_det).sum(-1)
+        return sample_tanh_gaussian(*self(s, z))
+
+
+def sample_tanh_gaussian(mean, log_std):
+    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return torch.tanh(u), (log_normal - log_det).sum(-1)
 
 
 def gaussian_kl(mean, variance):
@@ -484,11 +488,12 @@ def make_update(args, agent, optimisers):
 
     def learn_actor(s, a, z, q, online, log):
         agent.critic.requires_grad_(False)
-        log_density_data = log_density(*agent.actor(s, z), a)
+        policy = agent.actor(s, z)
+        log_density_data = log_density(*policy, a)
         pearl = args.actor == "sac" or (args.actor == "awac" and online and args.pearl_weight > 0)
         if args.actor != "bc":
             with torch.set_grad_enabled(pearl):
-                a_pi, log_pi = agent.actor.sample(s, z)
+                a_pi, log_pi = sample_tanh_gaussian(*policy)
                 q_pi = agent.critic(s, z, a_pi)
         loss = 0
         if args.actor == "awac":
