@@ -414,7 +414,8 @@ def test_the_gradient_penalty_is_taken_between_the_policys_and_the_datas_actions
     k.optimisers["discriminator"].param_groups[0]["lr"].zero_()
     k.update()
     leaves = [x for x in actions if x[2].requires_grad and x[2].is_leaf]
-    others = [x[2] for x in actions[:-2] if not x[2].requires_grad]
+    both = [x[2] for x in actions[:-2] if not x[2].requires_grad]  # of the policy and of the data, one above the other
+    others = [half for x in both for half in x.chunk(2)]
     assert len(leaves) == len(slopes) == 2 and len(others) == 4
     for (s, z, between), a_pi, a, slope in zip(leaves, others[::2], others[1::2], slopes, strict=True):
         t = (between - a_pi).detach() / (a - a_pi)
@@ -752,8 +753,8 @@ def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(fi
         expected = k.agent.encoder(row)[0].expand(k.agent.SETTLED, -1)
         torch.testing.assert_close(k.agent.settled[task], expected, rtol=1e-4, atol=1e-6)
     k.agent.settled.copy_(torch.arange(len(k.batches.rows))[:, None, None].expand_as(k.agent.settled))
-    seen, sample = [], k.agent.actor.sample
-    k.agent.actor.sample = lambda s, z: seen.append(z) or sample(s, z)
+    seen, forward = [], k.agent.actor.forward
+    k.agent.actor.forward = lambda s, z: seen.append(z) or forward(s, z)
     k.batches.tasks = lambda: torch.tensor([2, 0])
     k.update(learn_encoder=False)
     own = torch.tensor([2.0, 0.0]).repeat_interleave(k.args.batch_size)[:, None].expand(-1, k.args.latent)

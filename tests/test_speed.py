@@ -4,7 +4,13 @@ Every update runs on a device whose tensors have no values (PyTorch's "meta"). W
 device, or bring data from the host, or mix the two, fails there as it would under capture.
 """
 
+import csv
+import importlib.util
+import json
+import re
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import test_focal
@@ -22,6 +28,7 @@ import focal_pp
 import merpo
 import smac
 
+ROOT = Path(focal.__file__).resolve().parent
 META = torch.device("meta")
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
@@ -162,3 +169,80 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_pa
     stored = test_focal.checkpoint(path)
     assert stored["step"] == 9
     assert not any(state["param_groups"][0]["capturable"] for state in stored["optimisers"].values())
+
+
+# ------------------------------------------------------------------------------------------------------ benchmark/
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_speed_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    speed, out = script("speed"), tmp_path / "speed.csv"
+    flags = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1"
+    words = ["--only", "focal", "--size", "small", "--device", "cpu", "--seconds", "0.05", "--out", str(out)]
+    rows = speed.main([*words, "--env", WIND, "--flags", f"{flags} --encoder-hidden 16 --context-size 8 --alpha 1"])
+    with open(out) as file:
+        stored = list(csv.DictReader(file))
+    assert (
+        [row["update"] for row in stored]
+        == [row["update"] for row in rows]
+        == ["encoder learns", "encoder stands still"]
+    )
+    learns, stands_still = rows
+    assert learns["gflop"] > stands_still["gflop"] > 0
+    # 3 tasks x 8 rows; products of 16-wide layers over 2 + 2 + 5 inputs at the least: one pass of the critics
+    assert stands_still["gflop"] * 1e9 > 24 * 2 * 2 * (9 * 16 + 16 * 16 + 16 * 16 + 16)
+    assert all(0 < row["fraction_of_floor"] <= 1 and row["eager_per_s"] > 0 for row in rows)
+    shares = re.findall(r"(\w+) (\d+)%", capsys.readouterr().out)
+    assert {"critic", "actor", "discriminator", "encoder", "rest"} <= {name for name, _ in shares}
+
+
+def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda, out = script("cuda"), tmp_path / "out"
+    words = ["--out", str(out), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny", "--seeds", "1"]
+    part = cuda.Part("slow", 1.0, {"sleeper": ["-c", "print('awake', flush=True); import time; time.sleep(60)"]})
+    broken = cuda.Part("broken", 20.0, {"bad": ["-c", "raise SystemExit(7)"]})
+    whole = cuda.parts
+    monkeypatch.setattr(cuda, "parts", lambda args: [*whole(args), part, broken])
+    assert cuda.main([*words, "--only", "focal", "wind data", "slow", "broken"]) == 1
+    ended = {name: end["status"] for name, end in json.loads((out / "parts.json").read_text()).items()}
+    assert ended == {"wind data": "done", "slow": "stopped at its limit: sleeper", "broken": "failed: bad"}
+    log = (out / "log.txt").read_text()
+    assert "focal: left out" in log and "awake" in log  # focal comes before its data
+    assert cuda.main([*words, "--only", "focal", "wind data"]) == 1  # what failed before still counts
+    assert "wind data: done before" in (out / "log.txt").read_text()
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["part"], row["run"], row["step"]) for row in rows] == [("focal", "focal seed 0", k) for k in "12"]
+    assert all(float(row["return_mean"]) < 0 for row in rows)
+    with tarfile.open(out / "pictures.tar") as tar:
+        assert any("curve.png" in name for name in tar.getnames())
+    assert sum(path.is_file() for path in out.iterdir()) <= 8
+
+
+def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda = script("cuda")
+    assert (
+        cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 0
+    )
+    log = (tmp_path / "o" / "log.txt").read_text().splitlines()
+    assert len(log) == 9 and all("no time left" in line for line in log)
+
+
+def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda = script("cuda")
+    folders = [cuda.folder_of(words) for part in cuda.parts(cuda.arguments(["--out", str(tmp_path)]))
+               for words in part.commands.values() if words[0] in cuda.SCRIPTS]  # fmt: skip
+    assert len(set(folders)) == len(folders) == 4 * 3 + 4
+    for part in cuda.parts(cuda.arguments(["--out", str(tmp_path)])):
+        for words in part.commands.values():
+            if words[0] == "data.py":
+                assert data.parse_args(words[1:]).device == "cuda"
