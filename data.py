@@ -71,6 +71,8 @@ class DataError(Exception):
 def choose_device(name: str) -> torch.device:
     """The device that "auto", "cuda" or "cpu" stands for. On CUDA float32 matrix products are TF32 from then on."""
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: no CUDA device was found; expected one, or --device cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         # Adam says so before a graph is captured: in its warm-up

@@ -63,8 +63,8 @@ def parts(args):
     without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
-        Part("tests", 100, {"pytest": ["-m", "pytest", "-q", "-m", "cuda", "tests"]}),
-        Part("speed", 120, {"speed": speed}),
+        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "-m", "cuda", "tests"]}),
+        Part("speed", 150, {"speed": speed}),
         build("walker data", 280, walker),
         Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), [walker]),
         build("wind data", 60, wind),

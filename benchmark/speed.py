@@ -203,8 +203,8 @@ def table(args, write=lambda row: None):
     clock = time.process_time if args.cpu_time else time.perf_counter
     device, rows, split = data.choose_device(args.device), [], []
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
-    for script in args.only:
-        for size in args.size:
+    for size in args.size:
+        for script in args.only:
             with tempfile.TemporaryDirectory() as folder:
                 kinds = build(script, args.env, size, device, random_data(args.env, Path(folder)), args.flags.split())
             for name, kind in kinds.items():

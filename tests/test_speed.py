@@ -154,6 +154,14 @@ def test_what_waits_is_noticed():
             call()
 
 
+def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit) as end:
+        data.main(["--env", WIND, "--device", "cuda", "--data-dir", str(tmp_path)])
+    assert end.value.code == 2 and "no CUDA device was found" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_path, monkeypatch):
     """What a run on CUDA stored as capturable is not so on the CPU, and the other way round."""
     monkeypatch.undo()
@@ -169,6 +177,91 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_pa
     stored = test_focal.checkpoint(path)
     assert stored["step"] == 9
     assert not any(state["param_groups"][0]["capturable"] for state in stored["optimisers"].values())
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA
+def updates_on_cuda(name, files):
+    """What main captures."""
+    device = "--device cuda"
+    if name == "focal":
+        k = test_focal.build(WALKER, files[WALKER], f"{device} {REGULARISED}", "cuda")
+        return focal, [k.update, lambda: k.update(learn_encoder=False)]
+    if name == "focal_pp":
+        k = test_focal_pp.build(WALKER, files[WALKER], device)
+        world, args = focal_pp.World(k.args, torch.device("cuda")), k.args
+        agent = focal_pp.Agent(args, *world.split[:2], len(world.train_rows)).to("cuda")
+        batches = focal_pp.Batches(args, world.train_rows, world.split)
+        optimisers = focal_pp.make_optimisers(args, agent, torch.device("cuda"))
+        update = focal_pp.make_update(args, agent, optimisers, batches)
+        return focal_pp, [update, lambda: update(learn_encoder=False)]
+    if name == "smac":
+        k = test_smac.build(WALKER, files[WALKER], device, "cuda")
+        return smac, [k.update, lambda: k.update(online=True)]
+    k = test_merpo.build(WALKER, files[WALKER], device, "cuda")
+    return merpo, [k.learn_model, k.learn_policy]
+
+
+@test_focal.cuda
+@pytest.mark.parametrize("name", ["focal", "focal_pp", "smac", "merpo"])
+def test_replays_neither_wait_nor_allocate(files, monkeypatch, name):
+    monkeypatch.undo()
+    if name == "focal_pp":
+        monkeypatch.setattr(test_focal, "focal", focal_pp)
+    module, updates = updates_on_cuda(name, files)
+    for update in updates:  # the second is captured while the first one's graph is there
+        replay = module.capture(update)
+        for _ in range(4):
+            replay()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@test_focal.cuda
+def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(focal, name, lambda *_: None)
+    more = "--device cuda --encoder-steps 6 --eval-every 8"
+    whole = test_focal.run(tmp_path / "whole", WIND, files[WIND], f"{more} --steps 24")
+    test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8")
+    parts = test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 24 --resume")
+    for x, y in zip(test_focal.metrics(whole)[1:], test_focal.metrics(parts)[1:], strict=True):
+        for key in ("step", "critic_loss", "actor_loss", "q_mean"):
+            assert x[key] == pytest.approx(y[key], rel=5e-2, abs=1e-3)
+
+
+@test_focal.cuda
+def test_sac_graph_replay_equals_eager_updates(monkeypatch):
+    monkeypatch.undo()
+    settings, device = data.Settings(steps=400, envs=2, episode=20, batch=8, hidden=16), torch.device("cuda")
+    weights, start = [], None
+    for eager in (True, False):
+        trainer = data.Trainer(WALKER, envs.sample_tasks(WALKER, 3, 0), 0, settings, device, 1)
+        trainer.replay.copy_(torch.rand(trainer.replay.shape, generator=torch.Generator().manual_seed(0)))
+        trainer.filled.fill_(trainer.replay.shape[1] * settings.envs)
+        start = torch.cat([p.detach().flatten() for p in trainer.agent.parameters()])
+        for _ in range(12):
+            (trainer.learn_eagerly if eager else trainer.learn)()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.agent.parameters()]))
+    change = (weights[0] - start).abs().mean()
+    assert change > 0 and (weights[0] - weights[1]).abs().mean() < 0.02 * change
+
+
+@test_focal.cuda
+def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
+    """A whole dataset on CUDA: policies move, and rows are finite."""
+    path = data.prepare(WIND, "mixed", data_dir=tmp_path, train=3, test=1, device="cuda", steps=1600, checkpoints=4,
+                        trajectories=4)  # fmt: skip
+    policies = torch.load(path.parent / "behaviour.pt", weights_only=True)["policies"]
+    assert policies.isfinite().all() and (policies[1:] - policies[:1]).abs().amax((1, 2)).min() > 0
+    assert data.load(path).rewards.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark/
