@@ -401,6 +401,20 @@ def discriminator_loss(divergence, grad):
     return -divergence.mean() + 5 * (grad.norm(dim=-1) - 1).clamp_min(0).square().mean()
 
 
+def slope(net, x):
+    """The gradient (N, d) of net(x) by x (N, d), net of `mlp`. Its own gradient reaches only the weights: which units
+    are active does not change with x, and autograd's double backward would carry zeros through the whole network."""
+    active = []
+    with torch.no_grad():
+        for layer in net[:-1]:
+            x = layer(x)
+            active += [(x > 0).float()] if isinstance(layer, nn.ReLU) else []
+    grad = net[-1].weight
+    for layer, mask in zip(net[-3::-2], reversed(active), strict=True):
+        grad = (grad * mask) @ layer.weight
+    return grad
+
+
 # ======================================================================================================= 5. update
 class Agent(nn.Module):
     """Every network of the algorithm, and what else its update keeps."""
@@ -613,8 +627,7 @@ def make_update(args, agent, optimisers, batches):
 
     def learn_discriminator(s, z, a, a_pi):
         mix = torch.rand_like(a[:, :1])
-        between = (mix * a + (1 - mix) * a_pi).requires_grad_(True)
-        grad = torch.autograd.grad(agent.logit(s, z, between).sum(), between, create_graph=True)[0]
+        grad = slope(agent.discriminator, torch.cat([s, z, mix * a + (1 - mix) * a_pi], -1))[:, -a.shape[1] :]
         logit_pi, logit_data = agent.logit(s.repeat(2, 1), z.repeat(2, 1), torch.cat([a_pi, a])).chunk(2)
         loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad)
         step_down(optimisers["discriminator"], loss)
