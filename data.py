@@ -41,6 +41,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
 
 class DataError(Exception):
     """A dataset that cannot be used or made; the message is one line for the user."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cuda" or "cpu" stands for. On CUDA float32 matrix products are TF32 from then on."""
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: no CUDA device was found; expected one, or --device cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        # Adam says so before a graph is captured: in its warm-up
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+    return device
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     if device.type == "cuda" and not envs.family(env).xml:
         row = row | {"hidden": 256, "batch": 256}
     elif device.type == "cuda":
-        row = row | FULL
+        row = row | FULL | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
     return Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
 
 
@@ -279,9 +292,9 @@ class Trainer:
         with torch.no_grad():
             return sample_action(self.agent.actor(obs), noise)[0].view(-1, m).cpu().numpy()
 
-    def collect(self) -> None:
+    def collect(self, action: np.ndarray) -> None:
         """One step of every sub-environment into the replay."""
-        action, obs = self.act(), self.obs
+        obs = self.obs
         self.obs, reward, terminated, truncated, info = self.vector.step(action)
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", self.obs), self.obs)
@@ -318,11 +331,22 @@ class Trainer:
             self.agent.update(rows[i], noise[i], self.optimiser)
 
     def step(self) -> None:
-        """Keeps the policy if one is due; then one step of every sub-environment and its gradient steps."""
+        """Keeps the policy if one is due; then one step of every sub-environment and its gradient steps.
+
+        On CUDA the gradient steps come first, from the replay as it is: the device is busy with them while the
+        environments step.
+        """
         self.keep()
-        self.collect()
+        action, at_once = self.act(), self.device.type == "cuda"
+        if at_once:
+            self.learn_if_due()
+        self.collect(action)
         self.iteration += 1
         self.filled.fill_(self.iteration * self.settings.envs)
+        if not at_once:
+            self.learn_if_due()
+
+    def learn_if_due(self) -> None:
         if self.iteration * self.settings.envs >= self.settings.start:
             self.anneal()
             self.learn()
@@ -357,6 +381,8 @@ class Trainer:
         self.iteration = state["iteration"]
         self.agent.load_state_dict(state["agent"])
         self.optimiser.load_state_dict(state["optimiser"])
+        for group in self.optimiser.param_groups:  # its state is there already
+            group["lr"] = group["lr"].to(self.device)
         self.replay[:, : state["replay"].shape[1]] = state["replay"].to(self.device)
         self.filled.fill_(self.iteration * self.settings.envs)
         self.policies = list(state["policies"])
@@ -478,12 +504,13 @@ def _train_shard(job: tuple) -> None:
     if not done:
         write(path, lambda file: torch.save(label | trainer.result(), file))
     _progress[2 * index] = trainer.iterations
+    trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
 
 
 def _load_checkpoint(path: Path, label: dict) -> dict:
     """A behaviour file, whole or in the making; DataError if it is damaged or made with other settings than `label`."""
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         then = {key: saved[key] for key in label}
     except Exception as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew") from None
@@ -912,7 +939,7 @@ def prepare(
     path = folder / f"{quality}.npz"
     if path.exists():
         return path
-    device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     settings = settings_for(env, device, **changes)
     tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     train_tasks = np.arange(train)

@@ -274,12 +274,16 @@ class Actor(nn.Module):
 
     def sample(self, s, z):
         """An action (..., m) that carries gradients, and its log density (...)."""
-        mean, log_std = self(s, z)
-        noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-        return torch.tanh(u), (log_normal - log_det).sum(-1)
+        return sample_tanh_gaussian(*self(s, z))
+
+
+def sample_tanh_gaussian(mean, log_std):
+    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return torch.tanh(u), (log_normal - log_det).sum(-1)
 
 
 class BCQActor(nn.Module):
@@ -412,7 +416,7 @@ def contrast_loss(z_q, z_k, same, temperature):
     # Eqs. 7, 8: -sum_i log( exp(z_q_i . z_k_i / tau) / sum_j exp(z_q_i . z_k_j / tau) )
     own = torch.eye(len(z_q), dtype=torch.bool, device=z_q.device)
     logits = (z_q @ z_k.T / temperature).masked_fill(same & ~own, -math.inf)
-    return -logits.log_softmax(1)[own].sum()
+    return -logits.log_softmax(1).diagonal().sum()
 
 
 def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
@@ -445,6 +449,20 @@ def kl_dual(logit_pi, logit_data):
 def discriminator_loss(divergence, grad):
     """-mean D + 5 mean max(|grad_a logit| - 1, 0)^2; grad (N, m) at actions between the policy's and the data's."""
     return -divergence.mean() + 5 * (grad.norm(dim=-1) - 1).clamp_min(0).square().mean()
+
+
+def slope(net, x):
+    """The gradient (N, d) of net(x) by x (N, d), net of `mlp`. Its own gradient reaches only the weights: which units
+    are active does not change with x, and autograd's double backward would carry zeros through the whole network."""
+    active = []
+    with torch.no_grad():
+        for layer in net[:-1]:
+            x = layer(x)
+            active += [(x > 0).float()] if isinstance(layer, nn.ReLU) else []
+    grad = net[-1].weight
+    for layer, mask in zip(net[-3::-2], reversed(active), strict=True):
+        grad = (grad * mask) @ layer.weight
+    return grad
 
 
 # ======================================================================================================= 5. update
@@ -631,12 +649,15 @@ def make_update(args, agent, optimisers, batches):
 
     def learn_actor(b, z):
         s, a = b[:2]
+        policy = agent.actor(s, z)  # mean and log std; they stand still while g learns
         discriminator, divergence = torch.zeros_like(agent.alpha), torch.zeros_like(agent.alpha)
         if agent.discriminator is not None:
             for _ in range(args.discriminator_steps):
-                discriminator = learn_discriminator(s, z, a)
+                with torch.no_grad():
+                    a_pi = sample_tanh_gaussian(*policy)[0]
+                discriminator = learn_discriminator(s, z, a, a_pi)
         agent.judges.requires_grad_(False)  # only the policy learns from Eq. 28
-        a_pi, log_pi = agent.actor.sample(s, z)
+        a_pi, log_pi = sample_tanh_gaussian(*policy)
         if agent.discriminator is not None:
             divergence = agent.divergence(s, z, a_pi, a)
         loss = actor_loss(log_pi, agent.critic(s, z, a_pi), divergence, agent.alpha)  # Eq. 28
@@ -662,13 +683,11 @@ def make_update(args, agent, optimisers, batches):
             torch._foreach_lerp_(slow, fast, args.tau)
         return {"actor_loss": loss.detach(), "vae_loss": vae.detach()}
 
-    def learn_discriminator(s, z, a):
-        with torch.no_grad():
-            a_pi = agent.actor.sample(s, z)[0]
-            mix = torch.rand_like(a[:, :1])
-        between = (mix * a + (1 - mix) * a_pi).requires_grad_(True)
-        grad = torch.autograd.grad(agent.logit(s, z, between).sum(), between, create_graph=True)[0]
-        loss = discriminator_loss(agent.divergence(s, z, a_pi, a), grad)
+    def learn_discriminator(s, z, a, a_pi):
+        mix = torch.rand_like(a[:, :1])
+        grad = slope(agent.discriminator, torch.cat([s, z, mix * a + (1 - mix) * a_pi], -1))[:, -a.shape[1] :]
+        logit_pi, logit_data = agent.logit(s.repeat(2, 1), z.repeat(2, 1), torch.cat([a_pi, a])).chunk(2)
+        loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad)
         step_down(optimisers["discriminator"], loss)
         return loss.detach()
 
@@ -898,6 +917,7 @@ def resume(run, args, agent, optimisers, world, device):
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+            optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
@@ -937,7 +957,7 @@ def write_final(run, args, rows, world, seconds):
 # =========================================================================================================== 8. main
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
         world = World(args, device)

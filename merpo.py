@@ -332,9 +332,9 @@ def model_loss(mean, log_var, target):
     return 0.5 * ((target - mean).square() * (-log_var).exp() + log_var).sum(-1).mean(-1)
 
 
-def proximal(theta, phi):
-    """|theta - phi|^2 of Eqs. 3 and 4, summed over everything; lists of tensors."""
-    return sum((a - b).square().sum() for a, b in zip(theta, phi, strict=True))
+def proximal_gradient(theta, phi):
+    """The gradient by theta of |theta - phi|^2 in Eqs. 3 and 4; lists of tensors."""
+    return torch._foreach_mul(torch._foreach_sub(theta, phi), 2.0)
 
 
 def critic_target(r, d, q_next, log_pi_next, discount, ent):
@@ -529,11 +529,9 @@ class Inner(nn.Module):
             y = critic_target(r[..., 0], d[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
             mean, log_std = (x.repeat_interleave(10, 1) for x in self.actor(s_rho))  # ten fresh actions for each state
             a_rho = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-        q_rho, q_data, q = (
-            self.critic(s_rho.repeat_interleave(10, 1), a_rho),
-            self.critic(s_data, a_data),
-            self.critic(s, a),
-        )
+        parts = (s_rho.repeat_interleave(10, 1), a_rho), (s_data, a_data), (s, a)
+        values = self.critic(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))  # one pass for all three
+        q_rho, q_data, q = values.split([part[0].shape[1] for part in parts], -1)
         with torch.no_grad():
             gap = (q_rho.mean(-1) - q_data.mean(-1)).mean(0)  # (T,)
             beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
@@ -548,10 +546,11 @@ class Inner(nn.Module):
     def improve_policy(self, tasks, index, s_rho, s_data, a_data, meta_policy, optimiser, free):
         args, alpha, lam = self.args, tasks.alpha[index], tasks.lam[index]
         self.critic.requires_grad_(False)
-        a, _ = self.actor.sample(s_rho)
+        mean, log_std = policy = self.actor(s_rho)
+        a = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         with torch.no_grad():  # pi_c is fixed here; one network for all tasks' states
             meta = [x.view_as(a) for x in meta_policy(s_rho.flatten(0, 1)[None])]
-        d_meta = gaussian_divergence(self.actor(s_rho), meta)
+        d_meta = gaussian_divergence(policy, meta)
         weight = torch.zeros_like(lam) if free else lam
         loss = actor_loss(self.critic(s_rho, a), self.actor.log_density(s_data, a_data), d_meta, weight, alpha)  # Eq. 9
         step_down(optimiser, loss)
@@ -600,14 +599,16 @@ def adapt_models(args, world, theta, phi, tasks, index, optimiser):
     forget(optimiser)
     mine = torch.arange(models, device=index.device).repeat(n)[:, None]  # (T x 7, 1)
     task = index.repeat_interleave(models)[:, None]
-    anchor = [p.detach().repeat(n, *[1] * (p.dim() - 1)) for p in phi.parameters()]
+    weights, anchor = list(theta.parameters()), [p.detach().clone() for p in theta.parameters()]
     for _ in range(args.model_adapt_steps):
         i = torch.randint(tasks.bootstrap.shape[1], (n * models, args.batch_size), device=index.device)
         i = tasks.bootstrap[mine, i]
         x, target = world.model_data(tasks.rows[task, i])
         loss = model_loss(*theta(x), target)
         optimiser.zero_grad()
-        (loss.sum() + args.eta * proximal(list(theta.parameters()), anchor)).backward()
+        loss.sum().backward()
+        with torch.no_grad():
+            torch._foreach_add_([p.grad for p in weights], proximal_gradient(weights, anchor), alpha=args.eta)
         optimiser.step()
     return loss.detach()
 
@@ -935,6 +936,7 @@ def resume(run, args, agent, optimisers, world, device):
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+            optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
@@ -974,7 +976,7 @@ def write_final(run, args, rows, world, seconds):
 # =========================================================================================================== 8. main
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
         world = World(args, device)

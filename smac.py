@@ -234,12 +234,16 @@ class Actor(nn.Module):
 
     def sample(self, s, z):
         """An action (..., m) that carries gradients, and its log density (...)."""
-        mean, log_std = self(s, z)
-        noise = torch.randn_like(mean)
-        u = mean + log_std.exp() * noise
-        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-        return torch.tanh(u), (log_normal - log_det).sum(-1)
+        return sample_tanh_gaussian(*self(s, z))
+
+
+def sample_tanh_gaussian(mean, log_std):
+    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
+    return torch.tanh(u), (log_normal - log_det).sum(-1)
 
 
 def gaussian_kl(mean, variance):
@@ -485,11 +489,12 @@ def make_update(args, agent, optimisers):
 
     def learn_actor(s, a, z, q, online, log):
         agent.critic.requires_grad_(False)
-        log_density_data = log_density(*agent.actor(s, z), a)
+        policy = agent.actor(s, z)
+        log_density_data = log_density(*policy, a)
         pearl = args.actor == "sac" or (args.actor == "awac" and online and args.pearl_weight > 0)
         if args.actor != "bc":
             with torch.set_grad_enabled(pearl):
-                a_pi, log_pi = agent.actor.sample(s, z)
+                a_pi, log_pi = sample_tanh_gaussian(*policy)
                 q_pi = agent.critic(s, z, a_pi)
         loss = 0
         if args.actor == "awac":
@@ -866,6 +871,7 @@ def resume(run, args, agent, optimisers, world, device):
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+            optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
     torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
@@ -945,7 +951,7 @@ def save_replay(args, agent, world):
 # =========================================================================================================== 8. main
 def main(argv=None):
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
         world = World(args, device)

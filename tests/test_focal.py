@@ -408,21 +408,35 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
 
 def test_the_gradient_penalty_is_taken_between_the_policys_and_the_datas_actions(files, monkeypatch):
     k = build(WALKER, files[WALKER], "--alpha 5 --discriminator-steps 2 --batch-size 20")
-    actions, slopes, loss = [], [], focal.discriminator_loss
-    k.agent.logit = lambda s, z, a: actions.append((s, z, a)) or focal.Agent.logit(k.agent, s, z, a)
+    actions, inputs, slopes, loss, slope = [], [], [], focal.discriminator_loss, focal.slope
+    k.agent.logit = lambda s, z, a: actions.append(a) or focal.Agent.logit(k.agent, s, z, a)
+    monkeypatch.setattr(focal, "slope", lambda net, x: inputs.append(x) or slope(net, x))
     monkeypatch.setattr(focal, "discriminator_loss", lambda d, grad: slopes.append(grad.detach()) or loss(d, grad))
     k.optimisers["discriminator"].param_groups[0]["lr"].zero_()
     k.update()
-    leaves = [x for x in actions if x[2].requires_grad and x[2].is_leaf]
-    others = [x[2] for x in actions[:-2] if not x[2].requires_grad]
-    assert len(leaves) == len(slopes) == 2 and len(others) == 4
-    for (s, z, between), a_pi, a, slope in zip(leaves, others[::2], others[1::2], slopes, strict=True):
-        t = (between - a_pi).detach() / (a - a_pi)
+    assert len(inputs) == len(slopes) == 2 and len(actions) == 4  # the last two are the policy's own
+    for x, both, gradient in zip(inputs, actions, slopes, strict=False):
+        a_pi, a = both.chunk(2)  # of the policy and of the data, one above the other
+        t = (x[:, -a.shape[1] :] - a_pi) / (a - a_pi)
         assert (t - t.median(1, keepdim=True).values).abs().max() < 1e-2 and t.std(0).min() > 0.2
         assert t.min() > -1e-2 and t.max() < 1 + 1e-2
-        point = between.detach().clone().requires_grad_(True)
-        logit = focal.Agent.logit(k.agent, s, z, point).sum()
-        torch.testing.assert_close(torch.autograd.grad(logit, point)[0], slope)
+        point = x.detach().clone().requires_grad_(True)
+        expected = torch.autograd.grad(k.agent.discriminator(point).sum(), point)[0]
+        torch.testing.assert_close(expected[:, -a.shape[1] :], gradient)
+
+
+def test_the_slope_of_a_network_and_how_it_depends_on_the_weights():
+    net, (x,) = focal.mlp(5, 16, 1).double(), random_tensors((9, 5))
+    penalty = lambda grad: (grad.norm(dim=-1) - 1).square().mean()
+    x.requires_grad_(True)
+    theirs = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+    ours = focal.slope(net, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    weights = [p for name, p in net.named_parameters() if "weight" in name]
+    expected = torch.autograd.grad(penalty(theirs), weights)
+    for a, b in zip(torch.autograd.grad(penalty(ours), weights), expected, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ who trains whom
@@ -752,8 +766,8 @@ def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(fi
         expected = k.agent.encoder(row)[0].expand(k.agent.SETTLED, -1)
         torch.testing.assert_close(k.agent.settled[task], expected, rtol=1e-4, atol=1e-6)
     k.agent.settled.copy_(torch.arange(len(k.batches.rows))[:, None, None].expand_as(k.agent.settled))
-    seen, sample = [], k.agent.actor.sample
-    k.agent.actor.sample = lambda s, z: seen.append(z) or sample(s, z)
+    seen, forward = [], k.agent.actor.forward
+    k.agent.actor.forward = lambda s, z: seen.append(z) or forward(s, z)
     k.batches.tasks = lambda: torch.tensor([2, 0])
     k.update(learn_encoder=False)
     own = torch.tensor([2.0, 0.0]).repeat_interleave(k.args.batch_size)[:, None].expand(-1, k.args.latent)

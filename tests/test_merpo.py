@@ -62,12 +62,35 @@ def test_model_loss_is_minus_log_likelihood():
     torch.testing.assert_close(merpo.model_loss(mean, log_var, target), -likelihood - constant)
 
 
-def test_proximal():
-    a, b, c, d = random_tensors((2, 3), (4,), (2, 3), (4,))
-    loop = lambda: (
-        sum((a[i, j] - c[i, j]) ** 2 for i in range(2) for j in range(3)) + sum((b[i] - d[i]) ** 2 for i in range(4))
-    )
-    assert_gradients(lambda: merpo.proximal([a, b], [c, d]), loop, [a, b])
+def test_proximal_gradient():
+    a, b, c, d = (x.requires_grad_(True) for x in random_tensors((2, 3), (4,), (2, 3), (4,)))
+    loop = sum((a[i, j] - c[i, j]) ** 2 for i in range(2) for j in range(3)) + sum((b[i] - d[i]) ** 2 for i in range(4))
+    expected = torch.autograd.grad(loop, [a, b])
+    for ours, theirs in zip(merpo.proximal_gradient([a, b], [c, d]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_task_models_descend_the_likelihood_and_the_proximal_term(files):
+    """The gradients of the last of three adaptation steps against those of Eq. 3's sum, written out."""
+    k = build(WALKER, files[WALKER], "--eta 3")
+    tasks, index = k.tasks, torch.tensor([2, 0])
+    theta = merpo.Models(14, k.world.row.obs_dim, k.world.row.act_dim, 16, 2)
+    drawn, seen, phi = [], [], k.agent.meta_model
+    optimiser = torch.optim.SGD(theta.parameters(), lr=1e-2)
+    step = optimiser.step
+    optimiser.step = lambda: seen.append([(p.detach().clone(), p.grad.clone()) for p in theta.parameters()]) or step()
+    data_of = k.world.model_data
+    k.world.model_data = lambda rows: drawn.append(data_of(rows)) or drawn[-1]
+    merpo.adapt_models(k.args, k.world, theta, phi, tasks, index, optimiser)
+    theta.load_state_dict(dict(zip(theta.state_dict(), (p for p, _ in seen[-1]), strict=True)))
+    x, target = drawn[-1]
+    anchor = [p.detach().repeat(2, *[1] * (p.dim() - 1)) for p in phi.parameters()]
+    loss = merpo.model_loss(*theta(x), target).sum()
+    loss = loss + 3 * sum((a - b).square().sum() for a, b in zip(theta.parameters(), anchor, strict=True))
+    expected = torch.autograd.grad(loss, list(theta.parameters()))
+    assert max((a - b).abs().max() for a, b in zip(theta.parameters(), anchor, strict=True)) > 0
+    for (_, ours), theirs in zip(seen[-1], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_critic_target_and_loss():

@@ -11,7 +11,7 @@ import focal
 ROOT = Path(focal.__file__).resolve().parent
 SCRIPTS = ["focal.py", "focal_pp.py", "smac.py", "merpo.py"]
 # MerPO has no task embedding: policies and critics of many tasks at once, none of which sees one
-OWN = {"merpo.py": ["Actor", "Critic", "mlp", "gaussian_kl", "plot_embeddings"]}
+OWN = {"merpo.py": ["Actor", "sample_tanh_gaussian", "Critic", "mlp", "gaussian_kl", "plot_embeddings"]}
 OWN_FLAGS = {"merpo.py": ["--context-size", "--final-lr", "--reward-scale"]}
 ALIKE = [
     "Parser",
@@ -24,6 +24,7 @@ ALIKE = [
     "BatchedLinear",
     "mlp",
     "Actor",
+    "sample_tanh_gaussian",
     "gaussian_kl",
     "Critic",
     "step_down",

@@ -1,0 +1,261 @@
+"""Everything that needs a CUDA device, in one command: tests, speed, the walkers' data from nothing, results.
+
+MUJOCO_GL=egl python benchmark/cuda.py --out cuda-results --minutes 9.5
+
+The parts run in order of value, each at most as long as its limit, the seeds of a part side by side on the one device.
+Into --out go a few small files, written as results come: log.txt, speed.csv, results.csv (every evaluation of every
+run), pictures.tar and parts.json, how each part ended. The same command goes on where the last one ended, also on
+another machine if --out came along: what succeeded is not done again, but for data that are gone. Data and runs stay in
+--work.
+"""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ["part", "run", "step", "seconds", "return_mean", "return_std", "train_return_mean", "offline_return_mean"]
+COLUMNS += ["meta_return_mean", "esr", "q_mean", "critic_loss", "actor_loss"]
+DATA = "walker-params/20+5-seed0", "point-robot-wind/40+10-seed0"
+SCRIPTS = "focal.py", "focal_pp.py", "smac.py", "merpo.py"
+GRACE = 3.0  # seconds that a command has to end once it is told to
+
+
+@dataclass
+class Part:
+    """Commands that run side by side: {name: words}; `limit` in seconds."""
+
+    name: str
+    limit: float
+    commands: dict[str, list[str]]
+    needs: list[Path] = field(default_factory=list)  # without these it is left out
+    makes: list[Path] = field(default_factory=list)  # without these it is done again
+    environment: dict[str, dict[str, str]] = field(default_factory=dict)  # of a command
+
+
+def parts(args):
+    """What there is to do, the most valuable first."""
+    walker, wind = (args.work / "datasets" / name / "mixed.npz" for name in DATA)
+    place = ["--data-dir", str(args.work / "datasets"), "--device", args.device]
+
+    def steps(script, words, runs="runs"):
+        return [f"{script}.py", "--env", *words.split(), *place, "--run-dir", str(args.work / runs), "--resume"]
+
+    def seeds(script, words):
+        return {f"{script} seed {k}": steps(script, f"{words} --seed {k}") for k in range(args.seeds)}
+
+    def build(name, limit, path):
+        words = ["data.py", "--env", path.parent.parent.name, *place]
+        return Part(name, limit, {path.parent.parent.name: words}, makes=[path])
+
+    speed = ["benchmark/speed.py", "--out", str(args.out / "speed.csv"), "--seconds", "1"]
+    few = "point-robot-wind --steps 4000 --eval-every 1000 --seed"
+    exact = {f"{name} seed {k}": steps("focal", f"{few} {k}", name) for name in ("TF32", "float32") for k in range(2)}
+    without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
+    tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
+    plan = [
+        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "-m", "cuda", "tests"]}),
+        Part("speed", 150, {"speed": speed}),
+        build("walker data", 280, walker),
+        Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), [walker]),
+        build("wind data", 60, wind),
+        Part("tf32", 90, exact, [wind], environment=without),
+        Part("focal_pp", 240, seeds("focal_pp", "walker-params --steps 20000 --eval-every 2000"), [walker]),
+        Part(
+            "smac",
+            240,
+            seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
+            [walker],
+        ),
+        Part("merpo", 240, seeds("merpo", "walker-params --steps 200 --eval-every 50 --model-steps 400"), [walker]),
+    ]
+    return shrunk(plan, wind) if args.tiny else plan
+
+
+TINY = {
+    "data.py": "--sac-steps 800 --checkpoints 2 --trajectories 4 --workers 1",
+    "benchmark/speed.py": "--only sac --size small --env point-robot-wind --seconds 0.01 --device cpu",
+    "focal.py": "--encoder-hidden 8 --context-size 8 --eval-every 1",
+    "focal_pp.py": "--encoder-hidden 16 --blocks 1 --context-size 8 --eval-every 1",
+    "smac.py": "--train-tasks 40 --test-tasks 10 --data-size 40 --online-steps 0 --eval-every 1",
+    "merpo.py": "--model-steps 1 --rollouts 5 --layers 2 --model-hidden 8 --adapt-steps 1 --inner-steps 1",
+}
+TINY_RUN = "--hidden 8 --meta-batch-size 2 --batch-size 8 --eval-episodes 1 --threads 1 --steps 2"
+
+
+def shrunk(plan, wind):
+    """The same parts with sizes that take seconds on a CPU, all on winds."""
+    for part in plan:
+        for name, command in part.commands.items():
+            script = command[0]
+            if script == "-m":
+                part.commands[name] = ["-c", "print('no tests')"]
+                continue
+            if "--env" in command:
+                command[command.index("--env") + 1] = "point-robot-wind"
+            command += TINY[script].split() + (TINY_RUN.split() if script in SCRIPTS else [])
+        part.makes, part.needs = [wind] if part.makes else [], [wind] if part.needs else []
+    return plan
+
+
+class Results:
+    """What is kept in --out."""
+
+    def __init__(self, args):
+        self.args, self.ended, self.rows = args, {}, {}
+        args.out.mkdir(parents=True, exist_ok=True)
+        if (args.out / "parts.json").exists():
+            self.ended = json.loads((args.out / "parts.json").read_text())
+        if (args.out / "results.csv").exists():
+            with open(args.out / "results.csv") as file:
+                self.rows = {(row["part"], row["run"], row["step"]): row for row in csv.DictReader(file)}
+
+    def say(self, text):
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, flush=True)
+        with open(self.args.out / "log.txt", "a") as file:
+            file.write(line + "\n")
+
+    def gather(self, part, folders):
+        """The evaluations so far of the runs in `folders`, {name: folder}, beside those of before."""
+        for name, folder in folders.items():
+            path = folder / "metrics.csv"
+            if path.exists():
+                with open(path) as file:
+                    for row in csv.DictReader(file):
+                        self.rows[part, name, row["step"]] = row | {"part": part, "run": name}
+        self.write("results.csv", lambda file: self.write_rows(file))
+
+    def write_rows(self, file):
+        table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows.values())
+
+    def write(self, name, save):
+        with open(self.args.out / f".{name}", "w") as file:
+            save(file)
+        os.replace(self.args.out / f".{name}", self.args.out / name)
+
+    def end(self, part, status, seconds):
+        self.ended[part.name] = {"status": status, "seconds": round(seconds, 1)}
+        self.write("parts.json", lambda file: json.dump(self.ended, file, indent=1))
+        self.say(f"{part.name}: {status} after {seconds:.0f} s")
+
+    def pictures(self, folders):
+        """All curves so far in one file."""
+        found = [(folder / name) for folder in folders for name in ("curve.png", "embeddings.png", "adaptation.png")]
+        with tarfile.open(self.args.out / "pictures.tar", "w") as tar:
+            for path in found:
+                if path.exists():
+                    tar.add(path, "-".join(path.parts[-5:]))
+
+
+def folder_of(words):
+    """Where a run writes, None if these are no script's words."""
+    sys.path.insert(0, str(ROOT))
+    if words[0] not in SCRIPTS:
+        return None
+    module = __import__(words[0].removesuffix(".py"))
+    args = module.parse_args([word if word != "cuda" else "auto" for word in words[1:]])
+    return args.run_dir / module.__name__ / args.env / args.variant / f"seed{args.seed}"
+
+
+def stop(process):
+    """Ends a command and what it started."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def execute(part, limit, results, args):
+    """Runs a part's commands side by side; returns its status and the folders of its runs."""
+    logs = args.work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    folders = {name: folder for name, words in part.commands.items() if (folder := folder_of(words))}
+    processes, began = {}, time.time()
+    for name, words in part.commands.items():
+        with open(logs / f"{part.name}-{name}.txt".replace(" ", "-"), "w") as log:
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment.get(name, {})
+            processes[name] = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+    seen = began
+    while any(process.poll() is None for process in processes.values()) and time.time() - began < limit:
+        time.sleep(0.1)
+        if time.time() - seen > 10:
+            results.gather(part.name, folders)
+            seen = time.time()
+    late = [name for name, process in processes.items() if process.poll() is None]
+    for process in processes.values():
+        stop(process)
+    results.gather(part.name, folders)
+    for name in part.commands:
+        text = (logs / f"{part.name}-{name}.txt".replace(" ", "-")).read_text(errors="replace").splitlines()
+        for line in text[-60 if part.name in ("tests", "speed") else -6 :]:
+            results.say(f"  {name} | {line[-300:]}")
+    failed = [name for name, process in processes.items() if name not in late and process.returncode]
+    status = (
+        f"failed: {', '.join(failed)}" if failed else f"stopped at its limit: {', '.join(late)}" if late else "done"
+    )
+    return status, folders
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "cuda-benchmark", help="data and runs"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="for everything; nothing starts or goes on after that"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of a part, side by side")
+    parser.add_argument("--only", nargs="+", help="these parts")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes that take seconds on a CPU, to try this script out")
+    args = parser.parse_args(argv)
+    args.out, args.work = args.out.resolve(), args.work.resolve()
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    deadline, results, folders = time.time() + 60 * args.minutes, Results(args), []
+    for part in parts(args):
+        if args.only and part.name not in args.only:
+            continue
+        if results.ended.get(part.name, {}).get("status") == "done" and all(path.exists() for path in part.makes):
+            results.say(f"{part.name}: done before")
+            continue
+        left = deadline - time.time() - 2 * GRACE
+        if left < (0 if args.tiny else 15):
+            results.say(f"{part.name}: no time left")
+        elif missing := [str(path) for path in part.needs if not path.exists()]:
+            results.say(f"{part.name}: left out, there is no {missing[0]}")
+        else:
+            results.say(f"{part.name}: at most {min(part.limit, left):.0f} s")
+            began = time.time()
+            status, runs = execute(part, min(part.limit, left), results, args)
+            results.end(part, status, time.time() - began)
+            folders += runs.values()
+            results.pictures(folders)
+    return 0 if all(end["status"] == "done" for end in results.ended.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

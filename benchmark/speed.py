@@ -1,0 +1,261 @@
+"""Gradient steps per second of every script, eagerly and as one CUDA graph, and how far that is from the floor.
+
+python benchmark/speed.py                                    # what this machine has: CUDA, else the CPU
+python benchmark/speed.py --only smac --size paper --threads 1 2 4
+
+A row is one kind of update: while FOCAL's encoder learns and once it stands still, SMAC's two phases, an iteration of
+MerPO's stage 1 and one inner step of its stage 2, one gradient step of SAC for all tasks that data.py trains at once.
+The floor is the time of the update's matrix products (counted by PyTorch's FLOP counter) at the rate that one large
+product reaches on the same device just before and after. On the CPU a second table has the share of each network: the
+time from the step of the optimiser before it to its own. Data are random numbers: speed does not depend on them.
+"""
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import envs
+import focal
+import focal_pp
+import merpo
+import smac
+
+COLUMNS = ["script", "update", "size", "device", "threads", "eager_per_s", "graph_per_s", "gflop", "floor_ms"]
+COLUMNS += ["fraction_of_floor", "peak_mb", "target_per_s"]
+# on one H100 at the papers' sizes, walker-params
+TARGETS = {"focal": 1000, "focal_pp": 400, "smac offline": 1500, "merpo inner step": 100, "sac": 1000}
+
+
+clock = time.perf_counter
+
+
+def random_data(env, folder, count=2000):
+    """A dataset of the family's tasks whose transitions are random numbers."""
+    row, rng = envs.family(env), np.random.default_rng(0)
+    tasks = envs.sample_tasks(env, len(row.only) or row.train + row.test, 0)
+    t, path = len(tasks), folder / f"{env}.npz"
+    if not path.exists():
+        train = np.arange(t if row.only else row.train)
+        arrays = {key: rng.standard_normal((t, count, row.obs_dim)) for key in ("observations", "next_observations")}
+        arrays |= {"actions": rng.uniform(-1, 1, (t, count, row.act_dim)), "rewards": rng.standard_normal((t, count))}
+        arrays |= {"terminals": np.zeros((t, count)), "episodes": np.tile(np.arange(count) // row.data_horizon, (t, 1))}
+        arrays |= {"tasks": tasks, "train_tasks": train, "test_tasks": train if row.only else np.arange(row.train, t)}
+        data.save(path, arrays, {"env": env})
+    return path
+
+
+# Each builds {name of an update: (how many steps it is, the update, what captures it, optimisers)}.
+def build_focal(module, args, device):
+    world = module.World(args, device)
+    agent = module.Agent(args, *world.split[:2], len(world.train_rows)).to(device)
+    optimisers = module.make_optimisers(args, agent, device)
+    update = module.make_update(args, agent, optimisers, module.Batches(args, world.train_rows, world.split))
+    kinds = {"encoder learns": update, "encoder stands still": lambda: update(learn_encoder=False)}
+    return {name: (1, fn, module.capture, optimisers) for name, fn in kinds.items()}
+
+
+def build_smac(module, args, device):
+    _, optimisers, update = module.build(args, module.World(args, device), device)
+    kinds = {"offline": update, "online": lambda: update(online=True)}
+    return {name: (1, fn, module.capture, optimisers) for name, fn in kinds.items()}
+
+
+def build_merpo(module, args, device):
+    world = module.World(args, device)
+    agent = module.Agent(args, world).to(device)
+    optimisers = module.make_optimisers(args, agent, device)
+    learn_model, learn_policy = module.make_updates(args, agent, optimisers, world)
+    kinds = {"meta-model": (1, learn_model), "inner step": (args.inner_steps, learn_policy)}
+    return {name: (*kind, module.capture, optimisers) for name, kind in kinds.items()}
+
+
+def build_sac(env, size, device):
+    """The paper's size: all tasks, as on CUDA; the small one: what one process trains on a CPU."""
+    settings = data.settings_for(env, torch.device("cpu" if size == "small" else "cuda"), steps=4000)
+    n = len(envs.family(env).only) or envs.family(env).train + envs.family(env).test
+    tasks = envs.sample_tasks(env, n, 0)[: settings.shard if size == "small" else n]
+    trainer = data.Trainer(env, tasks, 0, settings, device, threads=1)
+    trainer.replay.uniform_()
+    trainer.filled.fill_(trainer.replay.shape[1] * settings.envs)
+    return {"all tasks": (settings.updates, trainer.learn_eagerly, lambda _: trainer.learn, {"all": trainer.optimiser})}
+
+
+BUILD = {"focal": (focal, build_focal), "focal_pp": (focal_pp, build_focal)}
+BUILD |= {"smac": (smac, build_smac), "merpo": (merpo, build_merpo), "sac": (data, None)}
+
+
+def build(script, env, size, device, path, more=()):
+    module, make = BUILD[script]
+    if make is None:
+        return build_sac(env, size, device)
+    words = [
+        "--env",
+        env,
+        "--data",
+        str(path),
+        "--device",
+        device.type,
+        *(["--small"] if size == "small" else []),
+        *more,
+    ]
+    args = module.parse_args(words)
+    torch.manual_seed(0)
+    return make(module, args, device)
+
+
+def seconds_of(call, device, limit, rounds=5):
+    """Median seconds of one call; about `limit` seconds in all, at least one call a round."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    count, times = 1, []
+    for _ in range(rounds):
+        wait()
+        began = clock()
+        for _ in range(count):
+            call()
+        wait()
+        times.append((clock() - began) / count)
+        if len(times) == 1:
+            count = max(1, int(limit / rounds / times[0]))
+        if sum(times) > limit and count == 1 and len(times) >= 3:
+            break
+    return statistics.median(times[1:])
+
+
+def matmul_rate(device):
+    """FLOP per second of one large float32 product (TF32 on CUDA)."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    a @ b
+    return 2 * n**3 / seconds_of(lambda: a @ b, device, 0.5)
+
+
+def shares(call, optimisers, count):
+    """Share of each network in the time of an update; "rest" is what follows the last step."""
+    spent, last = Counter(), clock()
+
+    def mark(name):
+        nonlocal last
+        now = clock()
+        spent[name], last = spent[name] + now - last, now
+
+    hooks = [o.register_step_post_hook(lambda *_, name=name: mark(name)) for name, o in optimisers.items()]
+    for _ in range(count):
+        call()
+        mark("rest")
+    for hook in hooks:
+        hook.remove()
+    return {name: value / sum(spent.values()) for name, value in spent.most_common()}
+
+
+def measure(script, name, size, device, kind, limit):
+    """One row of the table, and the shares of the networks."""
+    steps, update, capture, optimisers = kind
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    update()
+    with FlopCounterMode(display=False) as counter:
+        update()
+    flop = counter.get_total_flops() / steps
+    rate = matmul_rate(device)
+    eager = seconds_of(update, device, limit) / steps
+    row = {"script": script, "update": name, "size": size, "threads": torch.get_num_threads()}
+    row |= {"device": device.type, "eager_per_s": 1 / eager, "gflop": flop / 1e9}
+    best = eager
+    if device.type == "cuda":
+        replay = capture(update)
+        for _ in range(4):  # three warm-up calls, one that captures
+            replay()
+        best = seconds_of(replay, device, limit) / steps
+        row |= {"graph_per_s": 1 / best, "peak_mb": torch.cuda.max_memory_allocated() / 1e6}
+        row["device"] = torch.cuda.get_device_name()
+        if size == "paper":
+            row["target_per_s"] = TARGETS.get(script, TARGETS.get(f"{script} {name}"))
+    floor = flop / ((rate + matmul_rate(device)) / 2)
+    row |= {"floor_ms": 1e3 * floor, "fraction_of_floor": floor / best}
+    return row, shares(update, optimisers, 2) if device.type == "cpu" else {}
+
+
+def show(row):
+    text = {key: f"{value:,.3g}" if isinstance(value, float) and value < 100 else value for key, value in row.items()}
+    text = {key: f"{value:,.0f}" if isinstance(value, float) else value for key, value in text.items()}
+    print(
+        "| " + " | ".join(str(text.get(key, "") if text.get(key) is not None else "") for key in COLUMNS) + " |",
+        flush=True,
+    )
+
+
+def table(args, write=lambda row: None):
+    """Prints and returns all rows; `write` gets each as it comes."""
+    global clock
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    device, rows, split = data.choose_device(args.device), [], []
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    for size in args.size:
+        for script in args.only:
+            with tempfile.TemporaryDirectory() as folder:
+                kinds = build(script, args.env, size, device, random_data(args.env, Path(folder)), args.flags.split())
+            for name, kind in kinds.items():
+                for threads in args.threads or [torch.get_num_threads()]:
+                    torch.set_num_threads(threads)
+                    row, parts = measure(script, name, size, device, kind, args.seconds)
+                    rows.append(row)
+                    split.append((script, name, size, threads, parts))
+                    show(row)
+                    write(row)
+            del kinds, kind
+            gc.collect()
+    for script, name, size, threads, parts in split if device.type == "cpu" else []:
+        text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
+        print(f"{script}, {name}, {size}, {threads} threads: {text}")
+    return rows
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(BUILD), default=list(BUILD), help="these scripts")
+    parser.add_argument("--size", nargs="+", choices=["paper", "small"], default=["paper", "small"])
+    parser.add_argument("--env", choices=list(focal.TABLE), default="walker-params")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--threads", nargs="+", type=int, help="numbers of PyTorch's threads to compare on the CPU")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, where others compute too"
+    )
+    parser.add_argument("--flags", default="", help="more flags for the scripts, as one string")
+    parser.add_argument("--out", type=Path, help="write the rows to this CSV as they come")
+    args = parser.parse_args(argv)
+    if args.cpu_time and (args.device != "cpu" or args.threads != [1]):
+        parser.error("--cpu-time: expected --device cpu --threads 1 beside it")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if not args.out:
+        return table(args)
+    with open(args.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+
+        def write(row):
+            writer.writerow({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()})
+            file.flush()
+
+        return table(args, write)
+
+
+if __name__ == "__main__":
+    main()

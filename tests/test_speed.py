@@ -1,0 +1,341 @@
+"""On a machine without CUDA: whether each update is one that a CUDA graph can hold.
+
+Every update runs on a device whose tensors have no values (PyTorch's "meta"). What would make the host wait for the
+device, or bring data from the host, or mix the two, fails there as it would under capture.
+"""
+
+import csv
+import importlib.util
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import test_focal
+import test_focal_pp
+import test_merpo
+import test_smac
+import torch
+from conftest import WALKER, WIND
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import envs
+import focal
+import focal_pp
+import merpo
+import smac
+
+ROOT = Path(focal.__file__).resolve().parent
+META = torch.device("meta")
+REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
+PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
+# what waits for the device, or gives a shape that depends on values
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique_dim"}
+WAITING |= {"_unique2", "unique_consecutive", "bincount", "nonzero_static", "repeat_interleave.Tensor", "lift_fresh"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at any operation that a CUDA graph cannot hold; counts the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert name not in WAITING and str(func).removeprefix("aten.") not in WAITING, f"{func} waits for the device"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert all(x is None or x.dtype not in (torch.bool, torch.uint8) for x in args[1]), f"{func} by a mask"
+        out = func(*args, **(kwargs or {}))
+        outs = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in [*tensors, *outs]} <= {"meta"}, f"{func}: from or to the host"
+        self.count += 1
+        return out
+
+
+def without_values(thing):
+    """Moves its tensors to the device without values."""
+    for key, value in vars(thing).items():
+        if isinstance(value, torch.Tensor):
+            setattr(thing, key, value.to(META))
+
+
+class Adam(torch.optim.Adam):
+    """Adam whose constructor does not look at the value of its learning rate, which has none here."""
+
+    def __init__(self, params, lr=None, **options):
+        super().__init__(params, lr=0.0, **options)
+        for group in self.param_groups:
+            group["lr"] = torch.zeros((), device=META)
+
+
+@pytest.fixture(autouse=True)
+def adam(monkeypatch):
+    """Its fused kernel has a rule for this device only for learning rates that are numbers."""
+    fused = torch._fused_adam_
+
+    def step(*args, lr, **options):
+        assert lr.device == META
+        fused(*args, lr=0.0, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", step)
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+
+
+def holds(*updates):
+    """Each twice: the first time optimisers make their states."""
+    for update in updates:
+        update()
+        with NoWaiting() as mode:
+            update()
+        assert mode.count > 50
+
+
+@pytest.mark.parametrize("more", ["--alpha 0", REGULARISED, "--coupled --final-lr 0.1", PEARL, "--policy bcq"])
+def test_an_update_of_focal(files, more):
+    k = test_focal.build(WALKER, files[WALKER], more)
+    without_values(k.world)
+    agent = focal.Agent(k.args, *k.world.split[:2], len(k.world.train_rows)).to(META)
+    batches = focal.Batches(k.args, k.world.train_rows, k.world.split)
+    update = focal.make_update(k.args, agent, focal.make_optimisers(k.args, agent, META), batches)
+    holds(update, lambda: update(learn_encoder=False))
+
+
+@pytest.mark.parametrize("more", ["", "--tune-alpha --encoder-loss dml", "--attention none --encoder-loss bellman"])
+def test_an_update_of_focal_pp(files, monkeypatch, more):
+    monkeypatch.setattr(test_focal, "focal", focal_pp)
+    k = test_focal_pp.build(WALKER, files[WALKER], more)
+    without_values(k.world)
+    agent = focal_pp.Agent(k.args, *k.world.split[:2], len(k.world.train_rows)).to(META)
+    batches = focal_pp.Batches(k.args, k.world.train_rows, k.world.split)
+    update = focal_pp.make_update(k.args, agent, focal_pp.make_optimisers(k.args, agent, META), batches)
+    holds(update, lambda: update(learn_encoder=False))
+
+
+@pytest.mark.parametrize("more", ["", "--actor sac --final-lr 0.1", "--actor bc", "--encoder-loss reward+q"])
+@pytest.mark.parametrize("rewards", ["decoder", "oracle"])
+def test_an_update_of_smac(files, more, rewards):
+    k = test_smac.build(WALKER, files[WALKER], f"{more} --online-rewards {rewards}")
+    without_values(k.world)
+    _, _, update = smac.build(k.args, k.world, META)
+    holds(update, lambda: update(online=True))
+
+
+@pytest.mark.parametrize("name, more", [(WALKER, ""), (WIND, "--alpha adaptive"), (WALKER, "--no-model")])
+def test_an_update_of_merpo(files, name, more):
+    k = test_merpo.build(name, files[name], more)
+    without_values(k.world)
+    agent = merpo.Agent(k.args, k.world).to(META)
+    holds(*merpo.make_updates(k.args, agent, merpo.make_optimisers(k.args, agent, META), k.world))
+
+
+def test_an_update_of_sac():
+    settings = data.Settings(steps=400, envs=2, episode=20, batch=8, hidden=16)
+    trainer = data.Trainer(WALKER, envs.sample_tasks(WALKER, 3, 0), 0, settings, torch.device("cpu"), 1)
+    without_values(trainer)
+    trainer.generator, trainer.device = None, META
+    trainer.agent.to(META)
+    trainer.optimiser = trainer.agent.optimiser()
+    holds(trainer.learn_eagerly)
+
+
+def test_what_waits_is_noticed():
+    x = torch.ones(3, device=META)
+    waiting = [lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.sum()), lambda: x.nonzero(), lambda: x.tolist()]
+    waiting += [lambda: x.cpu(), lambda: x + torch.ones(3), lambda: torch.tensor(1.0).to(META), lambda: x.unique()]
+    waiting += [lambda: x.repeat_interleave(x.long()), lambda: x.masked_select(x > 0), lambda: torch.zeros(3)]
+    for call in waiting:
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NoWaiting():
+            call()
+
+
+def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit) as end:
+        data.main(["--env", WIND, "--device", "cuda", "--data-dir", str(tmp_path)])
+    assert end.value.code == 2 and "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_path, monkeypatch):
+    """What a run on CUDA stored as capturable is not so on the CPU, and the other way round."""
+    monkeypatch.undo()
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(focal, name, lambda *_: None)
+    path = test_focal.run(tmp_path, WIND, files[WIND])
+    stored = test_focal.checkpoint(path)
+    for state in stored["optimisers"].values():
+        assert state["param_groups"][0]["capturable"] is False
+        state["param_groups"][0]["capturable"] = True
+    torch.save(stored, path / "checkpoint.pt")
+    test_focal.run(tmp_path, WIND, files[WIND], "--steps 9 --resume")
+    stored = test_focal.checkpoint(path)
+    assert stored["step"] == 9
+    assert not any(state["param_groups"][0]["capturable"] for state in stored["optimisers"].values())
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA
+def updates_on_cuda(name, files):
+    """What main captures."""
+    device = "--device cuda"
+    if name == "focal":
+        k = test_focal.build(WALKER, files[WALKER], f"{device} {REGULARISED}", "cuda")
+        return focal, [k.update, lambda: k.update(learn_encoder=False)]
+    if name == "focal_pp":
+        k = test_focal_pp.build(WALKER, files[WALKER], device)
+        world, args = focal_pp.World(k.args, torch.device("cuda")), k.args
+        agent = focal_pp.Agent(args, *world.split[:2], len(world.train_rows)).to("cuda")
+        batches = focal_pp.Batches(args, world.train_rows, world.split)
+        optimisers = focal_pp.make_optimisers(args, agent, torch.device("cuda"))
+        update = focal_pp.make_update(args, agent, optimisers, batches)
+        return focal_pp, [update, lambda: update(learn_encoder=False)]
+    if name == "smac":
+        k = test_smac.build(WALKER, files[WALKER], device, "cuda")
+        return smac, [k.update, lambda: k.update(online=True)]
+    k = test_merpo.build(WALKER, files[WALKER], device, "cuda")
+    return merpo, [k.learn_model, k.learn_policy]
+
+
+@test_focal.cuda
+@pytest.mark.parametrize("name", ["focal", "focal_pp", "smac", "merpo"])
+def test_replays_neither_wait_nor_allocate(files, monkeypatch, name):
+    monkeypatch.undo()
+    if name == "focal_pp":
+        monkeypatch.setattr(test_focal, "focal", focal_pp)
+    module, updates = updates_on_cuda(name, files)
+    for update in updates:  # the second is captured while the first one's graph is there
+        replay = module.capture(update)
+        for _ in range(4):
+            replay()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@test_focal.cuda
+def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(focal, name, lambda *_: None)
+    more = "--device cuda --encoder-steps 6 --eval-every 8"
+    whole = test_focal.run(tmp_path / "whole", WIND, files[WIND], f"{more} --steps 24")
+    test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8")
+    parts = test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 24 --resume")
+    for x, y in zip(test_focal.metrics(whole)[1:], test_focal.metrics(parts)[1:], strict=True):
+        for key in ("step", "critic_loss", "actor_loss", "q_mean"):
+            assert x[key] == pytest.approx(y[key], rel=5e-2, abs=1e-3)
+
+
+@test_focal.cuda
+def test_sac_graph_replay_equals_eager_updates(monkeypatch):
+    monkeypatch.undo()
+    settings, device = data.Settings(steps=400, envs=2, episode=20, batch=8, hidden=16), torch.device("cuda")
+    weights, start = [], None
+    for eager in (True, False):
+        trainer = data.Trainer(WALKER, envs.sample_tasks(WALKER, 3, 0), 0, settings, device, 1)
+        trainer.replay.copy_(torch.rand(trainer.replay.shape, generator=torch.Generator().manual_seed(0)))
+        trainer.filled.fill_(trainer.replay.shape[1] * settings.envs)
+        start = torch.cat([p.detach().flatten() for p in trainer.agent.parameters()])
+        for _ in range(12):
+            (trainer.learn_eagerly if eager else trainer.learn)()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.agent.parameters()]))
+    change = (weights[0] - start).abs().mean()
+    assert change > 0 and (weights[0] - weights[1]).abs().mean() < 0.02 * change
+
+
+@test_focal.cuda
+def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
+    """A whole dataset on CUDA: policies move, and rows are finite."""
+    path = data.prepare(WIND, "mixed", data_dir=tmp_path, train=3, test=1, device="cuda", steps=1600, checkpoints=4,
+                        trajectories=4)  # fmt: skip
+    policies = torch.load(path.parent / "behaviour.pt", weights_only=True)["policies"]
+    assert policies.isfinite().all() and (policies[1:] - policies[:1]).abs().amax((1, 2)).min() > 0
+    assert data.load(path).rewards.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------ benchmark/
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_speed_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    speed, out = script("speed"), tmp_path / "speed.csv"
+    flags = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1"
+    words = ["--only", "focal", "--size", "small", "--device", "cpu", "--seconds", "0.05", "--out", str(out)]
+    rows = speed.main([*words, "--env", WIND, "--flags", f"{flags} --encoder-hidden 16 --context-size 8 --alpha 1"])
+    with open(out) as file:
+        stored = list(csv.DictReader(file))
+    assert (
+        [row["update"] for row in stored]
+        == [row["update"] for row in rows]
+        == ["encoder learns", "encoder stands still"]
+    )
+    learns, stands_still = rows
+    assert learns["gflop"] > stands_still["gflop"] > 0
+    # 3 tasks x 8 rows; products of 16-wide layers over 2 + 2 + 5 inputs at the least: one pass of the critics
+    assert stands_still["gflop"] * 1e9 > 24 * 2 * 2 * (9 * 16 + 16 * 16 + 16 * 16 + 16)
+    assert all(0 < row["fraction_of_floor"] <= 1 and row["eager_per_s"] > 0 for row in rows)
+    shares = re.findall(r"(\w+) (\d+)%", capsys.readouterr().out)
+    assert {"critic", "actor", "discriminator", "encoder", "rest"} <= {name for name, _ in shares}
+
+
+def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda, out = script("cuda"), tmp_path / "out"
+    words = ["--out", str(out), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny", "--seeds", "1"]
+    part = cuda.Part("slow", 1.0, {"sleeper": ["-c", "print('awake', flush=True); import time; time.sleep(60)"]})
+    broken = cuda.Part("broken", 20.0, {"bad": ["-c", "raise SystemExit(7)"]})
+    whole = cuda.parts
+    monkeypatch.setattr(cuda, "parts", lambda args: [*whole(args), part, broken])
+    assert cuda.main([*words, "--only", "focal", "wind data", "slow", "broken"]) == 1
+    ended = {name: end["status"] for name, end in json.loads((out / "parts.json").read_text()).items()}
+    assert ended == {"wind data": "done", "slow": "stopped at its limit: sleeper", "broken": "failed: bad"}
+    log = (out / "log.txt").read_text()
+    assert "focal: left out" in log and "awake" in log  # focal comes before its data
+    assert cuda.main([*words, "--only", "focal", "wind data"]) == 1  # what failed before still counts
+    assert "wind data: done before" in (out / "log.txt").read_text()
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["part"], row["run"], row["step"]) for row in rows] == [("focal", "focal seed 0", k) for k in "12"]
+    assert all(float(row["return_mean"]) < 0 for row in rows)
+    with tarfile.open(out / "pictures.tar") as tar:
+        assert any("curve.png" in name for name in tar.getnames())
+    assert sum(path.is_file() for path in out.iterdir()) <= 8
+
+
+def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda = script("cuda")
+    assert (
+        cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 0
+    )
+    log = (tmp_path / "o" / "log.txt").read_text().splitlines()
+    assert len(log) == 9 and all("no time left" in line for line in log)
+
+
+def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda = script("cuda")
+    folders = [cuda.folder_of(words) for part in cuda.parts(cuda.arguments(["--out", str(tmp_path)]))
+               for words in part.commands.values() if words[0] in cuda.SCRIPTS]  # fmt: skip
+    assert len(set(folders)) == len(folders) == 4 * 3 + 4
+    for part in cuda.parts(cuda.arguments(["--out", str(tmp_path)])):
+        for words in part.commands.values():
+            if words[0] == "data.py":
+                assert data.parse_args(words[1:]).device == "cuda"
