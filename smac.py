@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """Ends the run with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -131,6 +131,8 @@ def parse_args(argv=None):
         args.online_steps = 0
     if args.steps + args.online_steps == 0:
         fail("--steps 0 and no online steps: nothing to do; expected at least one of them above 0")
+    if args.from_nothing and args.online_envs < args.meta_batch_size:
+        fail(f"--online-envs {args.online_envs}: no data for a meta-batch; expected at least {args.meta_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
@@ -142,7 +144,7 @@ def variant(args, parser):
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
             parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
-    name = ",".join(parts)
+    name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
@@ -613,7 +615,7 @@ def play(agent, world, env, z, seed, explore=False, redraw=""):
         columns = (torch.as_tensor(x[:, None], dtype=torch.float32, device=device) for x in (reward, terminated))
         r, d = columns
         rows.append(torch.cat([scaled(obs), action.to(device), r, scaled(after), d], -1))
-        counted.append(alive.copy())
+        counted.append(alive & ~info["blew_up"])
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~ended
         sound &= ~info["blew_up"]
@@ -740,6 +742,17 @@ def check_finite(agent, run, rows):
     for name, parameter in agent.named_parameters():
         if not parameter.isfinite().all():
             fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
+    for name, value in zip(agent.METRICS, agent.metrics.tolist(), strict=True):
+        if not math.isfinite(value):
+            fail(f"diverged: the sum of {name} is not finite at step {int(agent.step)}; {kept}", 3)
+
+
+def unless_diverged(play, args, agent, *rest):
+    """play(args, agent, ...) where the policy acts; environments refuse actions that are not finite."""
+    try:
+        return play(args, agent, *rest)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in {play.__name__} at step {int(agent.step)}") from None
 
 
 def write_text(path, text):
@@ -852,25 +865,48 @@ def resume(run, args, agent, optimisers, world, device):
     if not args.resume or not path.exists():
         return 0, 0.0, []
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        then = checkpoint["args"]
+        checkpoint = data.read(path, device)
+        then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
     except Exception as error:
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
-        if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
-            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
-    if checkpoint["dataset"] != world.checksum:
-        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
+        found = then.get(key)
+        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}")
+    if dataset != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {dataset!r:.200}, found {world.checksum}")
     try:
+        check_checkpoint(checkpoint, agent, optimisers)
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
+        torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
-    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
+
+
+def check_checkpoint(checkpoint, agent, optimisers):
+    """ValueError unless everything in it has the shapes and types of this run, and is finite."""
+    step, rows, stored = checkpoint["step"], checkpoint["rows"], checkpoint["agent"]
+    good = data.kind([step, checkpoint["seconds"]]) == [int, float] and step > 0
+    good &= bool(rows) and rows[-1]["step"] == step and all(list(row) == list(rows[0]) for row in rows)
+    good &= all(isinstance(value, int | float) for row in rows for value in row.values())
+    good &= data.kind(dict(stored)) == data.kind(dict(agent.state_dict())) and bool(stored["step"] == step)
+    good = good and all(value.isfinite().all() for key, value in stored.items() if key != "bad_step")
+    for key, optimiser in optimisers.items():
+        then, now = checkpoint["optimisers"][key], optimiser.state_dict()
+        for group, own in zip(then["param_groups"], now["param_groups"], strict=True):
+            good = good and all(data.kind(group[name]) == data.kind(own[name]) for name in own if name in group)
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        for i, state in then["state"].items():
+            like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            good = good and data.kind(state) == data.kind(like)
+            good = good and all(value.isfinite().all() for value in state.values())
+    if not good:
+        raise ValueError
 
 
 def prepare_run(args):
@@ -897,7 +933,9 @@ def write_final(run, args, rows, world, seconds):
         "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
         "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
     }  # fmt: skip
-    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
+    final = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in final.items()
+    }
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
@@ -915,10 +953,13 @@ def save_replay(args, agent, world):
         torch.manual_seed(args.seed)
         env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
         prior = torch.randn(env.num_envs, args.latent, device=world.mean.device)
-        rows = play(agent, world, env, prior, args.seed, explore=True, redraw="episode")[0]
+        rows, _, _, sound = play(agent, world, env, prior, args.seed, explore=True, redraw="episode")
         z = sample(*agent.encoder(agent.history(rows)))
-        informed = play(agent, world, env, z, args.seed + 1, explore=True)[0]
+        informed, _, _, sound_too = play(agent, world, env, z, args.seed + 1, explore=True)
+        if not (sound | sound_too).all():
+            fail("--save-replay: the physics blew up twice in the same test task; nothing was written")
         half = torch.arange(env.num_envs, device=rows.device) % each < each // 2
+        half = (half | ~sound_too) & sound  # a trajectory in which the physics blew up gives way to the other
         test = torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), count, -1)
         env.close()
     stored = agent.replay.rows[:n]
@@ -943,13 +984,26 @@ def save_replay(args, agent, world):
 
 # =========================================================================================================== 8. main
 def main(argv=None):
+    """Every way in which a run can fail ends in one line."""
     args = parse_args(argv)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     run = prepare_run(args)
     try:
-        world = World(args, device)
+        train(args, run)
     except data.DataError as error:
-        fail(error)
+        fail(error, error.code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
+    except FloatingPointError as error:
+        fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail(f"out of memory; expected smaller sizes, as --batch-size or --hidden ({str(error).splitlines()[0]:.100})")
+
+
+def train(args, run):
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    world = World(args, device)
     torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
     agent, optimisers, update = build(args, world, device)
@@ -964,11 +1018,11 @@ def main(argv=None):
         if iteration == 0 and rest == 0:
             agent.labeller.load_state_dict(agent.encoder.state_dict())
         if iteration >= 0 and rest == 0:
-            collect(args, agent, world, iteration)
+            unless_diverged(collect, args, agent, world, iteration)
         learn() if iteration < 0 else practise()
         if step % args.eval_every == 0 or step in (args.steps, total):
             check_finite(agent, run, rows)
-            result = evaluate(args, agent, world)
+            result = unless_diverged(evaluate, args, agent, world)
             online_steps = max(0, iteration + 1) * args.online_envs * world.row.horizon
             rows.append(summarise(step, online_steps, time.time() - began, agent, step - last, result))
             agent.metrics.zero_()
