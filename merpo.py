@@ -1007,9 +1007,10 @@ def main(argv=None):
     except FloatingPointError as error:
         fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
+        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
             raise
-        fail(f"out of memory; expected smaller sizes, as --batch-size or --hidden ({str(error).splitlines()[0]:.100})")
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
 
 
 def train(args, run):

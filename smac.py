@@ -939,16 +939,8 @@ def write_final(run, args, rows, world, seconds):
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
-def save_replay(args, agent, world):
-    """The buffers as a dataset. Test tasks' data are as many trajectories of the trained policy, half of them on
-    z of the prior, the other on the posterior of that half."""
-    if args.save_replay is None:
-        return
-    horizon, n = world.row.horizon, len(world.train_tasks)
-    count = int(agent.replay.filled[:n].min()) // horizon * horizon
-    if count < 2 * horizon:
-        fail(f"--save-replay: the smallest buffer holds {count} transitions, expected at least {2 * horizon}")
-    each = count // horizon
+def play_test_tasks(args, agent, world, each):
+    """Rows (n_test, each x H, D) of `each` trajectories a task: half on z of the prior, half on their posterior."""
     with torch.random.fork_rng([world.mean.device] if world.mean.is_cuda else []), torch.no_grad():
         torch.manual_seed(args.seed)
         env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
@@ -956,12 +948,23 @@ def save_replay(args, agent, world):
         rows, _, _, sound = play(agent, world, env, prior, args.seed, explore=True, redraw="episode")
         z = sample(*agent.encoder(agent.history(rows)))
         informed, _, _, sound_too = play(agent, world, env, z, args.seed + 1, explore=True)
-        if not (sound | sound_too).all():
-            fail("--save-replay: the physics blew up twice in the same test task; nothing was written")
-        half = torch.arange(env.num_envs, device=rows.device) % each < each // 2
-        half = (half | ~sound_too) & sound  # a trajectory in which the physics blew up gives way to the other
-        test = torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), count, -1)
         env.close()
+    if not (sound | sound_too).all():
+        fail("--save-replay: the physics blew up twice in the same test task; nothing was written")
+    half = torch.arange(len(rows), device=rows.device) % each < each // 2
+    half = (half | ~sound_too) & sound  # a trajectory in which the physics blew up gives way to the other
+    return torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), -1, rows.shape[-1])
+
+
+def save_replay(args, agent, world):
+    """The buffers as a dataset, test tasks' data beside them."""
+    if args.save_replay is None:
+        return
+    horizon, n = world.row.horizon, len(world.train_tasks)
+    count = int(agent.replay.filled[:n].min()) // horizon * horizon
+    if count < 2 * horizon:
+        fail(f"--save-replay: the smallest buffer holds {count} transitions, expected at least {2 * horizon}")
+    test = unless_diverged(play_test_tasks, args, agent, world, count // horizon)
     stored = agent.replay.rows[:n]
     last = agent.replay.filled[:n, None] - count + torch.arange(count, device=stored.device)
     train = stored.gather(1, last[..., None].expand(-1, -1, stored.shape[-1]))
@@ -996,9 +999,10 @@ def main(argv=None):
     except FloatingPointError as error:
         fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
+        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
             raise
-        fail(f"out of memory; expected smaller sizes, as --batch-size or --hidden ({str(error).splitlines()[0]:.100})")
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
 
 
 def train(args, run):

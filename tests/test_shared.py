@@ -30,15 +30,18 @@ ALIKE = [
     "capture",
     "standardisation",
     "check_finite",
+    "unless_diverged",
     "write_text",
     "write_metrics",
     "plot_embeddings",
     "save",
     "settings",
     "resume",
+    "check_checkpoint",
     "prepare_run",
     "write_settings",
     "write_final",
+    "main",
 ]
 BANNERS = [
     "1. arguments",
