@@ -527,11 +527,19 @@ _progress: Any = None  # in a worker: iterations done and mean return, two numbe
 _stop: Any = None  # in a worker: set where the others are to stop
 
 
-def _start_worker(progress: Any, stop: Any) -> None:
+def _start_worker(progress: Any, stop: Any, parent: int) -> None:
     global _progress, _stop
     _progress, _stop = progress, stop
+    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
+
+
+def _outlive_nobody(parent: int) -> None:
+    """Ends a worker whose parent was killed, even one that waits for work; the last save stands."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _train_shard(job: tuple) -> None:
@@ -672,7 +680,7 @@ def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> 
     os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
     stop = context.Event()
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop)) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop, os.getpid())) as pool:
             try:
                 waiting = {pool.submit(_train_shard, job) for job in jobs}
                 while waiting:

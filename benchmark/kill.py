@@ -53,7 +53,7 @@ NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
 # ------------------------------------------------------------------------------------------------- runs and their ends
 def build(folder):
     """Both stages; saves many times, and its workers are forks as well."""
-    data.SAVE_EVERY = 0.1
+    data.SAVE_EVERY = 0.05
     data.multiprocessing.get_context = lambda _: FORK
     for quality in ("mixed", "replay"):
         data.prepare(WIND, quality, 1, folder, workers=2, **SIZES, **BEHAVIOUR)
@@ -71,7 +71,7 @@ def spent(pid):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(map(spent, children))
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(map(spent, children))
 
 
 def run(job, log, seconds=math.inf):
@@ -199,6 +199,7 @@ def main():
             setattr(module, name, lambda *_: None)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # imports much, once
     well, rng = {}, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
