@@ -992,7 +992,7 @@ def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str 
         if not isinstance(meta.get(name, ""), str):
             return f"meta: {name} is {meta[name]!r:.40}, expected a text"
     if env is not None and meta.get("env", env) != env:
-        return f"made for {meta['env'][:40]!r}, expected {env}"
+        return f"made for {repr(meta['env'])[1:-1][:40]}, expected {env}"
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         return f"lacks {', '.join(missing)}"
