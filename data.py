@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -42,6 +43,9 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +66,19 @@ FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
+STALE = 600.0  # seconds after which a temporary file that does not change was left behind by a killed process
 
 
 class DataError(Exception):
     """A dataset that cannot be used or made; the message is one line for the user."""
+
+    code = 2  # of the program that ends with it
+
+
+class Diverged(DataError):
+    """The behaviour's losses or weights are not finite any more."""
+
+    code = 3
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,8 +140,27 @@ SMALL = {
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # beside a family's own row
 
 
+MOST = 2**32 - 1
+LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
+LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number is a count, from 1
+
+
+def flag(name: str) -> str:
+    """Of a number on the command line."""
+    return f"--{'sac-' if name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{name}".replace("_", "-")
+
+
+def check_numbers(numbers: dict[str, Any]) -> None:
+    """DataError, which names the flag, if one of these (None: not given) is out of its range."""
+    for name, value in numbers.items():
+        low, high = LIMITS.get(name, (1, MOST))
+        if value is not None and not low <= value <= high:
+            raise DataError(f"{flag(name)}: expected a number from {low} to {high}, found {value}")
+
+
 def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     """The family's settings for this device, with `changes` (those that are not None) on top."""
+    check_numbers(changes)
     row = SMALL.get(env, {})
     if device.type == "cuda" and not envs.family(env).xml:
         row = row | {"hidden": 256, "batch": 256}
@@ -290,7 +322,20 @@ class Trainer:
         noise = torch.randn(self.n, e, m, generator=self.generator, device=self.device)
         obs = torch.as_tensor(self.obs, dtype=torch.float32).view(self.n, e, -1).to(self.device)
         with torch.no_grad():
-            return sample_action(self.agent.actor(obs), noise)[0].view(-1, m).cpu().numpy()
+            action = sample_action(self.agent.actor(obs), noise)[0].view(-1, m).cpu().numpy()
+        self.check(np.isfinite(action).reshape(self.n, -1).all(1))  # here anyway: no wait for the device
+        return action
+
+    def check(self, finite: np.ndarray) -> None:
+        """Diverged if one of the tasks (T,) is not finite."""
+        if not finite.all():
+            where = f"{self.vector.name}, {(~finite).sum()} of these {self.n} tasks, step {self.iteration:,}"
+            raise Diverged(f"SAC diverged: its policy is not finite ({where}); expected other settings, as --sac-lr")
+
+    def check_weights(self) -> None:
+        """Diverged if any weight is not finite: a NaN anywhere is in the policies two gradient steps later."""
+        finite = [p.isfinite().view(-1, self.n, p[0].numel()).all(2).all(0) for p in self.agent.parameters()]
+        self.check(torch.stack(finite).all(0).cpu().numpy())
 
     def collect(self, action: np.ndarray) -> None:
         """One step of every sub-environment into the replay."""
@@ -301,9 +346,9 @@ class Trainer:
         parts = obs, action, reward[:, None], after, terminated[:, None], ended[:, None]
         rows = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
         rows = rows.view(self.n, self.settings.envs, -1)
-        if (
-            info["blew_up"].any() and self.iteration
-        ):  # that step never happened: its place takes the step before, as an end
+        if info["blew_up"].any():  # that step never happened: its place takes the step before, as an end
+            if not self.iteration:
+                raise DataError(f"{self.vector.name}: the physics blew up in the first step of an episode")
             blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
             before = self.replay[:, self.iteration - 1]
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
@@ -347,7 +392,7 @@ class Trainer:
             self.learn_if_due()
 
     def learn_if_due(self) -> None:
-        if self.iteration * self.settings.envs >= self.settings.start:
+        if self.iteration * self.settings.envs >= self.settings.start and self.iteration >= self.settings.nstep:
             self.anneal()
             self.learn()
 
@@ -361,11 +406,13 @@ class Trainer:
         return self.iteration >= self.iterations
 
     def result(self) -> dict[str, torch.Tensor]:
+        self.check_weights()
         self.keep()
         early = self.replay[:, : self.settings.replay // self.settings.envs].cpu().clone()
         return {"policies": torch.stack(self.policies), "early": early}
 
     def state_dict(self) -> dict[str, Any]:
+        self.check_weights()
         return {
             "iteration": self.iteration,
             "agent": self.agent.state_dict(),
@@ -383,7 +430,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         for group in self.optimiser.param_groups:  # its state is there already
             group["lr"] = group["lr"].to(self.device)
-        self.replay[:, : state["replay"].shape[1]] = state["replay"].to(self.device)
+        self.replay[:, : self.iteration].copy_(state["replay"].view_as(self.replay[:, : self.iteration]))
         self.filled.fill_(self.iteration * self.settings.envs)
         self.policies = list(state["policies"])
         self.generator.set_state(state["generator"])
@@ -418,16 +465,71 @@ def capture(fn, generator: torch.Generator):
 
 # ------------------------------------------------------------------------------------------------- files and locks
 def write(path: Path, save) -> None:
-    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one."""
+    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one.
+
+    OSError, which names the file, if that fails; what stood there before still does. Temporary files that a killed
+    process left behind are removed when the same file is next written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > STALE:
+                    old.unlink()
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # on a full disk torch.save raises the latter on top of the former
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def kind(value: Any) -> Any:
+    """Shapes and types of nested values, as they are compared before a checkpoint is believed."""
+    if isinstance(value, dict):
+        return {key: kind(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [kind(x) for x in value]
+    return (value.shape, value.dtype) if torch.is_tensor(value) else type(value)
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What `torch.save` wrote. Nothing in the file is run, and it is refused if any byte of a record has changed
+    (torch.load does not look at the records' checksums); raises whatever the reader does."""
+    with zipfile.ZipFile(path) as file:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist()):
+            raise zipfile.BadZipFile("torch.save compresses nothing")
+        if file.testzip() is not None:
+            raise zipfile.BadZipFile("a record does not match its checksum")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_checkpoint(checkpoint: dict, agent: nn.Module, optimisers: dict) -> None:
+    """ValueError unless everything in a run's checkpoint has the shapes and types of this run, and is finite."""
+    step, rows, stored = checkpoint["step"], checkpoint["rows"], checkpoint["agent"]
+    good = kind([step, checkpoint["seconds"]]) == [int, float] and step > 0
+    good &= bool(rows) and rows[-1]["step"] == step and all(list(row) == list(rows[0]) for row in rows)
+    good &= all(isinstance(value, int | float) for row in rows for value in row.values())
+    good &= kind(dict(stored)) == kind(dict(agent.state_dict())) and bool(stored["step"] == step)
+    good = good and all(value.isfinite().all() for key, value in stored.items() if key != "bad_step")
+    for key, optimiser in optimisers.items():
+        then, now = checkpoint["optimisers"][key], optimiser.state_dict()
+        for group, own in zip(then["param_groups"], now["param_groups"], strict=True):
+            good = good and all(kind(group[name]) == kind(own[name]) for name in own if name in group)
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        for i, state in then["state"].items():
+            like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            good = good and kind(state) == kind(like)
+            good = good and all(value.isfinite().all() for value in state.values())
+    if not good:
+        raise ValueError
 
 
 @contextlib.contextmanager
@@ -469,13 +571,22 @@ class Progress:
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
 _progress: Any = None  # in a worker: iterations done and mean return, two numbers for each shard
+_stop: Any = None  # in a worker: set where the others are to stop
 
 
-def _start_worker(progress: Any) -> None:
-    global _progress
-    _progress = progress
+def _start_worker(progress: Any, stop: Any, parent: int) -> None:
+    global _progress, _stop
+    _progress, _stop = progress, stop
+    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
+
+
+def _outlive_nobody(parent: int) -> None:
+    """Ends a worker whose parent was killed, even one that waits for work; the last save stands."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def _train_shard(job: tuple) -> None:
@@ -488,7 +599,10 @@ def _train_shard(job: tuple) -> None:
         if "policies" in saved:
             trainer.iteration = trainer.iterations
         else:
-            trainer.load_state_dict(saved["trainer"])
+            try:
+                trainer.load_state_dict(saved["trainer"])
+            except Exception as error:
+                raise _damaged(path, error) from None
     done = trainer.finished
     saved_at = time.time()
     while not trainer.finished:
@@ -496,8 +610,8 @@ def _train_shard(job: tuple) -> None:
         if trainer.iteration % 32 == 0 or trainer.finished:
             scores = trainer.last_score[np.isfinite(trainer.last_score)]
             _progress[2 * index : 2 * index + 2] = trainer.iteration, scores.mean() if len(scores) else math.nan
-            if parent is not None and os.getppid() != parent:
-                os._exit(1)  # the parent was killed: stop, the last save stands
+        if (parent is not None and os.getppid() != parent) or (_stop is not None and _stop.is_set()):
+            os._exit(1)  # the parent was killed, or stops: the last save stands
         if time.time() - saved_at > SAVE_EVERY:
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
@@ -510,17 +624,43 @@ def _train_shard(job: tuple) -> None:
 def _load_checkpoint(path: Path, label: dict) -> dict:
     """A behaviour file, whole or in the making; DataError if it is damaged or made with other settings than `label`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        then = {key: saved[key] for key in label}
+        saved = read(path)
+        then, same_tasks = dict(saved["settings"]), torch.equal(saved["tasks"], label["tasks"])
+        same_tasks &= bool(saved["env"] == label["env"])
     except Exception as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew") from None
-    for key in then["settings"].keys() | label["settings"].keys():
-        old, new = then["settings"].get(key), label["settings"].get(key)
-        if old != new and key != "core_minutes":
-            raise DataError(f"{path}: made with {key} = {old}, asked for {new}; delete it or use another --data-dir")
-    if then["env"] != label["env"] or not torch.equal(then["tasks"], label["tasks"]):
+        raise _damaged(path, error) from None
+    for key in then.keys() | label["settings"].keys():
+        old, new = then.get(key), label["settings"].get(key)
+        if key != "core_minutes" and (not isinstance(old, int | float | None) or old != new):
+            raise DataError(f"{path}: made with {key} = {old!r}, asked for {new}; delete it or use another --data-dir")
+    if not same_tasks:
         raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
+    try:
+        if "policies" in saved:
+            _check_behaviour(saved)
+        elif not isinstance(saved["trainer"], dict):
+            raise TypeError
+    except Exception as error:
+        raise _damaged(path, error) from None
     return saved
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew")
+
+
+def _check_behaviour(saved: dict) -> None:
+    """ValueError unless policies and early transitions have the shapes that settings and tasks give, all finite."""
+    row, settings, count = envs.family(saved["env"]), Settings(**saved["settings"]), len(saved["tasks"])
+    actor = BatchedMLP(1, row.obs_dim, settings.hidden, 2 * row.act_dim)
+    iterations = min(settings.replay, settings.steps) // settings.envs
+    shapes = {
+        "policies": (settings.checkpoints, count, sum(p.numel() for p in actor.parameters())),
+        "early": (count, iterations, settings.envs, 2 * row.obs_dim + row.act_dim + 3),
+    }
+    for key, shape in shapes.items():
+        if saved[key].shape != shape or saved[key].dtype != torch.float32 or not saved[key].isfinite().all():
+            raise ValueError(key)
 
 
 def build_behaviour(
@@ -540,6 +680,8 @@ def build_behaviour(
     path = folder / "behaviour.pt"
     label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
     if path.exists():
+        for part in folder.glob("behaviour-part*.pt"):  # killed before it could remove them
+            part.unlink()
         return _load_checkpoint(path, label)
     on_cpu = device.type == "cpu"
     shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
@@ -560,7 +702,7 @@ def build_behaviour(
     }
     write(path, lambda file: torch.save(whole, file))
     for job in jobs:
-        job[1].unlink()
+        job[1].unlink(missing_ok=True)
     return whole
 
 
@@ -584,13 +726,22 @@ def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> 
         return show()
     threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
+    stop = context.Event()
     try:
-        with context.Pool(workers, _start_worker, (progress,)) as pool:
-            result = pool.map_async(_train_shard, jobs, chunksize=1)
-            while not result.ready():
-                result.wait(0.5)
-                show()
-            result.get()
+        with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop, os.getpid())) as pool:
+            try:
+                waiting = {pool.submit(_train_shard, job) for job in jobs}
+                while waiting:
+                    done, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    show()
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool:
+        where = jobs[0][1].parent
+        raise DataError(f"{where}: a process was killed (no memory?); the same command goes on from its save") from None
     finally:
         for key, value in threads.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
@@ -736,6 +887,8 @@ def can_relabel(row: envs.Family) -> bool:
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
     """SAC's first transitions (T, iterations, envs, D), episode by episode, in the order in which they began."""
     row = envs.family(env)
+    if early.shape[1] == 0:
+        raise DataError("--replay: expected at least one step of every sub-environment")
     rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
     d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
     reported = rows[..., d + m]
@@ -798,9 +951,14 @@ def checksum(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _as_stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a file holds of these, in its types."""
+    return {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
+
+
 def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     """Writes a dataset whole or not at all, with its format and checksum beside `meta`."""
-    arrays = {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
+    arrays = _as_stored(arrays)
     text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda file: np.savez(file, meta=np.array(text), **arrays))
@@ -849,22 +1007,40 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a dataset (.npz)")
     try:
+        with zipfile.ZipFile(path) as file:  # a zip tells the sizes of what it holds, and cannot grow beyond them
+            size = sum(info.file_size for info in file.infolist())
+        if size > _memory():
+            raise DataError(f"{path}: holds {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:,.0f} GB of memory")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError
         meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
+    except DataError:
+        raise
     except Exception as error:  # np.load raises a different error for each way a file can be damaged
         raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
     if not isinstance(meta, dict):
         raise DataError(f"{path}: meta is not a JSON object")
-    return arrays, meta
+    return {name: array for name, array in arrays.items() if name in REQUIRED | OPTIONAL}, meta
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine has."""
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str | None:
     """What is wrong with a dataset, in words, or None."""
     if meta.get("format", FORMAT) != FORMAT:
-        return f"format {meta['format']}, expected {FORMAT}; build it anew"
+        return f"format {meta['format']!r:.40}, expected {FORMAT}; build it anew"
+    for name in ("env", "quality", "checksum"):
+        if not isinstance(meta.get(name, ""), str):
+            return f"meta: {name} is {meta[name]!r:.40}, expected a text"
     if env is not None and meta.get("env", env) != env:
-        return f"made for {meta['env']}, expected {env}"
+        return f"made for {repr(meta['env'])[1:-1][:40]}, expected {env}"
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         return f"lacks {', '.join(missing)}"
@@ -887,8 +1063,8 @@ def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
         row = envs.family(env)
         expected |= {"observations": (t, n, row.obs_dim), "actions": (t, n, row.act_dim)}
         expected |= {"tasks": (t, envs.sample_tasks(env, 1, 0).shape[1])}
-    if t == 0 or n == 0:
-        return f"observations have shape {(t, n, d)}, expected at least one task and one transition"
+    if t == 0 or n < 2:
+        return f"observations have shape {(t, n, d)}, expected at least one task and two transitions"
     for name, shape in expected.items():
         if name in arrays and arrays[name].shape != shape:
             return f"{name} has shape {arrays[name].shape}, expected {shape}"
@@ -903,7 +1079,7 @@ def _value_problem(arrays: dict[str, np.ndarray]) -> str | None:
         return f"actions reach {np.abs(arrays['actions']).max():.3g}, expected them in [-1, 1]"
     if not np.isin(arrays["terminals"], (0, 1)).all():
         return "terminals hold values other than 0 and 1"
-    if (np.diff(arrays["episodes"], axis=1) < 0).any():
+    if (arrays["episodes"][:, 1:] < arrays["episodes"][:, :-1]).any():
         return "episodes are not in order"
     t, train, test = len(arrays["tasks"]), arrays["train_tasks"], arrays["test_tasks"]
     for name, index in (("train_tasks", train), ("test_tasks", test)):
@@ -934,13 +1110,14 @@ def prepare(
         raise DataError(f"{env} cannot be relabelled, only point robots with goals can; expected another quality")
     if row.only and (train or test):
         raise DataError(f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed")
+    check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
+    device = choose_device(device)
+    settings = settings_for(env, device, **changes)
     train, test = train or row.train, test or row.test
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}"
     path = folder / f"{quality}.npz"
     if path.exists():
         return path
-    device = choose_device(device)
-    settings = settings_for(env, device, **changes)
     tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     train_tasks = np.arange(train)
     test_tasks = train_tasks if row.only else np.arange(train, train + test)
@@ -956,12 +1133,15 @@ def prepare(
                 arrays |= {"tasks": tasks, "train_tasks": train_tasks, "test_tasks": test_tasks}
                 if "first_return" in arrays and "returns" not in arrays:
                     arrays["returns"] = arrays["first_return"].mean(1)
+                problem = _value_problem(_as_stored(arrays))
+                if problem:
+                    raise DataError(f"{path}: not stored, {problem}")
                 versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
                 meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
                 save(path, arrays, meta | {"versions": versions, "device": str(device)})
                 print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
     except OSError as error:
-        raise DataError(f"{folder}: cannot build there ({error.strerror})") from None
+        raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
     return path
 
 
@@ -992,6 +1172,7 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
+    episodes = (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)  # numbered from 0, without gaps
     count = int(episodes.max()) + 1
     key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
     first = np.full(t * count, t * n)
@@ -1068,7 +1249,11 @@ def _colours(n: int) -> Any:
 
 def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int = 4) -> None:
     """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies."""
-    behaviour = torch.load(folder / "behaviour.pt", weights_only=True)
+    try:
+        behaviour = read(folder / "behaviour.pt")
+        _check_behaviour(behaviour)
+    except Exception as error:
+        raise DataError(f"{folder / 'behaviour.pt'}: no policies to film there ({type(error).__name__})") from None
     tasks, hidden = behaviour["tasks"].numpy(), behaviour["settings"]["hidden"]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
     row = envs.family(env)
@@ -1083,11 +1268,11 @@ def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-def describe(path: Path) -> str:
+def describe(path: Path, env: str | None = None) -> str:
     """A few lines on a dataset."""
-    dataset = load(path)
+    dataset = load(path, env)
     t, n, d = dataset.observations.shape
-    length = n / (dataset.episodes.max(1).values.double().mean().item() + 1)
+    length = n / ((dataset.episodes.diff(dim=1) != 0).sum(1).double().mean().item() + 1)
     lines = [
         f"{path}  ({path.stat().st_size / 1e6:.0f} MB)",
         f"  {dataset.meta.get('env', 'your own data')}, {dataset.meta.get('quality', 'your own data')}: {t} tasks "
@@ -1107,7 +1292,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: Any, code: int = 2):
-    print(f"data.py: {message}", file=sys.stderr)
+    print("data.py:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -1126,22 +1311,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")
     for field in dataclasses.fields(Settings):
         if field.name not in ("core_minutes", "shard"):
-            flag = f"--{'sac-' if field.name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{field.name}"
             kind = float if isinstance(field.default, float) else int
-            parser.add_argument(flag.replace("_", "-"), dest=field.name, type=kind, help=argparse.SUPPRESS)
+            parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse_args(argv))
-    for name, value in args.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            _fail(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
     pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
     try:
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
-            print(describe(path))
+            print(describe(path, args["env"]))
             if sparse_too:
                 dataset = load(path)
                 threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
@@ -1152,9 +1333,9 @@ def main(argv: list[str] | None = None) -> None:
                 film(args["env"], quality, gif, path.parent, args["seed"])
                 print(f"  {gif}")
     except DataError as error:
-        _fail(error)
+        _fail(error, error.code)
     except OSError as error:
-        _fail(f"{error.filename}: cannot write there ({error.strerror})")
+        _fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error})")
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last save", 130)
 

@@ -612,10 +612,15 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
             self._full[i] = self.physics.initial(np.random.default_rng([*self._seed[i], self._episode[i], EPISODES]))
 
     def step(self, actions: Array):
-        """Steps every sub-environment with `actions` (B, m); ValueError if they have another shape."""
+        """Steps every sub-environment with `actions` (B, m).
+
+        ValueError if they have another shape, FloatingPointError if they are not finite: a policy that diverged.
+        """
         action = np.asarray(actions, np.float64)
         if action.shape != (self.num_envs, self.family.act_dim):
             raise ValueError(f"actions have shape {action.shape}, expected {(self.num_envs, self.family.act_dim)}")
+        if not np.isfinite(action).all():
+            raise FloatingPointError("actions are not finite")
         action = np.clip(action, -1, 1)
         before = self._full
         after, sound = self.physics.step(before, action)

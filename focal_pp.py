@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """Ends the run with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -175,7 +175,7 @@ def variant(args, parser):
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
             parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
-    name = ",".join(parts)
+    name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
@@ -831,6 +831,17 @@ def check_finite(agent, run, rows):
     for name, parameter in agent.named_parameters():
         if not parameter.isfinite().all():
             fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
+    for name, value in zip(agent.METRICS, agent.metrics.tolist(), strict=True):
+        if not math.isfinite(value):
+            fail(f"diverged: the sum of {name} is not finite at step {int(agent.step)}; {kept}", 3)
+
+
+def unless_diverged(play, args, agent, *rest):
+    """play(args, agent, ...) where the policy acts; environments refuse actions that are not finite."""
+    try:
+        return play(args, agent, *rest)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in {play.__name__} at step {int(agent.step)}") from None
 
 
 def write_text(path, text):
@@ -904,25 +915,27 @@ def resume(run, args, agent, optimisers, world, device):
     if not args.resume or not path.exists():
         return 0, 0.0, []
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        then = checkpoint["args"]
+        checkpoint = data.read(path, device)
+        then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
     except Exception as error:
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
-        if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
-            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
-    if checkpoint["dataset"] != world.checksum:
-        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
+        found = then.get(key)
+        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}")
+    if dataset != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {dataset!r:.200}, found {world.checksum}")
     try:
+        data.check_checkpoint(checkpoint, agent, optimisers)
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
             optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
+        torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
-    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
 
 
@@ -950,19 +963,35 @@ def write_final(run, args, rows, world, seconds):
         "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
         "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
     }  # fmt: skip
-    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
+    final = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in final.items()
+    }
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
 # =========================================================================================================== 8. main
 def main(argv=None):
+    """Every way in which a run can fail ends in one line."""
     args = parse_args(argv)
-    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
-        world = World(args, device)
+        train(args, run)
     except data.DataError as error:
-        fail(error)
+        fail(error, error.code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
+    except FloatingPointError as error:
+        fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
+    except (MemoryError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
+        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+            raise
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
+
+
+def train(args, run):
+    device = data.choose_device(args.device)
+    world = World(args, device)
     torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
     agent = Agent(args, world.split[0], world.split[1], len(world.train_rows)).to(device)
@@ -981,7 +1010,7 @@ def main(argv=None):
         learn() if step <= args.encoder_steps else learn_settled()
         if step % args.eval_every == 0 or step == args.steps:
             check_finite(agent, run, rows)
-            result = evaluate(args, agent, world)
+            result = unless_diverged(evaluate, args, agent, world)
             rows.append(summarise(step, time.time() - began, agent, step - last, result))
             agent.metrics.zero_()
             last = step

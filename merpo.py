@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """Ends the run with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -139,6 +139,8 @@ def parse_args(argv=None):
         fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
     if args.single and envs.family(args.env).differs != "nothing":
         fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
+    if not args.no_model and args.rollouts < Tasks.KEPT:
+        fail(f"--rollouts {args.rollouts}: expected at least {Tasks.KEPT}, one for each model")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
@@ -154,7 +156,7 @@ def variant(args, parser):
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
             parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
-    name = ",".join(parts)
+    name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
@@ -426,6 +428,7 @@ class Tasks(nn.Module):
 
     def imagine(self, index, rows):
         """Appends (T, R, D) to D_model of tasks (T,); the oldest make room."""
+        rows = rows[:, -self.model_rows.shape[1] :]
         place = self.model_count[index, None] + torch.arange(rows.shape[1], device=index.device)
         self.model_rows[index[:, None], place % self.model_rows.shape[1]] = rows
         self.model_count.index_add_(0, index, torch.full_like(index, rows.shape[1]))
@@ -764,6 +767,8 @@ class World:
         self.mean, self.std = standardisation(train.observations[train.train_tasks])
         self.train_rows = pack(train, train.train_tasks, self.mean, self.std, args.trajectories)
         self.test_rows = pack(test, test.test_tasks, self.mean, self.std, args.test_trajectories)
+        if min(self.train_rows.shape[1], self.test_rows.shape[1]) < 2:
+            fail("--trajectories, --test-trajectories: one transition of a task; expected at least two")
         s, _, r, s2, _ = self.train_rows.split(self.split, -1)
         self.change_mean, self.change_std = standardisation(torch.cat([s2 - s, r], -1))
         tasks = test.tasks[test.test_tasks]
@@ -854,6 +859,17 @@ def check_finite(agent, run, rows):
     for name, parameter in agent.named_parameters():
         if not parameter.isfinite().all():
             fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
+    for name, value in zip(agent.METRICS, agent.metrics.tolist(), strict=True):
+        if not math.isfinite(value):
+            fail(f"diverged: the sum of {name} is not finite at step {int(agent.step)}; {kept}", 3)
+
+
+def unless_diverged(play, args, agent, *rest):
+    """play(args, agent, ...) where the policy acts; environments refuse actions that are not finite."""
+    try:
+        return play(args, agent, *rest)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in {play.__name__} at step {int(agent.step)}") from None
 
 
 def write_text(path, text):
@@ -923,25 +939,27 @@ def resume(run, args, agent, optimisers, world, device):
     if not args.resume or not path.exists():
         return 0, 0.0, []
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        then = checkpoint["args"]
+        checkpoint = data.read(path, device)
+        then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
     except Exception as error:
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
-        if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
-            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
-    if checkpoint["dataset"] != world.checksum:
-        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
+        found = then.get(key)
+        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}")
+    if dataset != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {dataset!r:.200}, found {world.checksum}")
     try:
+        data.check_checkpoint(checkpoint, agent, optimisers)
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
             optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
+        torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
-    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
 
 
@@ -969,19 +987,35 @@ def write_final(run, args, rows, world, seconds):
         "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
         "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
     }  # fmt: skip
-    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
+    final = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in final.items()
+    }
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
 # =========================================================================================================== 8. main
 def main(argv=None):
+    """Every way in which a run can fail ends in one line."""
     args = parse_args(argv)
-    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
-        world = World(args, device)
+        train(args, run)
     except data.DataError as error:
-        fail(error)
+        fail(error, error.code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
+    except FloatingPointError as error:
+        fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
+    except (MemoryError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
+        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+            raise
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
+
+
+def train(args, run):
+    device = data.choose_device(args.device)
+    world = World(args, device)
     torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
     agent = Agent(args, world).to(device)
@@ -1002,7 +1036,7 @@ def main(argv=None):
         learn_model() if step <= args.model_steps else learn_policy()
         if step % args.eval_every == 0 or step in (args.model_steps, total):
             check_finite(agent, run, rows)
-            returns = evaluate(args, agent, world) if step > args.model_steps else {}
+            returns = unless_diverged(evaluate, args, agent, world) if step > args.model_steps else {}
             rows.append(summarise(step, time.time() - began, agent, step - last, returns))
             agent.metrics.zero_()
             last = step
@@ -1020,7 +1054,7 @@ def load_policy(args, policy):
     """The last policy of another run with --single (sizes alike) becomes the meta-policy."""
     path = args.meta_policy / "checkpoint.pt"
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)["agent"]
+        stored = data.read(path)["agent"]
         policy.load_state_dict({key: stored[f"inner.actor.{key}"] for key in policy.state_dict()})
     except Exception as error:
         fail(f"--meta-policy {args.meta_policy}: not a run with --single of the same sizes ({type(error).__name__})")

@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message, code=2):
     """Ends the run with one line."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}:", *str(message).splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -132,6 +132,8 @@ def parse_args(argv=None):
         args.online_steps = 0
     if args.steps + args.online_steps == 0:
         fail("--steps 0 and no online steps: nothing to do; expected at least one of them above 0")
+    if args.from_nothing and args.online_envs < args.meta_batch_size:
+        fail(f"--online-envs {args.online_envs}: no data for a meta-batch; expected at least {args.meta_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
@@ -143,7 +145,7 @@ def variant(args, parser):
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
             parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
-    name = ",".join(parts)
+    name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
@@ -619,7 +621,7 @@ def play(agent, world, env, z, seed, explore=False, redraw=""):
         columns = (torch.as_tensor(x[:, None], dtype=torch.float32, device=device) for x in (reward, terminated))
         r, d = columns
         rows.append(torch.cat([scaled(obs), action.to(device), r, scaled(after), d], -1))
-        counted.append(alive.copy())
+        counted.append(alive & ~info["blew_up"])
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~ended
         sound &= ~info["blew_up"]
@@ -746,6 +748,17 @@ def check_finite(agent, run, rows):
     for name, parameter in agent.named_parameters():
         if not parameter.isfinite().all():
             fail(f"diverged: the weights {name} are not finite at step {int(agent.step)}; {kept}", 3)
+    for name, value in zip(agent.METRICS, agent.metrics.tolist(), strict=True):
+        if not math.isfinite(value):
+            fail(f"diverged: the sum of {name} is not finite at step {int(agent.step)}; {kept}", 3)
+
+
+def unless_diverged(play, args, agent, *rest):
+    """play(args, agent, ...) where the policy acts; environments refuse actions that are not finite."""
+    try:
+        return play(args, agent, *rest)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} in {play.__name__} at step {int(agent.step)}") from None
 
 
 def write_text(path, text):
@@ -858,25 +871,27 @@ def resume(run, args, agent, optimisers, world, device):
     if not args.resume or not path.exists():
         return 0, 0.0, []
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        then = checkpoint["args"]
+        checkpoint = data.read(path, device)
+        then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
     except Exception as error:
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
-        if key not in ELSEWHERE | {"steps", "variant"} and then.get(key) != value:
-            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {then.get(key)!r}, found {value!r}")
-    if checkpoint["dataset"] != world.checksum:
-        fail(f"{path}: made with another dataset; expected checksums {checkpoint['dataset']}, found {world.checksum}")
+        found = then.get(key)
+        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}")
+    if dataset != world.checksum:
+        fail(f"{path}: made with another dataset; expected checksums {dataset!r:.200}, found {world.checksum}")
     try:
+        data.check_checkpoint(checkpoint, agent, optimisers)
         agent.load_state_dict(checkpoint["agent"])
         for key, optimiser in optimisers.items():
             optimiser.load_state_dict(checkpoint["optimisers"][key])
             optimiser.param_groups[0]["capturable"] = device.type == "cuda"  # the checkpoint may come from a CPU
+        torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+        if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     except Exception as error:
         fail(f"{path}: its weights are not this script's ({type(error).__name__}); delete it to start anew")
-    torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-    if device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
     return checkpoint["step"], checkpoint["seconds"], checkpoint["rows"]
 
 
@@ -904,30 +919,38 @@ def write_final(run, args, rows, world, seconds):
         "args": settings(args), "versions": versions, "wall_clock_seconds": round(seconds, 1),
         "dataset_checksums": world.checksum, "behaviour_return": world.behaviour, "optimal_return": world.optimum,
     }  # fmt: skip
-    final = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in final.items()}
+    final = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in final.items()
+    }
     write_text(run / "final.json", json.dumps(final, indent=1))
 
 
+def play_test_tasks(args, agent, world, each):
+    """Rows (n_test, each x H, D) of `each` trajectories a task: half on z of the prior, half on their posterior."""
+    with torch.random.fork_rng([world.mean.device] if world.mean.is_cuda else []), torch.no_grad():
+        torch.manual_seed(args.seed)
+        env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
+        prior = torch.randn(env.num_envs, args.latent, device=world.mean.device)
+        rows, _, _, sound = play(agent, world, env, prior, args.seed, explore=True, redraw="episode")
+        z = sample(*agent.encoder(agent.history(rows)))
+        informed, _, _, sound_too = play(agent, world, env, z, args.seed + 1, explore=True)
+        env.close()
+    if not (sound | sound_too).all():
+        fail("--save-replay: the physics blew up twice in the same test task; nothing was written")
+    half = torch.arange(len(rows), device=rows.device) % each < each // 2
+    half = (half | ~sound_too) & sound  # a trajectory in which the physics blew up gives way to the other
+    return torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), -1, rows.shape[-1])
+
+
 def save_replay(args, agent, world):
-    """The buffers as a dataset. Test tasks' data are as many trajectories of the trained policy, half of them on
-    z of the prior, the other on the posterior of that half."""
+    """The buffers as a dataset, test tasks' data beside them."""
     if args.save_replay is None:
         return
     horizon, n = world.row.horizon, len(world.train_tasks)
     count = int(agent.replay.filled[:n].min()) // horizon * horizon
     if count < 2 * horizon:
         fail(f"--save-replay: the smallest buffer holds {count} transitions, expected at least {2 * horizon}")
-    each = count // horizon
-    with torch.random.fork_rng([world.mean.device] if world.mean.is_cuda else []), torch.no_grad():
-        torch.manual_seed(args.seed)
-        env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
-        prior = torch.randn(env.num_envs, args.latent, device=world.mean.device)
-        rows = play(agent, world, env, prior, args.seed, explore=True, redraw="episode")[0]
-        z = sample(*agent.encoder(agent.history(rows)))
-        informed = play(agent, world, env, z, args.seed + 1, explore=True)[0]
-        half = torch.arange(env.num_envs, device=rows.device) % each < each // 2
-        test = torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), count, -1)
-        env.close()
+    test = unless_diverged(play_test_tasks, args, agent, world, count // horizon)
     stored = agent.replay.rows[:n]
     last = agent.replay.filled[:n, None] - count + torch.arange(count, device=stored.device)
     train = stored.gather(1, last[..., None].expand(-1, -1, stored.shape[-1]))
@@ -950,13 +973,27 @@ def save_replay(args, agent, world):
 
 # =========================================================================================================== 8. main
 def main(argv=None):
+    """Every way in which a run can fail ends in one line."""
     args = parse_args(argv)
-    device = data.choose_device(args.device)
     run = prepare_run(args)
     try:
-        world = World(args, device)
+        train(args, run)
     except data.DataError as error:
-        fail(error)
+        fail(error, error.code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
+    except FloatingPointError as error:
+        fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
+    except (MemoryError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
+        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+            raise
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
+
+
+def train(args, run):
+    device = data.choose_device(args.device)
+    world = World(args, device)
     torch.set_num_threads(args.threads or envs.cores())
     torch.manual_seed(args.seed)
     agent, optimisers, update = build(args, world, device)
@@ -971,11 +1008,11 @@ def main(argv=None):
         if iteration == 0 and rest == 0:
             agent.labeller.load_state_dict(agent.encoder.state_dict())
         if iteration >= 0 and rest == 0:
-            collect(args, agent, world, iteration)
+            unless_diverged(collect, args, agent, world, iteration)
         learn() if iteration < 0 else practise()
         if step % args.eval_every == 0 or step in (args.steps, total):
             check_finite(agent, run, rows)
-            result = evaluate(args, agent, world)
+            result = unless_diverged(evaluate, args, agent, world)
             online_steps = max(0, iteration + 1) * args.online_envs * world.row.horizon
             rows.append(summarise(step, online_steps, time.time() - began, agent, step - last, result))
             agent.metrics.zero_()

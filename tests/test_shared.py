@@ -31,6 +31,7 @@ ALIKE = [
     "capture",
     "standardisation",
     "check_finite",
+    "unless_diverged",
     "write_text",
     "write_metrics",
     "plot_embeddings",
@@ -40,6 +41,7 @@ ALIKE = [
     "prepare_run",
     "write_settings",
     "write_final",
+    "main",
 ]
 BANNERS = [
     "1. arguments",

@@ -1,0 +1,876 @@
+"""Nothing is lost and nothing is silent: kills, full disks, divergence, damaged input, long play, threads.
+
+FUZZ=3000 python -m pytest tests/test_trust.py -k fuzz      # that many mutations of each kind; a hundred otherwise
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIND
+from test_data import TINY as BEHAVIOUR
+from test_data import names, run_here, sample
+from test_data import prepare as prepare_tiny
+from test_focal import MakesAFolder, checkpoint, metrics
+
+import data
+import envs
+import focal
+import focal_pp
+import merpo
+import smac
+
+ROOT = Path(data.__file__).resolve().parent
+FUZZ = int(os.environ.get("FUZZ", 100))
+SMALL = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --device cpu --threads 1"
+CONTEXT = f"{SMALL} --encoder-hidden 16 --context-size 8 --latent 3"
+FLAGS = {
+    focal: f"{CONTEXT} --steps 6 --eval-every 3 --encoder-steps 4 --alpha 50 --value-penalty",
+    focal_pp: f"{CONTEXT} --steps 6 --eval-every 3 --encoder-steps 4 --alpha 50 --value-penalty",
+    smac: f"{CONTEXT} --steps 4 --eval-every 2 --data-size 60 --context-data 40 --online-envs 3 --online-steps 60"
+    " --updates 0.04",
+    merpo: f"{SMALL} --steps 4 --eval-every 2 --layers 2 --model-hidden 16 --model-layers 2 --model-steps 2"
+    " --model-adapt-steps 3 --inner-steps 2 --adapt-steps 3 --rollouts 10 --rollout-buffer 40",
+}
+SCRIPTS = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
+
+
+def flags(script, files, folder, more=""):
+    words = ["--env", WIND, "--data", str(files[WIND]), "--run-dir", str(folder)]
+    return [*FLAGS[script].split(), *words, *more.split()]
+
+
+def folder_of(script, argv):
+    return script.prepare_run(script.parse_args(argv))
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    for script in FLAGS:
+        for name in (name for name in vars(script) if name.startswith("plot_")):
+            monkeypatch.setattr(script, name, lambda *args: None)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(data, "_run_jobs", run_here)
+
+
+def ended(script, argv, capsys, code):
+    """The one line on stderr with which a run ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script.main(argv)
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.count("\n") == 1 and err.startswith(f"{script.__name__}.py: "), err
+    return err
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+def test_killed_at_random_moments_nothing_is_lost():
+    """The campaign of benchmark/kill.py, small: real kills of data building and of every script."""
+    command = [sys.executable, ROOT / "benchmark" / "kill.py", "--kills", "1", "--seed", "2", "--no-pictures"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1].endswith("the same every time"), done.stdout + done.stderr
+    assert [line.split()[0] for line in lines[:-1]] == ["data", *(script.__name__ for script in FLAGS)]
+    assert sum("killed at" in line for line in lines) >= 4
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_disturbs_nothing(tmp_path):
+    path = tmp_path / "a[1].pt"
+    old, fresh, other = (tmp_path / f".{name}.99.tmp" for name in ("a[1].pt", "a[1].pt.7", "a1.pt"))
+    old, fresh = tmp_path / ".a[1].pt.99.tmp", tmp_path / ".a[1].pt.98.tmp"
+    for left in (old, fresh, other):
+        left.write_bytes(b"half")
+    for left in (old, other):
+        os.utime(left, times=(time.time() - 2 * data.STALE,) * 2)
+    data.write(path, lambda file: file.write(b"whole"))
+    assert path.read_bytes() == b"whole" and names(tmp_path) == {path.name, fresh.name, other.name}
+
+
+def test_a_run_is_not_disturbed_by_what_was_left_behind(files, tmp_path, no_plots, here):
+    argv = flags(focal, files, tmp_path)
+    run = folder_of(focal, argv)
+    for name in ("checkpoint.pt", "metrics.csv", ".writable"):
+        (run / f".{name}.1.tmp").write_bytes(b"half")
+    focal.main([*argv, "--resume"])
+    assert checkpoint(run)["step"] == 6
+    there = tmp_path / "datasets" / WIND / "3+2-seed3"
+    there.mkdir(parents=True)
+    for name in ("behaviour-part0.pt", "behaviour.pt", "mixed.npz"):
+        (there / f".{name}.1.tmp").write_bytes(b"half")
+    assert data.load(prepare_tiny(tmp_path / "datasets"), WIND).rewards.shape == (5, 1000)
+
+
+def test_parts_that_a_kill_left_beside_a_whole_behaviour_are_removed(here, tmp_path):
+    folder = prepare_tiny(tmp_path).parent
+    (folder / "behaviour-part0.pt").write_bytes(b"anything")
+    prepare_tiny(tmp_path, quality="expert")
+    assert names(folder) == {"behaviour.pt", "mixed.npz", "expert.npz"}
+
+
+def python(code, cwd, **more):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, text=True, **more)
+
+
+def test_two_processes_that_want_the_same_dataset(tmp_path, here):
+    code = "import data, test_data; data._run_jobs = test_data.run_here; print(test_data.prepare('.'))"
+    both = [python(code, tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("building" in text for text in said) == 1  # the other waited, or found it
+    expected = prepare_tiny(tmp_path / "alone")
+    (path,) = (path for path in tmp_path.glob("*/*/mixed.npz") if "alone" not in str(path))
+    assert data.load(path).meta["checksum"] == data.load(expected).meta["checksum"]
+    assert names(path.parent) == {"behaviour.pt", "mixed.npz"}
+
+
+KILLED_WORKER = """
+import multiprocessing, os, data, test_data
+data.multiprocessing.get_context = lambda _, fork=multiprocessing.get_context("fork"): fork
+main, step = os.getpid(), data.Trainer.step
+def die(trainer):
+    step(trainer)
+    if trainer.n == 2 and trainer.iteration == 50 and not os.path.exists("again"):
+        os.kill(os.getpid(), 9)
+data.Trainer.step = die
+try:
+    test_data.prepare(".", workers=2)
+except data.DataError as error:
+    print(error)
+"""
+
+
+def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(tmp_path):
+    """Out of memory kills a worker, not the whole."""
+    said, _ = python(KILLED_WORKER, tmp_path, stdout=subprocess.PIPE).communicate(timeout=120)
+    assert "a process was killed" in said.splitlines()[-1] and not list(tmp_path.rglob("*.npz"))
+    (tmp_path / "again").touch()
+    python(KILLED_WORKER, tmp_path).communicate(timeout=120)
+    assert len(list(tmp_path.rglob("mixed.npz"))) == 1
+
+
+ORPHANS = """
+import multiprocessing, os, time, data, test_data
+data.multiprocessing.get_context = lambda _, fork=multiprocessing.get_context("fork"): fork
+train, main = data._train_shard, os.getpid()
+def shard(job):
+    if job[0] == 1:
+        time.sleep(60)
+    train(job)
+    open("done", "w").close()
+data._train_shard = shard
+test_data.prepare(".", workers=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_no_worker_outlives_a_killed_build(tmp_path):
+    """Neither the one that works nor the one that waits for work."""
+    process = python(ORPHANS, tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until = time.time() + 60
+    while not (tmp_path / "done").exists():
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.05)
+    workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    while any(worker.exists() and "State:\tZ" not in (worker / "status").read_text() for worker in workers):
+        assert time.time() < until
+        time.sleep(0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------- full disk
+@pytest.fixture
+def full(monkeypatch):
+    """A function: from its nth writing on the disk has no room for more than `size` bytes of the file `name`."""
+    before, write = resource.getrlimit(resource.RLIMIT_FSIZE), data.write
+
+    def fill(name, nth=1, size=60):
+        calls = []
+
+        def limited(path, save):
+            calls.extend([0] * (path.name == name))
+            if path.name == name and len(calls) >= nth:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            try:
+                write(path, save)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        monkeypatch.setattr(data, "write", limited)
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("size", [60, 3_000])
+@pytest.mark.parametrize("what", ["torch.save", "savez", "write"])
+def test_a_full_disk_leaves_the_old_file(full, tmp_path, what, size):
+    save = {
+        "torch.save": lambda file: torch.save({str(i): torch.zeros(1000) for i in range(5)}, file),
+        "savez": lambda file: np.savez(file, a=np.zeros(2000)),
+        "write": lambda file: file.write(bytes(9_000)),
+    }[what]
+    (tmp_path / "x").write_bytes(b"old")
+    full("x", size=size)
+    with pytest.raises(OSError, match=rf"File too large: '{tmp_path / 'x'}'"):
+        data.write(tmp_path / "x", save)
+    assert contents(tmp_path) == {"x": b"old"}
+
+
+@pytest.mark.parametrize("name", ["behaviour-part1.pt", "behaviour.pt", "mixed.npz"])
+def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, capsys, name, monkeypatch):
+    full(name)
+    with pytest.raises(data.DataError) as error:
+        prepare_tiny(tmp_path)
+    text = str(error.value)
+    assert name in text and "cannot build there (File too large)" in text and "\n" not in text
+    (folder,) = tmp_path.glob("*/*")
+    for path in folder.glob("*.pt"):
+        data.read(path)
+    assert name not in names(folder) and not list(folder.glob("*.tmp"))
+    monkeypatch.setattr(data, "write", data.write)
+    full("")
+    assert data.load(prepare_tiny(tmp_path)).meta["checksum"]
+
+
+FILES = ["args.json", "source.py", "metrics.csv", "checkpoint.pt", "final.json"]
+
+
+@SCRIPTS
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(
+    full, files, tmp_path, no_plots, capsys, monkeypatch, script, name
+):
+    nth = 2 if name in ("metrics.csv", "checkpoint.pt") else 1
+    argv, seen = flags(script, files, tmp_path), []
+    full(name, nth)
+    write = data.write
+
+    def watch(path, save):
+        if path.name == name:
+            seen.append(contents(path.parent))
+        write(path, save)
+
+    monkeypatch.setattr(data, "write", watch)
+    line = ended(script, argv, capsys, 2)
+    run = folder_of(script, argv)
+    assert str(run / name) in line and "File too large" in line
+    assert contents(run) == seen[-1]  # what stood there before still does, and no temporary file
+    monkeypatch.setattr(data, "write", write)
+    full("")
+    script.main([*argv, "--resume"])
+    assert (run / "final.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(focal, "curve.png"), (focal, "embeddings.png"), (smac, "shift-offline-phase.png"), (merpo, "adaptation.png")],
+)
+def test_a_full_disk_while_a_picture_is_drawn(full, files, tmp_path, capsys, script, name):
+    full(name, size=2_000)
+    argv = flags(script, files, tmp_path)
+    assert name in ended(script, argv, capsys, 2)
+    assert not [path for path in contents(folder_of(script, argv)) if path == name or path.endswith(".tmp")]
+
+
+@SCRIPTS
+def test_a_folder_that_cannot_be_written(files, tmp_path, capsys, script):
+    (tmp_path / "file").write_text("")
+    line = ended(script, flags(script, files, tmp_path / "file" / "runs"), capsys, 2)
+    assert "--run-dir" in line and (tmp_path / "file").read_text() == ""
+    more = f"--env {WIND} --data-dir {tmp_path / 'file'} --run-dir {tmp_path / 'runs'}"
+    assert "cannot build there" in ended(script, more.split(), capsys, 2)
+    assert "cannot" in ended(script, flags(script, files, "/proc/nowhere"), capsys, 2)
+
+
+def test_a_replay_that_cannot_be_written(files, tmp_path, no_plots, capsys):
+    more = f"--online-steps 240 --save-replay {files[WIND]}/replay.npz"
+    assert "cannot write there" in ended(smac, flags(smac, files, tmp_path, more), capsys, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- divergence
+RATES = {focal: "--lr 1e30", focal_pp: "--lr 1e30", smac: "--lr 1e30", merpo: "--lr 1e30 --actor-lr 1e30"}
+
+
+@SCRIPTS
+def test_a_run_that_diverges_names_loss_and_step_within_an_interval(files, tmp_path, no_plots, capsys, script):
+    argv = flags(script, files, tmp_path, RATES[script])
+    line = ended(script, argv, capsys, 3)
+    name, step = re.search(r"diverged: (?:the weights )?([\w.]+) .*?step (\d+)", line).groups()
+    start = 3 if script is merpo else 1  # its first stage has a rate of its own
+    assert name in (*script.Agent.METRICS, "actions") or "." in name, line
+    assert start <= int(step) <= start + 2, line
+    assert not (folder_of(script, argv) / "final.json").exists()
+
+
+def test_the_first_stage_diverges_too(files, tmp_path, no_plots, capsys):
+    line = ended(merpo, flags(merpo, files, tmp_path, "--model-task-lr 1e30"), capsys, 3)
+    assert re.search(r"diverged: model_loss .*step [12]\b", line) and "no checkpoint yet" in line
+
+
+@SCRIPTS
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_the_last_good_checkpoint_is_kept(files, tmp_path, no_plots, capsys, monkeypatch, script, after):
+    """Learning rates explode after one, two or three saves: in SMAC's online phase and MerPO's second stage as well."""
+    save, kept = script.save, []
+
+    def explode(run, step, seconds, args, agent, optimisers, *rest):
+        save(run, step, seconds, args, agent, optimisers, *rest)
+        kept.append((step, contents(run)["checkpoint.pt"], contents(run)["metrics.csv"]))
+        if len(kept) == after:
+            for optimiser in optimisers.values():
+                optimiser.param_groups[0]["lr"].fill_(1e30)
+
+    monkeypatch.setattr(script, "save", explode)
+    argv = flags(
+        script, files, tmp_path, "--encoder-steps 9 --steps 15" if script in (focal, focal_pp) else "--steps 8"
+    )
+    line, run = ended(script, argv, capsys, 3), folder_of(script, argv)
+    step, stored, rows = kept[-1]
+    found = contents(run)
+    assert str(run) in line and found["checkpoint.pt"] == stored and found["metrics.csv"] == rows
+    assert step < int(re.search(r"step (\d+)", line)[1]) <= step + 3
+    monkeypatch.setattr(script, "save", save)
+    script.main([*argv, "--resume"])  # from the good checkpoint, with its own rates
+    assert (run / "final.json").exists()
+
+
+def test_an_adaptation_that_diverges_is_not_scored(files, tmp_path, no_plots, capsys, monkeypatch):
+    """Weights are finite, then RAC on the test tasks' data explodes inside an evaluation."""
+    make = merpo.inner_optimisers
+
+    def explode(args, inner, device):
+        made = make(args, inner, device)
+        if inner.n == 2:  # the test tasks
+            for optimiser in made.values():
+                optimiser.param_groups[0]["lr"].fill_(1e30)
+        return made
+
+    monkeypatch.setattr(merpo, "inner_optimisers", explode)
+    line = ended(merpo, flags(merpo, files, tmp_path), capsys, 3)
+    assert "actions are not finite in evaluate at step 4" in line
+
+
+@SCRIPTS
+def test_sums_that_overflow_are_no_numbers(files, tmp_path, capsys, script):
+    class Agent:
+        METRICS, step, bad_step = ("a", "b"), torch.tensor(7.0), torch.full((2,), math.inf)
+        metrics, named_parameters = torch.tensor([1.0, math.inf]), lambda self: []
+
+    with pytest.raises(SystemExit) as end:
+        script.check_finite(Agent(), tmp_path, [])
+    assert end.value.code == 3 and "the sum of b is not finite at step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["actor", "critic", "log_alpha"])
+def test_behaviour_that_diverges_is_not_stored(where, here, tmp_path, monkeypatch, capsys):
+    """A NaN anywhere in one task's networks is noticed a few steps later, and no file holds one."""
+    learn, broken = data.Trainer.learn_eagerly, []
+
+    def spoil(trainer):
+        learn(trainer)
+        if trainer.iteration == 60:
+            broken.append(0)
+            value = getattr(trainer.agent, where)
+            (value if where == "log_alpha" else next(value.parameters())).data[1] = math.nan
+
+    monkeypatch.setattr(data.Trainer, "learn_eagerly", spoil)
+    monkeypatch.setattr(data, "SAVE_EVERY", 0)
+    with pytest.raises(data.Diverged, match=rf"SAC diverged.*{WIND}, 1 of these 3 tasks, step 6[0-3]\b"):
+        prepare_tiny(tmp_path)
+    (folder,) = tmp_path.glob("*/*")
+    assert broken and names(folder) == {"behaviour-part0.pt"}
+    stored = data.read(folder / "behaviour-part0.pt")["trainer"]
+    assert stored["iteration"] in (59, 60, 61) and all(x.isfinite().all() for x in stored["agent"].values())
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_run_jobs", run_here)
+    assert data.load(prepare_tiny(tmp_path)).rewards.isfinite().all()  # the last save was good
+
+
+@pytest.mark.parametrize("steps", [200, 96])
+def test_a_behaviour_driven_to_nan_ends_in_one_line(here, tmp_path, capsys, steps):
+    """With a huge learning rate, and one whose only gradient steps are its last."""
+    argv = f"--env {WIND} --train 2 --test 1 --device cpu --data-dir {tmp_path} --sac-lr 1e9 --sac-steps {steps}"
+    argv += " --sac-envs 4 --episode 40 --updates 1 --start 88 --sac-hidden 8 --sac-batch 8 --checkpoints 3"
+    with pytest.raises(SystemExit) as end:
+        data.main(argv.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 3 and err.count("\n") == 1 and "SAC diverged" in err
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz")]
+
+
+def test_rewards_that_are_not_finite_are_not_stored(here, tmp_path, monkeypatch):
+    """Of a family of one's own, with a reward that goes wrong where nobody looked while the behaviour was trained."""
+    step = envs.TaskVectorEnv.step
+
+    def wrong(env, actions):
+        obs, reward, *rest = step(env, actions)
+        return obs, np.where(env._elapsed == 150, np.nan, reward), *rest
+
+    monkeypatch.setattr(envs.TaskVectorEnv, "step", wrong)
+    with pytest.raises(data.DataError, match=r"mixed\.npz: not stored, rewards holds values that are not finite"):
+        prepare_tiny(tmp_path)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_environments_refuse_actions_that_are_not_finite(value):
+    for name in (WIND, "walker-params"):
+        env = envs.make(name, envs.sample_tasks(name, 2, 0), threads=1)
+        obs, actions = env.reset()[0], np.zeros((2, env.family.act_dim))
+        actions[1, 1] = value
+        with pytest.raises(FloatingPointError, match="actions are not finite"):
+            env.step(actions)
+        assert np.array_equal(env.observe(), obs)
+        env.close()
+
+
+# ------------------------------------------------------------------------------------------------------- damaged input
+def mangled(whole, rng):
+    """Some bytes flipped, perhaps cut short or with something in between."""
+    raw = bytearray(whole)
+    for _ in range(rng.integers(1, 6)):
+        raw[rng.integers(len(raw))] = rng.integers(256)
+    if rng.random() < 0.2:
+        raw = raw[: rng.integers(len(raw))]
+    if rng.random() < 0.1:
+        place = rng.integers(len(raw) + 1)
+        raw[place:place] = rng.bytes(rng.integers(1, 50))
+    return bytes(raw)
+
+
+def loaded(path, env=None):
+    """The dataset, or None if it is refused in one line; no warning either way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return data.load(path, env)
+        except data.DataError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400 and str(path) in str(error)
+
+
+def test_fuzz_bytes_of_a_dataset(tmp_path):
+    """Refused, or every array is the original's."""
+    rng, path, refused = np.random.default_rng(0), tmp_path / "x.npz", 0
+    data.save(path, sample(), {"env": WIND})
+    whole, expected = path.read_bytes(), data.load(path)
+    for _ in range(FUZZ):
+        path.write_bytes(mangled(whole, rng))
+        found = loaded(path, WIND)
+        refused += found is None
+        for key, value in vars(expected).items() if found else ():
+            assert value == vars(found)[key] if key == "meta" else np.array_equal(value, vars(found)[key])
+    assert refused > 0.8 * FUZZ
+
+
+def odd(array, rng):
+    """Another type, shape or value."""
+    types = ["f2", "f8", "i4", "i8", "U5", "c8", ">f4", ">i4", "S3", "bool"]
+    ways = [
+        lambda: array.astype(rng.choice(types)), lambda: array[..., None], lambda: array[:0], lambda: array[:1],
+        lambda: np.concatenate([array, array], rng.integers(array.ndim)), lambda: array.T, lambda: np.array(3.0),
+        lambda: np.asfortranarray(array), lambda: array[..., :1],
+    ]  # fmt: skip
+    way = rng.integers(2 * len(ways))
+    if way < len(ways):
+        return ways[way]()
+    array, value = array.copy(), rng.choice([np.nan, np.inf, -1, 2, 1e30, 0.5, 2**31 - 1, -(2**31)])
+    with contextlib.suppress(OverflowError, ValueError, TypeError):
+        array.flat[rng.integers(array.size)] = value
+    return array
+
+
+ODD_META = [[], {}, 1, None, "x", True, 1.5, {"a": [1]}, "x" * 10_000, -1, 10**400, "\n", [["["] * 9] * 9]
+ODD_TEXT = ["", "[", "null", "[" * 100_000, '{"env": NaN}', '{"env": ' + "[" * 100_000]
+
+
+def odd_dataset(path, rng):
+    arrays = dict(sample())
+    for _ in range(rng.integers(3)):
+        key = rng.choice(list(arrays))
+        with np.errstate(all="ignore"):
+            arrays[key] = odd(arrays[key], rng)
+    if rng.random() < 0.1:
+        del arrays[rng.choice(list(arrays))]
+    if rng.random() < 0.2 and len(arrays) > 1:
+        a, b = rng.choice(list(arrays), 2)
+        arrays[a], arrays[b] = arrays[b], arrays[a]
+    if rng.random() < 0.1:
+        arrays["extra"] = [np.zeros((0, 3)), np.array(["2020-01-01"], "M8[D]"), np.array(["a"])][rng.integers(3)]
+    if rng.random() < 0.7:
+        meta = {"env": WIND, "format": data.FORMAT}
+        if rng.random() < 0.5:
+            name = rng.choice(["env", "format", "quality", "checksum", "seed", "settings"])
+            meta[name] = ODD_META[rng.integers(len(ODD_META))]
+        arrays["meta"] = np.array(json.dumps(meta) if rng.random() < 0.9 else ODD_TEXT[rng.integers(len(ODD_TEXT))])
+    np.savez(path, **arrays)
+    if rng.random() < 0.1:  # a member that is no array
+        with zipfile.ZipFile(path) as file:
+            members = {name: file.read(name) for name in file.namelist()}
+        members[rng.choice(list(members))] = rng.bytes(40)
+        with zipfile.ZipFile(path, "w") as file:
+            for name, value in members.items():
+                file.writestr(name, value)
+
+
+def test_fuzz_arrays_of_a_dataset(tmp_path):
+    """Refused, or a dataset that can be used: all of it finite, its shapes fitting."""
+    rng, path, used = np.random.default_rng(1), tmp_path / "x.npz", 0
+    for _ in range(FUZZ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            odd_dataset(path, rng)
+        found = loaded(path, WIND if rng.random() < 0.5 else None)
+        if found is not None:
+            used += 1
+            rows = focal.pack(found, found.train_tasks, *focal.standardisation(found.observations[found.train_tasks]))
+            assert rows.shape[1] == found.rewards.shape[1] and "transitions each" in data.describe(path)
+            assert data.episode_returns(found)[0].max(initial=0) < len(found.tasks)
+    assert 0.05 * FUZZ < used < 0.6 * FUZZ
+
+
+def test_episodes_may_be_numbered_in_any_way(tmp_path):
+    """From a huge or negative number, with gaps: what is made of them neither fails nor grows."""
+    arrays = sample()
+    np.savez(tmp_path / "x.npz", **arrays)
+    expected = data.episode_returns(data.load(tmp_path / "x.npz"))
+    for first, second in ((-(2**31), 2**31 - 1), (7, 2**31 - 1), (-3, -2)):
+        arrays["episodes"] = np.int32([[first] * 3 + [second] * 3] * 3)
+        np.savez(tmp_path / "x.npz", **arrays)
+        for x, y in zip(data.episode_returns(data.load(tmp_path / "x.npz")), expected, strict=True):
+            assert np.array_equal(x, y)
+        assert "episodes of 3 steps" in data.describe(tmp_path / "x.npz")
+
+
+def test_a_zip_bomb_is_refused_before_it_unfolds(tmp_path, monkeypatch):
+    """It says what it holds; a header that promises more than that does not get it either."""
+    arrays = sample() | {"extra": np.zeros(20_000_000, np.uint8)}
+    np.savez_compressed(tmp_path / "x.npz", **arrays)
+    assert (tmp_path / "x.npz").stat().st_size < 100_000
+    monkeypatch.setattr(np, "load", None)
+    monkeypatch.setattr(data, "_memory", lambda: 1e7)
+    with pytest.raises(data.DataError, match=r"x\.npz: holds 0 GB, this machine has 0 GB of memory"):
+        data.load(tmp_path / "x.npz")
+    monkeypatch.undo()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6, 2)})
+    np.savez(tmp_path / "x.npz", **{key: value for key, value in sample().items() if key != "observations"})
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
+        file.writestr("observations.npy", header.getvalue() + bytes(1000))
+    assert loaded(tmp_path / "x.npz") is None
+
+
+@pytest.fixture
+def resuming(files, tmp_path, no_plots, monkeypatch):
+    """A function that makes a run of a script, and gives its checkpoint and what tries to resume from it."""
+
+    def start(script, more=""):
+        argv = flags(script, files, tmp_path, more)
+        script.main(argv)
+        made, resume = [], script.resume
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "resume", lambda *args: made.append(args) or resume(*args))
+            script.main([*argv, "--resume"])
+        return made[0][0] / "checkpoint.pt", made[0][2], lambda: resume(*made[0])
+
+    return start
+
+
+def resumed(resume, capsys, path):
+    """Whether it goes on; if not, it ends in one line that names the file or a flag."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            resume()
+        except SystemExit as end:
+            err = capsys.readouterr().err
+            assert end.code == 2 and err.count("\n") == 1 and (str(path) in err or "py: --" in err), err
+            return False
+    return True
+
+
+@SCRIPTS
+def test_fuzz_bytes_of_a_checkpoint(resuming, capsys, script):
+    """Refused, or every weight is the original's."""
+    path, agent, resume = resuming(script)
+    rng, whole, went_on = np.random.default_rng(2), path.read_bytes(), 0
+    expected = {key: value.clone() for key, value in agent.state_dict().items()}
+    for _ in range(FUZZ // 2):
+        path.write_bytes(mangled(whole, rng))
+        for parameter in agent.parameters():
+            parameter.data.zero_()
+        if resumed(resume, capsys, path):
+            went_on += 1
+            assert all(torch.equal(value, expected[key]) for key, value in agent.state_dict().items())
+    assert went_on < 0.3 * FUZZ
+
+
+def places(value, here=()):
+    """Paths to everything in nested dictionaries and lists."""
+    yield here
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*here, key))
+
+
+def odd_value(value, rng):
+    if torch.is_tensor(value) and rng.random() < 0.7:
+        ways = [value.half(), value.double(), value[..., None], torch.zeros(()), torch.zeros(2, 3), value.bool()]
+        ways += [value[:0] if value.dim() else value, value.clone()]
+        if value.is_floating_point():
+            ways[-1].view(-1)[:1] = math.nan
+        return ways[rng.integers(len(ways))]
+    ways = [None, "x\ny", -1, math.nan, [], {}, {"a": 1}, [[1]], 10**30, torch.zeros(3), True]
+    return ways[rng.integers(len(ways))]
+
+
+def odd_checkpoint(stored, rng):
+    where = list(places(stored))[1:]
+    *parents, last = where[rng.integers(len(where))] if rng.random() < 0.7 else (rng.choice(list(stored)),)
+    inside = stored
+    for key in parents:
+        inside = inside[key]
+    if rng.random() < 0.3:
+        del inside[last]
+    else:
+        inside[last] = odd_value(inside[last], rng)
+    return (*parents, last)
+
+
+@SCRIPTS
+def test_fuzz_contents_of_a_checkpoint(resuming, capsys, script):
+    """Refused, or something that makes no difference to what is believed: finite, of the same shapes and types."""
+    path, agent, resume = resuming(script)
+    rng, whole, refused = np.random.default_rng(3), path.read_bytes(), 0
+    kind = data.kind(dict(agent.state_dict()))
+    for _ in range(FUZZ // 2):
+        path.write_bytes(whole)
+        stored = data.read(path)
+        place = odd_checkpoint(stored, rng)
+        torch.save(stored, path)
+        if not resumed(resume, capsys, path):
+            refused += 1
+            continue
+        assert data.kind(dict(agent.state_dict())) == kind, place
+        assert all(value.isfinite().all() for key, value in agent.state_dict().items() if key != "bad_step"), place
+        assert place[0] in ("args", "optimisers", "rows", "agent", "random", "seconds"), place
+    assert refused > 0.5 * (FUZZ // 2)
+
+
+def test_nothing_in_a_checkpoint_or_a_behaviour_is_run(resuming, capsys, here, tmp_path):
+    path, _, resume = resuming(focal)
+    for trap in (MakesAFolder(tmp_path / "trodden"), {"args": MakesAFolder(tmp_path / "trodden")}):
+        torch.save(trap, path)
+        assert not resumed(resume, capsys, path)
+        torch.save(trap, path, _use_new_zipfile_serialization=False)
+        assert not resumed(resume, capsys, path)
+        there = tmp_path / "datasets" / WIND / "3+2-seed3" / "behaviour.pt"
+        there.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trap, there)
+        with pytest.raises(data.DataError, match="damaged"):
+            prepare_tiny(tmp_path / "datasets")
+    assert not (tmp_path / "trodden").exists()
+
+
+def test_torch_alone_would_believe_a_changed_weight(resuming, capsys):
+    """Why `data.read` looks at the records' checksums itself."""
+    path, agent, resume = resuming(focal)
+    weight = agent.actor.net[0].weight.detach().numpy().tobytes()
+    raw = bytearray(path.read_bytes())
+    place = raw.find(weight)
+    raw[place + 2] ^= 0x40
+    path.write_bytes(raw)
+    stored = torch.load(path, weights_only=True)["agent"]["actor.net.0.weight"]
+    assert not torch.equal(stored, agent.actor.net[0].weight) and not resumed(resume, capsys, path)
+
+
+@SCRIPTS
+def test_checkpoints_of_other_runs_are_refused(files, resuming, tmp_path, capsys, script):
+    """Of another script, and of another dataset of the same shapes."""
+    path, _, resume = resuming(script)
+    whole = path.read_bytes()
+    other = {focal: focal_pp, focal_pp: focal, smac: focal, merpo: smac}[script]
+    path.write_bytes(resuming(other, "--seed 0")[0].read_bytes())
+    assert not resumed(resume, capsys, path)
+    path.write_bytes(whole)
+    assert resumed(resume, capsys, path)
+    stored = data.read(path)
+    torch.save(stored | {"dataset": ["0" * 64] * 2}, path)
+    with pytest.raises(SystemExit):
+        resume()
+    assert "made with another dataset" in capsys.readouterr().err
+
+
+def test_fuzz_a_behaviour(here, tmp_path):
+    """Refused, or the same dataset is made of it."""
+    expected = prepare_tiny(tmp_path / "a", quality="random", trajectories=5)
+    path, rng = expected.with_name("behaviour.pt"), np.random.default_rng(4)
+    whole, wanted, refused = path.read_bytes(), data.load(expected).meta["checksum"], 0
+    for i in range(FUZZ // 2):
+        expected.unlink(missing_ok=True)
+        path.write_bytes(mangled(whole, rng) if i % 2 else whole)
+        if i % 2 == 0:
+            stored = data.read(path)
+            odd_checkpoint(stored, rng)
+            torch.save(stored, path)
+        try:
+            made = prepare_tiny(tmp_path / "a", quality="random", trajectories=5)
+        except data.DataError as error:
+            assert "\n" not in str(error) and "behaviour.pt" in str(error)
+            refused += 1
+        else:
+            assert data.load(made).meta["checksum"] == wanted
+    assert refused > 0.3 * FUZZ
+
+
+VALUES = ["", "-1", "0", "1", "2.5", "1e999", "nan", "-inf", "x\ny", "1" * 30, "9" * 5000, "é", "٣", "0x10", "1_000"]
+VALUES += [
+    "--",
+    "walker-params",
+    WIND,
+    "mixed",
+    "adaptive",
+    "rac",
+    "none",
+    "sac",
+    ".",
+    "a b",
+    "%s",
+    "{}",
+    "[1]",
+    "-",
+    "=",
+]
+
+
+def flags_of(script):
+    found = []
+    add = lambda name, **more: found.append((name, more))
+    for arguments in (script.shared_arguments, script.algorithm_arguments):
+        arguments(add)
+    return found
+
+
+def random_words(known, rng):
+    words = []
+    for _ in range(rng.integers(1, 6)):
+        name, more = known[rng.integers(len(known))]
+        name = name[: rng.integers(3, len(name) + 1)] if rng.random() < 0.1 else name
+        choices = [str(x) for x in more.get("choices") or VALUES]
+        value = rng.choice(choices if rng.random() < 0.5 else VALUES)
+        words += [f"{name}={value}"] if rng.random() < 0.2 else [name, value] if rng.random() < 0.9 else [name]
+    return [str(word) for word in words]
+
+
+@SCRIPTS
+def test_fuzz_command_lines(script, capsys, tmp_path, monkeypatch):
+    """Settings, or one line and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    known, rng, good = flags_of(script), np.random.default_rng(5), 0
+    for _ in range(FUZZ):
+        words = random_words(known, rng)
+        try:
+            args = script.parse_args(words)
+            good += 1
+            assert "/" not in args.variant and len(args.variant) < 120
+        except SystemExit as end:
+            shown = capsys.readouterr()
+            assert end.code == 2 and shown.out == "" and shown.err.count("\n") == 1, (words, shown.err)
+    assert 0 < good < FUZZ and not list(tmp_path.iterdir())
+
+
+def test_fuzz_command_lines_of_data_building(capsys, tmp_path, monkeypatch, here):
+    """Builds nothing: what is asked for is there already, or is refused in one line."""
+    monkeypatch.setattr(data, "locked", None)  # reached only after everything has been checked
+    fields = [data.flag(name) for name in BEHAVIOUR if name not in ("core_minutes", "shard")]
+    fields += ["--seed", "--train", "--test", "--workers", "--device", "--quality", "--data-dir"]
+    rng, passed = np.random.default_rng(6), 0
+    for _ in range(FUZZ):
+        words = ["--env", WIND, *random_words([(name, {}) for name in fields], rng)]
+        monkeypatch.chdir(tmp_path)
+        try:
+            data.main(words)
+        except SystemExit as end:
+            shown = capsys.readouterr()
+            assert end.code == 2 and shown.err.count("\n") == 1, (words, shown.err)
+        except TypeError:  # `locked`
+            passed += 1
+    assert 0 < passed < FUZZ and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- environments, played
+def bang(rng, shape, hold):
+    """Actions of -1 and 1, held for some steps."""
+    action = np.zeros(shape)
+    while True:
+        for _ in range(hold):
+            yield action
+        action = rng.choice([-1.0, 1.0], shape)
+
+
+def play(name, steps, batch=40, seed=0):
+    """Random and extreme actions; how many physics blew up. What is returned is finite, and soundly so."""
+    distinct = len(envs.family(name).only) or 5
+    env = envs.make(name, envs.sample_tasks(name, distinct, seed).repeat(batch // distinct, axis=0), seed, threads=1)
+    rng, obs, blown = np.random.default_rng(seed), env.reset()[0], 0
+    ways = [bang(rng, (batch, env.family.act_dim), hold) for hold in (1, 5, 40)]
+    for t in range(steps // batch):
+        way = t // env.horizon % 4
+        action = rng.uniform(-1, 1, (batch, env.family.act_dim)) if way == 3 else next(ways[way])
+        obs, reward, terminated, truncated, info = env.step(action)
+        assert np.isfinite(obs).all() and np.isfinite(reward).all() and np.isfinite(info.get("final_obs", 0)).all()
+        assert not (info["blew_up"] & ~truncated).any() and not (info["blew_up"] & terminated).any()
+        assert (reward[info["blew_up"]] == 0).all() and np.abs(obs).max() < 1e5
+        blown += info["blew_up"].sum()
+    env.close()
+    return blown
+
+
+@pytest.mark.parametrize("name", envs.FAMILIES)
+def test_environments_stay_finite_whatever_is_done(name):
+    steps = int(os.environ.get("PLAY", 1_000 if name == "humanoid-dir" else 2_400))
+    assert play(name, steps) <= 1e-4 * steps
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+def test_the_same_number_of_threads_gives_the_same_run(files, tmp_path, no_plots):
+    """With two threads too. Between one and two FOCAL++'s weights differ in their last bits."""
+    rows = []
+    for i in range(2):
+        argv = [*flags(focal_pp, files, tmp_path / str(i)), "--threads", "2"]
+        focal_pp.main(argv)
+        rows.append(metrics(folder_of(focal_pp, argv)))
+    torch.set_num_threads(1)
+    assert rows[0] == rows[1]
+
+
+def test_datasets_do_not_depend_on_workers_or_threads(tmp_path, monkeypatch):
+    """One process and one thread; two more processes and two threads."""
+    torch.set_num_threads(2)
+    many = data.load(prepare_tiny(tmp_path / "a", workers=2))
+    torch.set_num_threads(1)
+    monkeypatch.setattr(data, "_run_jobs", run_here)
+    assert data.load(prepare_tiny(tmp_path / "b")).meta["checksum"] == many.meta["checksum"]
