@@ -671,9 +671,10 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
     rows: dict[bytes, Array] = {}
     for i in range(n):
         rng = np.random.default_rng([seed, i, TASKS])
-        task = row.sample(rng, 1)
-        while task.tobytes() in rows:  # only where tasks are discrete
-            task = row.sample(rng, 1)
+        draws = (row.sample(rng, 1) for _ in range(1000))  # the first will do, but where tasks are discrete
+        task = next((task for task in draws if task.tobytes() not in rows), None)
+        if task is None:
+            raise ValueError(f"{name}: found {i} different tasks, asked for {n}")
         rows[task.tobytes()] = task
     return np.concatenate(list(rows.values())) if rows else row.sample(np.random.default_rng(), 0)
 
@@ -1013,7 +1014,7 @@ def main(argv: list[str] | None = None):
     import argparse
 
     parser = argparse.ArgumentParser(
-        description="Lists task families, or films some tasks of one: random actions, or the script of those that have one."
+        description="Lists task families, or films some tasks of one under its script, or else under random actions."
     )
     parser.add_argument("--env", choices=list(FAMILIES), help="task family")
     parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
@@ -1028,9 +1029,9 @@ def main(argv: list[str] | None = None):
         n = min(args.tasks, len(family(args.env).only) or args.tasks)
         vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
         rng, row = np.random.default_rng(args.seed), family(args.env)
-        at_random = lambda obs: rng.uniform(-1, 1, (n, row.act_dim))
+        policy = lambda obs: rng.uniform(-1, 1, (n, row.act_dim))
         try:
-            film(vector, partial(row.script.act, vector.tasks) if row.script else at_random, args.render)
+            film(vector, partial(row.script.act, vector.tasks) if row.script else policy, args.render)
         except OSError as error:
             parser.exit(2, f"envs.py: --render {args.render}: cannot write there ({error.strerror})\n")
         print(args.render)
