@@ -366,11 +366,12 @@ SAWYER_XML = f"""
     <material name="object" rgba="0.80 0.15 0.45 1" specular="0.3"/>
   </asset>
   <default>
-    <geom type="box" friction="0.8 0.01 0.001" condim="4"/>
+    <geom type="box" friction="0.8 0.01 0.001" condim="4" solref="0.01 1" solimp="0.95 0.99 0.001"/>
     <default class="fixture"><geom contype="0"/></default>
     <default class="drawer"><geom contype="0" mass="0.1"/><joint type="slide" axis="0 -1 0" range="0 {TRAVEL}"
       damping="6" frictionloss="2"/></default>
-    <default class="hand"><geom friction="1.5 0.02 0.001" solref="0.01 1" mass="0.1"/></default>
+    <default class="hand"><geom friction="1.5 0.02 0.001" mass="0.1"/>
+      <joint type="slide" solreflimit="0.01 1"/></default>
     <default class="finger"><joint type="slide" range="0 0.026" ref="0.026" damping="10" armature="0.3"
       solreflimit="0.01 1"/></default>
     <default class="seen"><geom contype="0" conaffinity="0" mass="0"/></default>
@@ -382,9 +383,9 @@ SAWYER_XML = f"""
     <geom class="seen" size="0.4 0.345 0.02" pos="0 0.06 -0.021" material="shell"/>
     <body name="goal"><geom class="seen" type="sphere" size="{NEAR}" rgba="0.1 0.9 0.25 0.4"/></body>
     <body name="hand" pos="{HOME[0]} {HOME[1]} {HOME[2]}" gravcomp="1" childclass="hand">
-      <joint name="x" type="slide" axis="1 0 0" ref="{HOME[0]}" range="-0.33 0.33"/>
-      <joint name="y" type="slide" axis="0 1 0" ref="{HOME[1]}" range="-0.27 0.28"/>
-      <joint name="z" type="slide" axis="0 0 1" ref="{HOME[2]}" range="0.016 0.36"/>
+      <joint name="x" axis="1 0 0" ref="{HOME[0]}" range="-0.33 0.33"/>
+      <joint name="y" axis="0 1 0" ref="{HOME[1]}" range="-0.27 0.28"/>
+      <joint name="z" axis="0 0 1" ref="{HOME[2]}" range="0.02 0.36"/>
       <geom size="0.026 0.042 0.012" pos="0 0 0.054" material="dark"/>
       <geom type="cylinder" size="0.022 0.05" pos="0 0 0.112" material="arm"/>
       <geom class="seen" type="cylinder" size="0.034 0.03" pos="0 0 0.19" material="dark"/>
@@ -409,7 +410,7 @@ SAWYER_XML = f"""
     </body>
     <body name="button" childclass="fixture">
       <geom size="0.045 0.045 0.03" pos="0 0 0.03" material="base"/>
-      <body name="cap" pos="0 0 0.075">
+      <body name="cap" pos="0 0 0.075" gravcomp="1">
         <joint name="button" type="slide" axis="0 0 -1" range="0 {TRAVEL / 5}" stiffness="60" damping="6"/>
         <geom type="cylinder" size="0.032 0.015" material="bottom" mass="0.05"/>
       </body>

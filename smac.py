@@ -57,7 +57,9 @@ TABLE = {
     "walker-params": {"data_size": 1200, "train_tasks": 50, "test_tasks": 5},
     "hopper-params": {"data_size": 1200},
     "humanoid-dir": {"data_size": 1200},
+    "sawyer": {"data_size": 3750, "context_data": 3750, "reward_scale": 1, "awac_lambda": 0.3, "pearl_weight": 0},
 }
+TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the script's data have no other quality
 # --small: what differs on a machine without a GPU.
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
@@ -66,6 +68,7 @@ SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
+SMALL["sawyer"] = SMALL_MUJOCO | {"quality": "mixed", "eval_episodes": 2}
 
 
 # What does not change the result of a run, or is in its path anyway.
