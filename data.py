@@ -65,8 +65,9 @@ QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 BEHAVIOURS = ("sac", "scripted")
 RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
-PATIENCE, LINGER = 50, 8  # steps after which a script gives a behaviour up, and that it stays once it is achieved
-SCRIPT_NOISE = 0.1  # standard deviation of what is added to a script's actions
+PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
+GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
+# where a tanh-Gaussian has no density
 
 
 class DataError(Exception):
@@ -627,8 +628,8 @@ class Performer:
         self.left = np.where(achieved, np.minimum(self.left, LINGER), self.left) - 1
         for i in np.flatnonzero(self.left < 0):
             self.doing[i], self.left[i] = self.script.another(self.rng, self.tasks[i]), PATIENCE
-        action = self.script.act(self.doing, obs)
-        return np.clip(action + SCRIPT_NOISE * self.rng.standard_normal(action.shape), -1, 1)
+        action = GAIN * self.script.act(self.doing, obs)
+        return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
 
 
 def perform(env: str, tasks: np.ndarray, trajectories: int, seed: int) -> dict[str, np.ndarray]:

@@ -304,8 +304,9 @@ def _multiply_body(model, multipliers):
 # ----------------------------------------------------------------------------------------------- Sawyer manipulation
 # SMAC's section 6 and appendix C.2 (there in PyBullet), metres. Every scene has the same joints; an absent part stands
 # far away, where nothing touches it and its joints stay 0. The hand's, the tray's and the object's joints are places on
-# the table, so `qpos` begins with the paper's state:
-#     hand x, y, z | fingers 2 | top drawer | bottom drawer | button | tray x, y | object x, y, z | its quaternion
+# the table, so `qpos` begins with the 13 numbers of the paper's state; two that it leaves open are the drawers' place,
+# without which nothing tells before the first success on which side they are, and the tray's:
+#     hand x, y, z | 2 fingers | top drawer | bottom drawer | button | drawers x | tray x | object x, y, z (| its turn)
 # A task is 12 numbers: five flags for what is there (in the order of the names below), the side of the drawers (-1 or
 # 1; the button stands on the other), the place of the tray and of the object (0 to 3; all three 0 where absent), the
 # behaviour, and for MOVE_HAND where to (x, y, z).
@@ -345,7 +346,7 @@ SAWYER_XML = f"""
   <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="5"/>
   <visual>
     <headlight ambient="0.35 0.35 0.35" diffuse="0.35 0.35 0.35" specular="0 0 0"/>
-    <quality shadowsize="4096"/>
+    <quality shadowsize="2048"/>
     <global fovy="33"/>
   </visual>
   <statistic center="0 0 0.1" extent="1"/>
@@ -415,9 +416,12 @@ SAWYER_XML = f"""
         <geom type="cylinder" size="0.032 0.015" material="bottom" mass="0.05"/>
       </body>
     </body>
+    <body name="sign" pos="0 50 1" gravcomp="1">
+      <joint name="sign" type="slide" axis="1 0 0"/>
+      <geom class="seen" size="0.01 0.01 0.01" mass="1"/>
+    </body>
     <body name="tray">
-      <joint name="tray_x" type="slide" axis="1 0 0" range="-0.35 0.35" damping="3" frictionloss="1"/>
-      <joint name="tray_y" type="slide" axis="0 1 0" range="-0.28 0.1" damping="3" frictionloss="1"/>
+      <joint name="tray" type="slide" axis="1 0 0" range="-0.34 0.34" damping="3" frictionloss="1"/>
       <geom size="0.056 0.05 0.003" pos="0 0 0.005" material="tray"/>
       <geom size="0.056 0.003 0.01" pos="0 -0.05 0.015" material="tray"/>
       <geom size="0.056 0.003 0.01" pos="0 0.05 0.015" material="tray"/>
@@ -461,6 +465,7 @@ def _ask_for(rng, task, behaviours):
 
 
 def _scenes(rng, n):
+    """What is there, then where, then what is wanted (appendix C.2)."""
     tasks = np.zeros((n, 12))
     for task in tasks:
         task[TOP : OBJECT + 1] = rng.integers(2, size=5)
@@ -480,18 +485,12 @@ def _furnish(model, task):
     model.body("button").pos = mirror * BUTTON_AT if task[BUTTON] else AWAY[3]
     tray, thing = TRAY_PLACES[int(task[TRAY_PLACE])], OBJECT_PLACES[int(task[OBJECT_PLACE])]
     model.body("tray").pos = tray if task[TRAY] else AWAY[4]
-    model.qpos0[8:10] = tray[:2] * task[TRAY]
+    model.qpos0[8:10] = task[SIDE] * DRAWERS[0], tray[0] * task[TRAY]  # the sign is nothing but its number
     model.body("object").pos = thing if task[OBJECT] else AWAY[5]
     model.qpos0[10:13] = thing * task[OBJECT]
     model.body_gravcomp[model.body("object").id] = 1 - task[OBJECT]
-    front = DRAWERS + [0, HANDLE, TOP_HEIGHT]
-    marks = (
-        task[TARGET],
-        mirror * front,
-        mirror * (BUTTON_AT + [0, 0, 0.1]),
-        thing,
-    )  # where a picture shows what is wanted
-    model.body("goal").pos = marks[int(task[BEHAVIOUR])]
+    handle, cap = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]), mirror * (BUTTON_AT + [0, 0, 0.1])
+    model.body("goal").pos = (task[TARGET], handle, cap, thing)[int(task[BEHAVIOUR])]  # for pictures only
 
 
 def _observe_sawyer(state):
@@ -499,11 +498,16 @@ def _observe_sawyer(state):
     return state[:, :13].copy()
 
 
+def _above_tray(obs, height):
+    """(B, 3); the tray slides along x only."""
+    return obs[:, 9:10] * [1, 0, 0] + [0, TRAY_PLACES[0, 1], height]
+
+
 def _achieved(task, obs):
     """(B,) whether each task's behaviour is achieved."""
-    hand, top, bottom, tray, thing = obs[:, :3], obs[:, 5], obs[:, 6], obs[:, 8:10], obs[:, 10:13]
+    hand, top, bottom, thing = obs[:, :3], obs[:, 5], obs[:, 6], obs[:, 10:13]
     there = np.linalg.norm(hand - task[:, TARGET], axis=1) < NEAR
-    in_tray = (np.abs(thing[:, :2] - tray).max(1) < 0.045) & (thing[:, 2] < 0.06)
+    in_tray = (np.abs(thing - _above_tray(obs, 0.03)) < [0.045, 0.045, 0.03]).all(1)
     carried = np.where(task[:, TRAY] > 0, in_tray, thing[:, 2] > 0.12)  # without a tray: lifted
     return np.choose(task[:, BEHAVIOUR].astype(int), [there, top > OPEN, bottom > OPEN, carried])
 
@@ -518,27 +522,30 @@ def _act_by_script(task, obs):
 
     The hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there.
     """
-    hand, fingers, tray, thing = obs[:, :3], obs[:, 3], obs[:, 8:10], obs[:, 10:13]
+    hand, fingers, thing = obs[:, :3], obs[:, 3], obs[:, 10:13]
     move, top, bottom, carry = (task[:, BEHAVIOUR] == i for i in range(4))
     mirror = np.stack([task[:, SIDE], *np.ones((2, len(task)))], axis=1)
+    # where each behaviour has its work
     handle = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]) - obs[:, 5:6] * [0, 1, 0]
     cap = mirror * (BUTTON_AT + [0, 0, 0.04])  # deeper than it can be pressed
     gap = np.abs(thing - hand)
     held = carry & (gap.max(1) < 0.02) & (fingers < 0.0195)
-    over = np.where(task[:, [TRAY]] > 0, np.pad(tray, ((0, 0), (0, 1)), constant_values=0.06), hand + [0, 0, 0.1])
+    over = np.where(task[:, [TRAY]] > 0, _above_tray(obs, 0.06), hand + [0, 0, 0.1])
     place = np.select([x[:, None] for x in (move, top, bottom, held)], [task[:, TARGET], handle, cap, over], thing)
+    # what it does there
     off = np.abs(place - hand)
     pull = top & (off < [0.02, 0.024, 0.015]).all(1)
-    drop = held & (task[:, TRAY] > 0) & (off < 0.012).all(1)
-    away = (off[:, :2] > 0.01).any(1) & ~pull
-    low = hand[:, 2] < ABOVE - 0.02
-    goal = np.where((away & low)[:, None], hand, place)
-    goal[:, 2] = np.where(away, np.maximum(ABOVE, place[:, 2]), place[:, 2])
-    goal[:, 1] -= pull
     grasp = carry & ~held & (gap.max(1) < 0.012)
+    drop = held & (task[:, TRAY] > 0) & (off < 0.012).all(1)
     done = _achieved(task, obs) & ~move
-    goal = np.where((grasp | done)[:, None], hand, goal)
     grip = (pull | bottom | grasp | held) & ~drop & ~done
+    # how it gets there: up, across, down
+    travel = (off[:, :2] > 0.01).any(1) & ~pull
+    low = hand[:, 2] < ABOVE - 0.02
+    goal = np.where((travel & low)[:, None], hand, place)
+    goal[:, 2] = np.where(travel, np.maximum(ABOVE, place[:, 2]), place[:, 2])
+    goal[:, 1] -= pull
+    goal = np.where((grasp | done)[:, None], hand, goal)
     return np.clip(np.column_stack([(goal - hand) / STRIDE, np.where(grip, 1, -1)]), -1, 1)
 
 

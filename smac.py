@@ -68,7 +68,8 @@ SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
-SMALL["sawyer"] = SMALL_MUJOCO | {"quality": "mixed", "eval_episodes": 2}
+SMALL["sawyer"] = SMALL_MUJOCO | {"quality": "mixed", "steps": 8_000, "online_steps": 40_000, "eval_every": 4_000}
+SMALL["sawyer"] |= {"discount": 0.95, "tau": 0.02, "kl_weight": 0.0005, "eval_episodes": 2}
 
 
 # What does not change the result of a run, or is in its path anyway.

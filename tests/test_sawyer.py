@@ -14,7 +14,7 @@ import smac
 
 ROW = envs.family("sawyer")
 PARTS = ("top", "bottom", "button", "tray", "object")
-SEEN = dict(zip(PARTS, ([5], [6], [7], [8, 9], [10, 11, 12]), strict=True))  # where an observation shows a part
+SEEN = dict(zip(PARTS, ([5], [6], [7], [9], [10, 11, 12]), strict=True))  # where an observation shows a part
 EVERYTHING = [1, 1, 1, 1, 1, 1, 0, 3]  # drawers right, button left, tray on the left, object on the right
 
 
@@ -85,7 +85,8 @@ def test_parts_stand_where_the_task_says():
     )
     env = build(rows)
     obs = env.reset()[0]
-    np.testing.assert_array_equal(obs[:, 8:10], envs.TRAY_PLACES[rows[:, 6].astype(int), :2])
+    np.testing.assert_array_equal(obs[:, 8], 0.2 * rows[:, 5])
+    np.testing.assert_array_equal(obs[:, 9], envs.TRAY_PLACES[rows[:, 6].astype(int), 0])
     np.testing.assert_array_equal(obs[:, 10:13], envs.OBJECT_PLACES[rows[:, 7].astype(int)])
     assert not obs[:, 5:8].any() and np.abs(obs[:, :3] - envs.HOME).max() < 0.02
     np.testing.assert_array_equal(obs[:, 3:5], 0.026)
@@ -107,6 +108,7 @@ def test_what_is_absent_stays_at_zero_whatever_happens(seed):
         seen = play(env, policy(env), 75)[0]
         for flag, part in enumerate(PARTS):
             np.testing.assert_array_equal(seen[:, rows[:, flag] == 0][..., SEEN[part]], 0)
+        np.testing.assert_array_equal(seen[..., 8], np.broadcast_to(0.2 * rows[:, 5], (76, 60)))
 
 
 def test_a_button_without_its_drawer_can_be_pressed():
@@ -316,7 +318,7 @@ def test_sac_can_act_instead(tmp_path):
     flags = (
         f"--env sawyer --behaviour sac --train 2 --test 1 --trajectories 2 --workers 1 --data-dir {tmp_path} {sizes}"
     )
-    data.main(f"{flags} --quality random replay --replay 100".split())
+    data.main(f"{flags} --quality random replay --replay 100 --device cpu".split())
     folder = tmp_path / "sawyer" / "2+1-seed0-sac"  # beside the script's
     for quality, count in (("random", 150), ("replay", 100)):
         dataset = data.load(folder / f"{quality}.npz", "sawyer")
@@ -337,15 +339,15 @@ def test_pictures_show_what_is_there_and_films_the_script(has_gl, tmp_path, fold
         if a < b:
             assert 10 < (np.abs(pictures[a] - pictures[b]).max(-1) > 40).sum() < 96 * 96 / 4
     env.close()
-    envs.main(["--env", "sawyer", "--render", str(tmp_path / "a.gif"), "--tasks", "2"])
-    data.film("sawyer", "mixed", tmp_path / "b.gif", folder / "sawyer" / "24+6-seed0", seed=0, count=2)
+    envs.main(["--env", "sawyer", "--render", str(tmp_path / "a.gif"), "--tasks", "1"])
+    data.film("sawyer", "mixed", tmp_path / "b.gif", folder / "sawyer" / "24+6-seed0", seed=0, count=1)
     for name in "ab":
         with Image.open(tmp_path / f"{name}.gif") as film:
-            assert film.size == (480, 240) and film.n_frames > 40
+            assert film.size == (240, 240) and film.n_frames > 40
 
 
 # ---------------------------------------------------------------------------------------------------------------- SMAC
-def test_smac_runs_on_sawyer_with_the_papers_settings(tmp_path, capsys):
+def test_smac_runs_on_sawyer_with_the_papers_settings(tmp_path):
     args = vars(smac.parse_args(["--env", "sawyer"]))
     table_2 = {"data_size": 3750, "context_data": 3750, "awac_lambda": 0.3, "reward_scale": 1, "pearl_weight": 0}
     assert {key: args[key] for key in table_2} == table_2 and args["quality"] == "mixed"
@@ -354,11 +356,6 @@ def test_smac_runs_on_sawyer_with_the_papers_settings(tmp_path, capsys):
     data.save(tmp_path / "d.npz", collect("sawyer", [0, 1, 3, 4], [2, 5], 150, 75), {"env": "sawyer"})
     sizes = "--steps 4 --online-steps 200 --online-envs 4 --updates 0.02 --eval-every 4 --data-size 150 --hidden 8"
     sizes += " --context-data 150 --context-size 16 --batch-size 8 --eval-episodes 1 --threads 1"
-    for more in ("", "--actor bc", "--actor sac"):
-        flags = f"--env sawyer --small {sizes} {more} --data {tmp_path / 'd.npz'} --run-dir {tmp_path}"
-        smac.main(flags.split())
-    (final,) = tmp_path.glob("smac/sawyer/*actor=sac*/seed0/final.json")
-    assert (
-        json.loads(final.read_text())["online_steps"] == 200
-        and -50 <= json.loads(final.read_text())["return_mean"] <= 0
-    )
+    smac.main(f"--env sawyer --small {sizes} --data {tmp_path / 'd.npz'} --run-dir {tmp_path}".split())
+    (final,) = (json.loads(path.read_text()) for path in tmp_path.glob("smac/sawyer/*/seed0/final.json"))
+    assert final["online_steps"] == 200 and -50 <= final["return_mean"] <= 0
