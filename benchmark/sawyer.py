@@ -48,10 +48,10 @@ def choose(tasks, counts):
 
 def picture(size=300):
     tasks, (train, test) = envs.sample_tasks("sawyer", 60, 0), (50, 10)
-    shown = np.concatenate([choose(tasks[:train], (1, 2, 1)), choose(tasks[-test:], (1, 2, 1))])
+    shown = np.concatenate([choose(tasks[:train], (1, 2, 1)), choose(tasks[-test:], (2, 1, 1))])
     env = envs.make("sawyer", shown, render_mode="rgb_array", render_size=size)
     obs = env.reset()[0]
-    for _ in range(20):
+    for _ in range(30):
         obs = env.step(SCRIPT.act(shown, obs))[0]
     figure = Figure(figsize=(4 * size / 100, 2 * (size / 100 + 0.28)), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
