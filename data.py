@@ -11,6 +11,9 @@ Two stages, each cached, resumable and atomic, under `<data-dir>/<env>/<train>+<
    (point robots with goals) pools mixed data of all training tasks and gives every task the same transitions, with
    its own rewards.
 
+Families with a script (sawyer) need no SAC: a controller that does not know what is wanted performs what can be done in
+the scene, in random order, and its trajectories are the `mixed` data.
+
 A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
 episode. Your own data needs the same arrays (those marked * may be left out):
 
@@ -64,9 +67,13 @@ except ImportError:  # not on Windows; then nothing keeps two builders apart
 
 FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
+BEHAVIOURS = ("sac", "scripted")
 RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
 STALE = 600.0  # seconds after which a temporary file that does not change was left behind by a killed process
+PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
+GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
+# where a tanh-Gaussian has no density
 
 
 class DataError(Exception):
@@ -133,6 +140,7 @@ SMALL = {
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": {"steps": 100_000, "alpha": 0.2, "core_minutes": 30.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
+    "sawyer": {"episode": 50},  # of SAC's; the default is the script's
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
@@ -768,26 +776,63 @@ def _every(seconds: float, call):
 def collect(
     env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int
 ) -> dict[str, np.ndarray]:
-    """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions.
+    """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions."""
+    row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
+    actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        x = torch.as_tensor(obs, dtype=torch.float32).view(count * k, s // k, row.obs_dim)
+        noise = torch.randn(count * k, s // k, row.act_dim, generator=generator)
+        return sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
+
+    return record(env, tasks, act, s, seed)
+
+
+class Performer:
+    """The scripted behaviour: in each of these tasks (n, P) it does what can be done there, one thing after the other,
+    drawn at random. It reads the scene from a task's parameters but not what is wanted, and sees no rewards."""
+
+    def __init__(self, row: envs.Family, tasks: np.ndarray, seed: int):
+        self.script, self.tasks = row.script, tasks
+        self.rng = np.random.default_rng(seed)
+        self.doing = np.stack([self.script.another(self.rng, task) for task in tasks])
+        self.left = np.full(len(tasks), PATIENCE)
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """(n, d) observations -> (n, m) actions."""
+        achieved = self.script.achieved(self.doing, obs)
+        self.left = np.where(achieved, np.minimum(self.left, LINGER), self.left) - 1
+        for i in np.flatnonzero(self.left < 0):
+            self.doing[i], self.left[i] = self.script.another(self.rng, self.tasks[i]), PATIENCE
+        action = GAIN * self.script.act(self.doing, obs)
+        return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
+
+
+def perform(env: str, tasks: np.ndarray, trajectories: int, seed: int) -> dict[str, np.ndarray]:
+    """So many trajectories of the script in each task, see `record`."""
+    stream = 1_000_003 * seed + 1_000 + QUALITIES.index("mixed")
+    performer = Performer(envs.family(env), tasks.repeat(trajectories, axis=0), stream)
+    return record(env, tasks, performer.act, trajectories, stream)
+
+
+def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> dict[str, np.ndarray]:
+    """So many trajectories of each task under act: (n, d) observations -> (n, m) actions.
 
     Every trajectory is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be
     cut short. Returns the arrays of a dataset, and "first_return" (T, trajectories): the return of each trajectory's
     first episode over the family's horizon.
     """
-    row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
-    steps, n = row.data_horizon, len(tasks) * s
-    actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
-    vector = envs.make(env, tasks.repeat(s, axis=0), seed=seed, horizon=steps)
-    generator = torch.Generator().manual_seed(seed)
+    row = envs.family(env)
+    steps, n = row.data_horizon, len(tasks) * trajectories
+    vector = envs.make(env, tasks.repeat(trajectories, axis=0), seed=seed, horizon=steps)
     d, m = row.obs_dim, row.act_dim
     out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
     filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
     obs = vector.reset()[0]
     for _ in range(2 * steps):
-        x = torch.as_tensor(obs, dtype=torch.float32).view(count * k, s // k, d)
-        noise = torch.randn(count * k, s // k, m, generator=generator)
-        with torch.no_grad():
-            action = sample_action(actor(x), noise)[0].view(n, m).numpy()
+        action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
@@ -803,7 +848,7 @@ def collect(
     else:
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
-    return _arrays(out.reshape(len(tasks), s, steps, -1), row)
+    return _arrays(out.reshape(len(tasks), trajectories, steps, -1), row)
 
 
 def _load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
@@ -1100,37 +1145,45 @@ def prepare(
     test: int | None = None,
     device: str = "auto",
     workers: int | None = None,
+    behaviour: str | None = None,
     **changes: Any,
 ) -> Path:
-    """The path of the dataset of this quality; builds what is missing, one step after the other, and says so."""
+    """The path of the dataset of this quality; builds what is missing, one step after the other, and says so.
+
+    `behaviour` is "sac" or "scripted"; without it, the script of families that have one.
+    """
     row = envs.family(env)
-    if quality not in QUALITIES:
-        raise DataError(f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}")
-    if quality == "relabelled" and not can_relabel(row):
-        raise DataError(f"{env} cannot be relabelled, only point robots with goals can; expected another quality")
-    if row.only and (train or test):
-        raise DataError(f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed")
+    own = "scripted" if row.script else "sac"
+    behaviour = behaviour or own
+    problem = _impossible(env, row, quality, behaviour, bool(train or test))
+    if problem:
+        raise DataError(problem)
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
     device = choose_device(device)
     settings = settings_for(env, device, **changes)
     train, test = train or row.train, test or row.test
-    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}"
+    suffix = "" if behaviour == own else f"-{behaviour}"
+    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
     path = folder / f"{quality}.npz"
     if path.exists():
         return path
     tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     train_tasks = np.arange(train)
-    test_tasks = train_tasks if row.only else np.arange(train, train + test)
+    index = {"train_tasks": train_tasks, "test_tasks": train_tasks if row.only else np.arange(train, train + test)}
     try:
         with locked(folder):
             if not path.exists():
-                _announce(path, settings, folder, device, workers, len(tasks), len(row.only) or row.train + row.test)
-                behaviour = build_behaviour(env, tasks, seed, settings, folder, device, workers)
-                source = "mixed" if quality == "relabelled" else quality
-                arrays = roll_out(env, tasks, source, behaviour, settings, seed)
+                if behaviour == "scripted":
+                    print(f"building {path}: the script in every task", flush=True)
+                    arrays = perform(env, tasks, settings.trajectories, seed)
+                else:
+                    usual = len(row.only) or row.train + row.test
+                    _announce(path, settings, folder, device, workers, len(tasks), usual)
+                    agents = build_behaviour(env, tasks, seed, settings, folder, device, workers)
+                    source = "mixed" if quality == "relabelled" else quality
+                    arrays = roll_out(env, tasks, source, agents, settings, seed)
                 if quality == "relabelled":
                     arrays = relabel(env, tasks, train_tasks, arrays, seed)
-                arrays |= {"tasks": tasks, "train_tasks": train_tasks, "test_tasks": test_tasks}
                 if "first_return" in arrays and "returns" not in arrays:
                     arrays["returns"] = arrays["first_return"].mean(1)
                 problem = _value_problem(_as_stored(arrays))
@@ -1138,11 +1191,29 @@ def prepare(
                     raise DataError(f"{path}: not stored, {problem}")
                 versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
                 meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
-                save(path, arrays, meta | {"versions": versions, "device": str(device)})
+                meta |= {"behaviour": behaviour, "versions": versions, "device": str(device)}
+                save(path, arrays | {"tasks": tasks} | index, meta)
                 print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
     return path
+
+
+def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts: bool) -> str | None:
+    """Why there is no such dataset, in words, or None."""
+    if quality not in QUALITIES:
+        return f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"
+    if quality == "relabelled" and not can_relabel(row):
+        return f"{env} cannot be relabelled, only point robots with goals can; expected another quality"
+    if behaviour not in BEHAVIOURS:
+        return f"unknown behaviour {behaviour!r}; expected one of {', '.join(BEHAVIOURS)}"
+    if behaviour == "scripted" and row.script is None:
+        return f"{env} has no script; expected behaviour sac, found scripted"
+    if behaviour == "scripted" and quality != "mixed":
+        return f"the scripted data of {env} are all of quality mixed, found {quality}; behaviour sac has the others"
+    if row.only and counts:
+        return f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed"
+    return None
 
 
 def _announce(
@@ -1194,6 +1265,11 @@ def plot(path: Path) -> Path:
     task, place, returns = episode_returns(dataset)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    row, picture = envs.FAMILIES.get(dataset.meta.get("env")), path.with_suffix(".png")
+    if row is not None and row.script:
+        _plot_behaviours(left, right, dataset, row)
+        write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
+        return picture
     left.scatter(place, returns, c=task, cmap="turbo", s=4, alpha=0.5, linewidths=0)
     if len(returns):
         bins = np.minimum((place * 20).astype(int), 19)
@@ -1206,10 +1282,38 @@ def plot(path: Path) -> Path:
     left.set(
         title=f"{name}, {dataset.meta.get('quality', 'your own data')}", xlabel=order, ylabel="return of an episode"
     )
-    _plot_tasks(right, dataset, envs.FAMILIES.get(dataset.meta.get("env")))
-    picture = path.with_suffix(".png")
+    _plot_tasks(right, dataset, row)
     write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
     return picture
+
+
+def successes(dataset: Dataset) -> np.ndarray:
+    """(T, episodes) whether a behaviour that ends in a reward of 0 (and has less before) was ever achieved."""
+    t, n = dataset.rewards.shape
+    key = np.arange(t)[:, None] * n + dataset.episodes.cpu().numpy()
+    best = np.full(t * n, -np.inf)
+    np.maximum.at(best, key.ravel(), dataset.rewards.flatten().cpu().numpy())
+    return best.reshape(t, n)[:, : int(dataset.episodes.max()) + 1] == 0
+
+
+def _plot_behaviours(left: Any, right: Any, dataset: Dataset, row: envs.Family) -> None:
+    """Which share of each task's trajectories achieve what is wanted there, and the hand's paths in those that do."""
+    wanted, achieved = dataset.tasks[:, row.script.column].astype(int), successes(dataset)
+    share, place = achieved.mean(1), 0
+    for k, name in enumerate(row.script.names):
+        rows = np.flatnonzero(wanted == k)
+        order, colour = rows[np.argsort(share[rows])], f"C{k}"
+        label = f"{name}: {share[rows].mean():.0%}" if len(rows) else f"{name}: no task"
+        left.bar(place + np.arange(len(rows)), share[order], color=colour, width=0.8, label=label)
+        place += len(rows) + 1
+        for i in rows:
+            for episode in np.flatnonzero(achieved[i])[:3]:
+                path = dataset.next_observations[i][dataset.episodes[i] == int(episode)][:, :2]
+                right.plot(*path.cpu().numpy().T, color=colour, linewidth=0.5, alpha=0.5)
+    left.legend(fontsize="small")
+    title = f"{dataset.meta['env']}: {achieved.mean():.0%} of the trajectories achieve what is wanted"
+    left.set(title=title, xlabel="tasks, by what is wanted", ylabel="share of trajectories", xticks=[], ylim=(0, 1))
+    right.set(title="paths of the hand, from above, in some of these", xlabel="x", ylabel="y", aspect="equal")
 
 
 def _plot_tasks(axes: Any, dataset: Dataset, row: envs.Family | None) -> None:
@@ -1248,17 +1352,23 @@ def _colours(n: int) -> Any:
 
 
 def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int = 4) -> None:
-    """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies."""
+    """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies, or the script."""
+    row, trained, agents = envs.family(env), folder / "behaviour.pt", None
     try:
-        behaviour = read(folder / "behaviour.pt")
-        _check_behaviour(behaviour)
+        if trained.exists() or row.script is None:
+            agents = read(trained)
+            _check_behaviour(agents)
     except Exception as error:
-        raise DataError(f"{folder / 'behaviour.pt'}: no policies to film there ({type(error).__name__})") from None
-    tasks, hidden = behaviour["tasks"].numpy(), behaviour["settings"]["hidden"]
+        raise DataError(f"{trained}: no policies to film there ({type(error).__name__})") from None
+    tasks = agents["tasks"].numpy() if agents else load(folder / f"{quality}.npz").tasks
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
-    row = envs.family(env)
-    actor = _load_policies(behaviour["policies"][0 if quality == "random" else -1, shown], row, hidden)
-    vector = envs.make(env, tasks[shown], seed, render_mode="rgb_array")
+    vector = envs.make(
+        env, tasks[shown], seed, horizon=row.horizon if agents else row.data_horizon, render_mode="rgb_array"
+    )
+    if agents is None:
+        return envs.film(vector, Performer(row, tasks[shown], seed).act, path)
+    hidden = agents["settings"]["hidden"]
+    actor = _load_policies(agents["policies"][0 if quality == "random" else -1, shown], row, hidden)
 
     @torch.no_grad()
     def policy(obs):
@@ -1283,6 +1393,8 @@ def describe(path: Path, env: str | None = None) -> str:
         r = dataset.returns[index]
         if np.isfinite(r).all():  # relabelled data and your own may have none
             lines.append(f"  return, {name} tasks: mean {r.mean():.2f}, worst {r.min():.2f}, best {r.max():.2f}")
+    if dataset.meta.get("behaviour") == "scripted":
+        lines.append(f"  {successes(dataset).mean():.0%} of the trajectories achieve what is wanted")
     return "\n".join(lines)
 
 
@@ -1306,6 +1418,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where SAC learns")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
+    parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
     parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
     parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
     parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")

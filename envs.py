@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -60,6 +61,17 @@ def _no_reward(task: Array, *_: Any) -> Array:
 
 
 @dataclass(frozen=True)
+class Script:
+    """A controller for the behaviours of a family; which one is performed stands in the task's parameters."""
+
+    act: Callable  # (task (B, P), obs (B, d)) -> actions (B, m)
+    achieved: Callable  # (task, obs) -> (B,) bool
+    another: Callable  # (rng, task (P,)) -> the same task, but for a behaviour drawn from those possible in it
+    column: int  # of the task's parameters: the behaviour
+    names: tuple  # of the behaviours that can be wanted
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of `FAMILIES`. B is the number of sub-environments, P the number of task parameters.
 
@@ -74,7 +86,7 @@ class Family:
     data_horizon: int  # steps of a trajectory in the offline data
     train: int  # number of training tasks
     test: int  # number of test tasks
-    differs: str  # "reward", "dynamics" or "nothing"
+    differs: str  # "reward", "dynamics", "layout and reward" or "nothing"
     discount: float
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
@@ -85,12 +97,13 @@ class Family:
     sparse_reward: Callable | None = None  # as reward; where there is one, it is what the papers report
     sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
+    script: Script | None = None  # what the data are collected by, instead of SAC agents
     # point robots
     drift: Callable | None = None  # (task (B, P)) -> (B, 2), added to every move
     goal: Callable | None = None  # (task (B, P)) -> (B, 2)
     # MuJoCo
     velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
-    xml: str = ""
+    xml: str = ""  # the name of one of gymnasium's files, or a model
     frame_skip: int = 1
     timestep: float | None = None  # seconds; None: the XML's own
     reset_noise: Callable | None = None  # (rng, nq, nv) -> noise on qpos (nq,) and on qvel (nv,)
@@ -288,6 +301,260 @@ def _multiply_body(model, multipliers):
         field *= part.reshape(field.shape)
 
 
+# ----------------------------------------------------------------------------------------------- Sawyer manipulation
+# SMAC's section 6 and appendix C.2 (there in PyBullet), metres. Every scene has the same joints; an absent part stands
+# far away, where nothing touches it and its joints stay 0. The hand's, the tray's and the object's joints are places on
+# the table, so `qpos` begins with the 13 numbers of the paper's state; two that it leaves open are the drawers' place,
+# without which nothing tells before the first success on which side they are, and the tray's:
+#     hand x, y, z | 2 fingers | top drawer | bottom drawer | button | drawers x | tray x | object x, y, z (| its turn)
+# A task is 12 numbers: five flags for what is there (in the order of the names below), the side of the drawers (-1 or
+# 1; the button stands on the other), the place of the tray and of the object (0 to 3; all three 0 where absent), the
+# behaviour, and for MOVE_HAND where to (x, y, z).
+TOP, BOTTOM, BUTTON, TRAY, OBJECT, SIDE, TRAY_PLACE, OBJECT_PLACE, BEHAVIOUR = range(9)
+TARGET = slice(9, 12)
+MOVE_HAND, OPEN_TOP, OPEN_BOTTOM, CARRY = range(4)  # CARRY, the object into the tray, is never rewarded
+HOME, ABOVE = (0.0, -0.08, 0.2), 0.24  # where the hand starts, and the height at which it travels
+DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x times the side
+TRAY_PLACES = np.array([[x, -0.19, 0.0] for x in (-0.27, -0.09, 0.09, 0.27)])
+OBJECT_PLACES = np.array([[x, -0.04, 0.018] for x in (-0.24, -0.08, 0.08, 0.24)])
+HAND_PLACES = np.array([[x, y, 0.32] for x in (-0.25, 0.25) for y in (-0.2, 0.15)])
+TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # a drawer's way, what counts as open, what counts as being at a place
+SPEED, STRIDE = 0.5, 0.02  # of the hand along an axis, m/s; metres a step
+HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # the handle before the drawers' middle; heights of both
+AWAY = np.array([[10.0 * i, 50.0, 1.0] for i in range(6)])
+
+
+def _drawer(name, height, handle=""):
+    """A drawer's front, floor and walls, on rails in the shell that it never touches."""
+    return f"""
+      <body name="{name}" pos="0 0 {height}">
+        <joint name="{name}"/>
+        <geom size="0.098 0.006 0.036" pos="0 -0.08 0" material="{name}"/>
+        <geom size="0.092 0.07 0.004" pos="0 -0.004 -0.03" material="shell"/>
+        <geom size="0.004 0.07 0.022" pos="-0.09 -0.004 -0.008" material="shell"/>
+        <geom size="0.004 0.07 0.022" pos="0.09 -0.004 -0.008" material="shell"/>
+        <geom size="0.092 0.004 0.022" pos="0 0.068 -0.008" material="shell"/>{handle}
+      </body>"""
+
+
+BAR = f"""
+        <geom type="capsule" size="0.007" fromto="-0.045 {HANDLE} 0 0.045 {HANDLE} 0" material="steel"/>
+        <geom type="capsule" size="0.005" fromto="-0.045 -0.08 0 -0.045 {HANDLE} 0" material="steel"/>
+        <geom type="capsule" size="0.005" fromto="0.045 -0.08 0 0.045 {HANDLE} 0" material="steel"/>"""
+SAWYER_XML = f"""
+<mujoco model="sawyer">
+  <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="5"/>
+  <visual>
+    <headlight ambient="0.35 0.35 0.35" diffuse="0.35 0.35 0.35" specular="0 0 0"/>
+    <quality shadowsize="2048"/>
+    <global fovy="33"/>
+  </visual>
+  <statistic center="0 0 0.1" extent="1"/>
+  <asset>
+    <texture name="sky" type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.72 0.78 0.84" width="64"
+      height="384"/>
+    <texture name="wood" type="2d" builtin="checker" rgb1="0.80 0.69 0.54" rgb2="0.78 0.67 0.52" width="128"
+      height="128"/>
+    <material name="wood" texture="wood" texrepeat="8 7" specular="0.1" reflectance="0"/>
+    <material name="shell" rgba="0.45 0.32 0.22 1" specular="0.1"/>
+    <material name="top" rgba="0.93 0.57 0.16 1" specular="0.2"/>
+    <material name="bottom" rgba="0.20 0.45 0.80 1" specular="0.2"/>
+    <material name="base" rgba="0.25 0.27 0.30 1" specular="0.2"/>
+    <material name="steel" rgba="0.85 0.87 0.9 1" specular="0.8" shininess="0.8"/>
+    <material name="arm" rgba="0.62 0.10 0.14 1" specular="0.4"/>
+    <material name="dark" rgba="0.15 0.15 0.17 1" specular="0.4"/>
+    <material name="tray" rgba="0.55 0.75 0.55 1" specular="0.2"/>
+    <material name="object" rgba="0.80 0.15 0.45 1" specular="0.3"/>
+  </asset>
+  <default>
+    <geom type="box" friction="0.8 0.01 0.001" condim="4" solref="0.01 1" solimp="0.95 0.99 0.001"/>
+    <default class="fixture"><geom contype="0"/></default>
+    <default class="drawer"><geom contype="0" mass="0.1"/><joint type="slide" axis="0 -1 0" range="0 {TRAVEL}"
+      damping="6" frictionloss="2"/></default>
+    <default class="hand"><geom friction="1.5 0.02 0.001" mass="0.1"/>
+      <joint type="slide" solreflimit="0.01 1"/></default>
+    <default class="finger"><joint type="slide" range="0 0.026" ref="0.026" damping="10" armature="0.3"
+      solreflimit="0.01 1"/></default>
+    <default class="seen"><geom contype="0" conaffinity="0" mass="0"/></default>
+  </default>
+  <worldbody>
+    <light directional="true" pos="-0.5 -0.8 2" dir="0.25 0.4 -1" diffuse="0.55 0.55 0.52" specular="0.2 0.2 0.2"/>
+    <camera name="front" pos="0.26 -0.98 0.95" xyaxes="0.968 0.251 0 -0.157 0.605 0.781"/>
+    <geom name="table" type="plane" size="0.4 0.345 0.1" pos="0 0.06 0" material="wood" conaffinity="1" contype="0"/>
+    <geom class="seen" size="0.4 0.345 0.02" pos="0 0.06 -0.021" material="shell"/>
+    <body name="goal"><geom class="seen" type="sphere" size="{NEAR}" rgba="0.1 0.9 0.25 0.4"/></body>
+    <body name="hand" pos="{HOME[0]} {HOME[1]} {HOME[2]}" gravcomp="1" childclass="hand">
+      <joint name="x" axis="1 0 0" ref="{HOME[0]}" range="-0.33 0.33"/>
+      <joint name="y" axis="0 1 0" ref="{HOME[1]}" range="-0.27 0.28"/>
+      <joint name="z" axis="0 0 1" ref="{HOME[2]}" range="0.02 0.36"/>
+      <geom size="0.026 0.042 0.012" pos="0 0 0.054" material="dark"/>
+      <geom type="cylinder" size="0.022 0.05" pos="0 0 0.112" material="arm"/>
+      <geom class="seen" type="cylinder" size="0.034 0.03" pos="0 0 0.19" material="dark"/>
+      <geom class="seen" type="capsule" size="0.026" fromto="0 0 0.21 0 0.2 0.5" material="arm"/>
+      <body name="left" pos="0 0.026 0" gravcomp="1">
+        <joint name="left" class="finger" axis="0 1 0"/>
+        <geom size="0.01 0.005 0.027" pos="0 0.005 0.015" material="steel" mass="0.05"/>
+      </body>
+      <body name="right" pos="0 -0.026 0" gravcomp="1">
+        <joint name="right" class="finger" axis="0 -1 0"/>
+        <geom size="0.01 0.005 0.027" pos="0 -0.005 0.015" material="steel" mass="0.05"/>
+      </body>
+    </body>
+    <body name="drawers" childclass="drawer">
+      <geom size="0.005 0.08 0.085" pos="-0.105 0 0.085" material="shell"/>
+      <geom size="0.005 0.08 0.085" pos="0.105 0 0.085" material="shell"/>
+      <geom size="0.11 0.08 0.005" pos="0 0 0.175" material="shell"/>
+      <geom size="0.1 0.08 0.004" pos="0 0 0.088" material="shell"/>
+      <geom size="0.1 0.005 0.085" pos="0 0.075 0.085" material="shell"/>
+      {_drawer("top", TOP_HEIGHT, BAR)}
+      {_drawer("bottom", BOTTOM_HEIGHT)}
+    </body>
+    <body name="button" childclass="fixture">
+      <geom size="0.045 0.045 0.03" pos="0 0 0.03" material="base"/>
+      <body name="cap" pos="0 0 0.075" gravcomp="1">
+        <joint name="button" type="slide" axis="0 0 -1" range="0 {TRAVEL / 5}" stiffness="60" damping="6"/>
+        <geom type="cylinder" size="0.032 0.015" material="bottom" mass="0.05"/>
+      </body>
+    </body>
+    <body name="sign" pos="0 50 1" gravcomp="1">
+      <joint name="sign" type="slide" axis="1 0 0"/>
+      <geom class="seen" size="0.01 0.01 0.01" mass="1"/>
+    </body>
+    <body name="tray">
+      <joint name="tray" type="slide" axis="1 0 0" range="-0.34 0.34" damping="3" frictionloss="1"/>
+      <geom size="0.056 0.05 0.003" pos="0 0 0.005" material="tray"/>
+      <geom size="0.056 0.003 0.01" pos="0 -0.05 0.015" material="tray"/>
+      <geom size="0.056 0.003 0.01" pos="0 0.05 0.015" material="tray"/>
+      <geom size="0.003 0.05 0.01" pos="-0.056 0 0.015" material="tray"/>
+      <geom size="0.003 0.05 0.01" pos="0.056 0 0.015" material="tray"/>
+    </body>
+    <body name="object">
+      <joint name="object_x" type="slide" axis="1 0 0"/>
+      <joint name="object_y" type="slide" axis="0 1 0"/>
+      <joint name="object_z" type="slide" axis="0 0 1"/>
+      <joint name="object_turn" type="ball" damping="1e-5"/>
+      <geom size="0.018 0.018 0.018" material="object" mass="0.05" friction="1.5 0.02 0.001"/>
+    </body>
+  </worldbody>
+  <tendon>
+    <fixed name="grip"><joint joint="left" coef="-1"/><joint joint="right" coef="-1"/></fixed>
+    <fixed name="rack" limited="true" range="-1 0">
+      <joint joint="button" coef="5"/><joint joint="bottom" coef="-1"/>
+    </fixed>
+  </tendon>
+  <equality><joint joint1="left" joint2="right"/></equality>
+  <actuator>
+    <velocity joint="x" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <velocity joint="y" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <velocity joint="z" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <motor tendon="grip" gear="4" ctrlrange="-1 1"/>
+  </actuator>
+</mujoco>"""
+
+
+def _behaviours(task):
+    """What can be wanted in a scene."""
+    return [MOVE_HAND] + [OPEN_TOP] * int(task[TOP]) + [OPEN_BOTTOM] * int(task[BOTTOM] * task[BUTTON])
+
+
+def _ask_for(rng, task, behaviours):
+    """Writes one of these behaviours into a task, drawn at random."""
+    task[BEHAVIOUR] = rng.choice(behaviours)
+    task[TARGET] = rng.choice(HAND_PLACES) if task[BEHAVIOUR] == MOVE_HAND else 0
+    return task
+
+
+def _scenes(rng, n):
+    """What is there, then where, then what is wanted (appendix C.2)."""
+    tasks = np.zeros((n, 12))
+    for task in tasks:
+        task[TOP : OBJECT + 1] = rng.integers(2, size=5)
+        task[SIDE] = rng.choice((-1, 1)) * task[TOP : BUTTON + 1].any()
+        task[TRAY_PLACE], task[OBJECT_PLACE] = rng.integers(4, size=2) * task[[TRAY, OBJECT]]
+        _ask_for(rng, task, _behaviours(task))
+    return tasks
+
+
+def _furnish(model, task):
+    """Puts every part of the scene in its place, or away."""
+    mirror = np.array([task[SIDE], 1, 1])
+    model.body("drawers").pos = mirror * DRAWERS if task[TOP] or task[BOTTOM] else AWAY[0]
+    model.body("top").pos += AWAY[1] * (1 - task[TOP])
+    model.body("bottom").pos += AWAY[2] * (1 - task[BOTTOM])
+    model.tendon_limited[model.tendon("rack").id] = task[BOTTOM] * task[BUTTON]
+    model.body("button").pos = mirror * BUTTON_AT if task[BUTTON] else AWAY[3]
+    tray, thing = TRAY_PLACES[int(task[TRAY_PLACE])], OBJECT_PLACES[int(task[OBJECT_PLACE])]
+    model.body("tray").pos = tray if task[TRAY] else AWAY[4]
+    model.qpos0[8:10] = task[SIDE] * DRAWERS[0], tray[0] * task[TRAY]  # the sign is nothing but its number
+    model.body("object").pos = thing if task[OBJECT] else AWAY[5]
+    model.qpos0[10:13] = thing * task[OBJECT]
+    model.body_gravcomp[model.body("object").id] = 1 - task[OBJECT]
+    handle, cap = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]), mirror * (BUTTON_AT + [0, 0, 0.1])
+    model.body("goal").pos = (task[TARGET], handle, cap, thing)[int(task[BEHAVIOUR])]  # for pictures only
+
+
+def _observe_sawyer(state):
+    """The paper's 13 numbers, see above; no velocities."""
+    return state[:, :13].copy()
+
+
+def _above_tray(obs, height):
+    """(B, 3); the tray slides along x only."""
+    return obs[:, 9:10] * [1, 0, 0] + [0, TRAY_PLACES[0, 1], height]
+
+
+def _achieved(task, obs):
+    """(B,) whether each task's behaviour is achieved."""
+    hand, top, bottom, thing = obs[:, :3], obs[:, 5], obs[:, 6], obs[:, 10:13]
+    there = np.linalg.norm(hand - task[:, TARGET], axis=1) < NEAR
+    in_tray = (np.abs(thing - _above_tray(obs, 0.03)) < [0.045, 0.045, 0.03]).all(1)
+    carried = np.where(task[:, TRAY] > 0, in_tray, thing[:, 2] > 0.12)  # without a tray: lifted
+    return np.choose(task[:, BEHAVIOUR].astype(int), [there, top > OPEN, bottom > OPEN, carried])
+
+
+def _sawyer_reward(task, state, action, next_state, dt):
+    """0 where the behaviour is achieved, else -1."""
+    return np.where(_achieved(task, next_state), 0.0, -1.0)
+
+
+def _act_by_script(task, obs):
+    """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone.
+
+    The hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there.
+    """
+    hand, fingers, thing = obs[:, :3], obs[:, 3], obs[:, 10:13]
+    move, top, bottom, carry = (task[:, BEHAVIOUR] == i for i in range(4))
+    mirror = np.stack([task[:, SIDE], *np.ones((2, len(task)))], axis=1)
+    # where each behaviour has its work
+    handle = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]) - obs[:, 5:6] * [0, 1, 0]
+    cap = mirror * (BUTTON_AT + [0, 0, 0.04])  # deeper than it can be pressed
+    gap = np.abs(thing - hand)
+    held = carry & (gap.max(1) < 0.02) & (fingers < 0.0195)
+    over = np.where(task[:, [TRAY]] > 0, _above_tray(obs, 0.06), hand + [0, 0, 0.1])
+    place = np.select([x[:, None] for x in (move, top, bottom, held)], [task[:, TARGET], handle, cap, over], thing)
+    # what it does there
+    off = np.abs(place - hand)
+    pull = top & (off < [0.02, 0.024, 0.015]).all(1)
+    grasp = carry & ~held & (gap.max(1) < 0.012)
+    drop = held & (task[:, TRAY] > 0) & (off < 0.012).all(1)
+    done = _achieved(task, obs) & ~move
+    grip = (pull | bottom | grasp | held) & ~drop & ~done
+    # how it gets there: up, across, down
+    travel = (off[:, :2] > 0.01).any(1) & ~pull
+    low = hand[:, 2] < ABOVE - 0.02
+    goal = np.where((travel & low)[:, None], hand, place)
+    goal[:, 2] = np.where(travel, np.maximum(ABOVE, place[:, 2]), place[:, 2])
+    goal[:, 1] -= pull
+    goal = np.where((grasp | done)[:, None], hand, goal)
+    return np.clip(np.column_stack([(goal - hand) / STRIDE, np.where(grip, 1, -1)]), -1, 1)
+
+
+def _another_behaviour(rng, task):
+    """The same scene (P,), with a behaviour to perform that is drawn without regard to the wanted one."""
+    return _ask_for(rng, task.copy(), _behaviours(task) + [CARRY] * int(task[OBJECT]))
+
+
+# ---------------------------------------------------------------------------------------------- the table of families
 # What the families with one body have in common; noise on the initial state is gymnasium's.
 CHEETAH = {
     "obs_dim": 20, "act_dim": 6, "observe": _observe_cheetah, "velocity": (8,), "xml": "half_cheetah.xml",
@@ -309,6 +576,13 @@ HOPPER = {
 HUMANOID = {
     "obs_dim": 376, "act_dim": 17, "observe": _observe_humanoid, "terminated": _humanoid_fell, "velocity": (22, 23),
     "derived": _humanoid_quantities, "xml": "humanoid.xml", "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
+}  # fmt: skip
+SAWYER = {
+    "obs_dim": 13, "act_dim": 4, "observe": _observe_sawyer, "xml": SAWYER_XML, "frame_skip": 10, "modify": _furnish,
+    "reset_noise": lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # the hand's
+    "script": Script(
+        _act_by_script, _achieved, _another_behaviour, BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer")
+    ),
 }  # fmt: skip
 EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
 LONG_EPISODE = {"horizon": 1000, "data_horizon": 1000, "discount": 0.99}
@@ -359,6 +633,10 @@ FAMILIES: dict[str, Family] = {
         papers="Humanoid (SMAC)", **HUMANOID, **EPISODE,
         train=50, test=5, differs="reward", sample=_any_direction, reward=_humanoid_reward,
     ),
+    "sawyer": Family(
+        papers="Sawyer Manipulation (SMAC)", **SAWYER, horizon=50, data_horizon=75, discount=0.99,
+        train=50, test=10, differs="layout and reward", sample=_scenes, reward=_sawyer_reward,
+    ),
     # Single tasks, with gymnasium's own rewards, for MerPO's section 5.1; their one parameter means nothing.
     "halfcheetah": Family(
         papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": _observe_without_x}, **LONG_EPISODE,
@@ -390,15 +668,23 @@ def family(name: str) -> Family:
 def sample_tasks(name: str, n: int, seed: int) -> Array:
     """(n, P) float64 parameters of n tasks; the first n of a longer list with the same seed are the same tasks.
 
-    Families with a fixed list of tasks return its first n whatever the seed; ValueError if it is shorter.
+    Tasks of one list are all different. Families with a fixed list of tasks return its first n whatever the seed;
+    ValueError if it is shorter.
     """
     row = family(name)
     if row.only:
         if n > len(row.only):
             raise ValueError(f"{name} has {len(row.only)} tasks, asked for {n}")
         return np.array(row.only[:n]).reshape(n, len(row.only[0]))
-    rows = [row.sample(np.random.default_rng([seed, i, TASKS]), 1) for i in range(n)]
-    return np.concatenate(rows) if rows else row.sample(np.random.default_rng(), 0)
+    rows: dict[bytes, Array] = {}
+    for i in range(n):
+        rng = np.random.default_rng([seed, i, TASKS])
+        draws = (row.sample(rng, 1) for _ in range(1000))  # the first will do, but where tasks are discrete
+        task = next((task for task in draws if task.tobytes() not in rows), None)
+        if task is None:
+            raise ValueError(f"{name}: found {i} different tasks, asked for {n}")
+        rows[task.tobytes()] = task
+    return np.concatenate(list(rows.values())) if rows else row.sample(np.random.default_rng(), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- physics
@@ -413,7 +699,8 @@ class PointPhysics:
     def __init__(self, row: Family, tasks: Array, threads: int):
         self.row, self.tasks, self.drift = row, tasks, row.drift(tasks)
 
-    def initial(self, rng: np.random.Generator) -> Array:
+    def initial(self, i: int, rng: np.random.Generator) -> Array:
+        """The full state in which an episode of row i begins."""
         return np.zeros(3)
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
@@ -445,13 +732,20 @@ def _circle(centre, radius, colour):
     return Circle(centre, radius, color=colour, alpha=0.6, linewidth=0)
 
 
+def _compile(xml):
+    """A model from its text, or from a file of gymnasium's."""
+    if xml.lstrip().startswith("<"):
+        return mujoco.MjModel.from_xml_string(xml)
+    path = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets", xml)
+    return mujoco.MjModel.from_xml_path(path)
+
+
 class MujocoPhysics:
     """MuJoCo bodies, one compiled model per distinct task, stepped by a pool of `threads` threads."""
 
     def __init__(self, row: Family, tasks: Array, threads: int):
         self.row = row
-        path = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets", row.xml)
-        base = mujoco.MjModel.from_xml_path(path)
+        base = _compile(row.xml)
         if row.timestep is not None:
             base.opt.timestep = row.timestep
         self.dt = base.opt.timestep * row.frame_skip
@@ -478,9 +772,10 @@ class MujocoPhysics:
         self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
-    def initial(self, rng: np.random.Generator) -> Array:
+    def initial(self, i: int, rng: np.random.Generator) -> Array:
+        """The full state in which an episode of row i begins."""
         qpos, qvel = self.row.reset_noise(rng, self.base.nq, self.base.nv)
-        full = np.concatenate([[0.0], self.base.qpos0 + qpos, qvel])
+        full = np.concatenate([[0.0], self.models[i].qpos0 + qpos, qvel])
         return full if self.workers is None else self._derive(full[None], np.zeros((1, self.base.nu)))[0]
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
@@ -523,8 +818,7 @@ class MujocoPhysics:
         model, data = self.models[i], mujoco.MjData(self.models[i])
         mujoco.mj_setState(model, data, full[: self.size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         mujoco.mj_forward(model, data)
-        camera = "track" if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0 else -1
-        self.renderer.update_scene(data, camera)
+        self.renderer.update_scene(data, camera=0 if model.ncam else -1)
         return self.renderer.render()
 
     def close(self):
@@ -562,7 +856,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     ):
         self.name, self.family = name, family(name)
         if not rewards:
-            self.family = dataclasses.replace(self.family, reward=_no_reward, sparse_reward=None, optimum=None)
+            none = dict.fromkeys(("sparse_reward", "optimum", "script"))
+            self.family = dataclasses.replace(self.family, reward=_no_reward, **none)
         self.tasks = np.ascontiguousarray(tasks, np.float64)
         if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
@@ -586,7 +881,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self._seed = np.stack([np.full(self.num_envs, seed), np.arange(self.num_envs)], axis=1)
         self._episode = np.full(self.num_envs, -1)
         self._elapsed = np.zeros(self.num_envs, int)
-        self._full = np.stack([self.physics.initial(np.random.default_rng(0))] * self.num_envs)
+        self._full = np.stack([self.physics.initial(0, np.random.default_rng(0))] * self.num_envs)
         self._trail: list[Array] = []
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
@@ -609,7 +904,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self._episode[rows] += 1
         self._elapsed[rows] = 0
         for i in rows:
-            self._full[i] = self.physics.initial(np.random.default_rng([*self._seed[i], self._episode[i], EPISODES]))
+            rng = np.random.default_rng([*self._seed[i], self._episode[i], EPISODES])
+            self._full[i] = self.physics.initial(i, rng)
 
     def step(self, actions: Array):
         """Steps every sub-environment with `actions` (B, m).
@@ -731,7 +1027,7 @@ def main(argv: list[str] | None = None):
     import argparse
 
     parser = argparse.ArgumentParser(
-        description="Lists task families, or films some tasks of one under random actions."
+        description="Lists task families, or films some tasks of one under its script, or else under random actions."
     )
     parser.add_argument("--env", choices=list(FAMILIES), help="task family")
     parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
@@ -745,9 +1041,10 @@ def main(argv: list[str] | None = None):
     else:
         n = min(args.tasks, len(family(args.env).only) or args.tasks)
         vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
-        rng = np.random.default_rng(args.seed)
+        rng, row = np.random.default_rng(args.seed), family(args.env)
+        policy = lambda obs: rng.uniform(-1, 1, (n, row.act_dim))
         try:
-            film(vector, lambda obs: rng.uniform(-1, 1, (n, family(args.env).act_dim)), args.render)
+            film(vector, partial(row.script.act, vector.tasks) if row.script else policy, args.render)
         except OSError as error:
             parser.exit(2, f"envs.py: --render {args.render}: cannot write there ({error.strerror})\n")
         print(args.render)

@@ -57,7 +57,9 @@ TABLE = {
     "walker-params": {"data_size": 1200, "train_tasks": 50, "test_tasks": 5},
     "hopper-params": {"data_size": 1200},
     "humanoid-dir": {"data_size": 1200},
+    "sawyer": {"data_size": 3750, "context_data": 3750, "reward_scale": 1, "awac_lambda": 0.3, "pearl_weight": 0},
 }
+TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the script's data have no other quality
 # --small: what differs on a machine without a GPU.
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
@@ -67,6 +69,8 @@ SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updat
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
 SMALL["ant-dir"] = SMALL_MUJOCO | {"train_tasks": 40, "test_tasks": 10}  # ants take long to learn to walk
+SMALL["sawyer"] = SMALL_MUJOCO | {"quality": "mixed", "steps": 8_000, "online_steps": 40_000, "eval_every": 4_000}
+SMALL["sawyer"] |= {"discount": 0.95, "tau": 0.02, "kl_weight": 0.0005, "eval_episodes": 2}
 
 
 # What does not change the result of a run, or is in its path anyway.

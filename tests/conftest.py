@@ -34,3 +34,12 @@ def files(tmp_path_factory):
     for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
         data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
+
+
+@pytest.fixture(scope="session")
+def has_gl():
+    try:
+        envs.mujoco.Renderer(envs.mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
+    except Exception:
+        return False
+    return True

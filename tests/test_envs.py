@@ -18,7 +18,7 @@ NAMES = list(envs.FAMILIES)
 POINTS = ["sparse-point-robot", "point-robot-wind"]
 BODIES = [name for name in NAMES if name not in POINTS]
 MULTIPLIED = ["walker-params", "hopper-params"]
-DRAWN = ["cheetah-vel", "ant-dir", "walker-params", "hopper", "humanoid-dir"]  # one family for each body
+DRAWN = ["cheetah-vel", "ant-dir", "walker-params", "hopper", "humanoid-dir", "sawyer"]  # one family for each body
 FIXED = {  # families with a fixed list of tasks
     "cheetah-fwd-back": [[-1], [1]],
     "ant-fwd-back": [[0], [np.pi]],
@@ -31,6 +31,8 @@ GYMNASIUM = {
     **dict.fromkeys(["hopper-params", "hopper"], "Hopper-v4"),
     "humanoid-dir": "Humanoid-v4",
 }
+SCALE = {"humanoid-dir": 0.4, "sawyer": [0.5, 0.5, 0.5, 1]}  # of actions
+SUBSTEPS = {"walker-params": 4, "hopper-params": 4, "hopper": 4, "walker2d": 4, "sawyer": 10}  # others: 5
 NOISE = {"HalfCheetah-v4": 0.1, "Ant-v4": 0.1, "Walker2d-v4": 0.005, "Hopper-v4": 0.005, "Humanoid-v4": 0.01}
 FAMILY_TABLE = {  # observation, action, horizon, data horizon, training tasks, test tasks, parameters, what differs
     "sparse-point-robot": (2, 2, 20, 200, 80, 20, 2, "reward"),
@@ -42,6 +44,7 @@ FAMILY_TABLE = {  # observation, action, horizon, data horizon, training tasks, 
     "walker-params": (17, 6, 200, 200, 20, 5, 65, "dynamics"),
     "hopper-params": (11, 3, 200, 200, 50, 5, 41, "dynamics"),
     "humanoid-dir": (376, 17, 200, 200, 50, 5, 1, "reward"),
+    "sawyer": (13, 4, 50, 75, 50, 10, 12, "layout and reward"),
     "halfcheetah": (17, 6, 1000, 1000, 1, 1, 1, "nothing"),
     "hopper": (11, 3, 1000, 1000, 1, 1, 1, "nothing"),
     "walker2d": (17, 6, 1000, 1000, 1, 1, 1, "nothing"),
@@ -287,14 +290,14 @@ def test_a_step_is_a_loop_of_mj_steps_from_a_cold_start(name):
         for i, (model, data) in enumerate(zip(env.physics.models, datas, strict=True)):
             size = 1 + model.nq + model.nv
             mujoco.mj_setState(model, data, before[i, :size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-            data.qacc_warmstart[:], data.ctrl[:] = 0, action[i] * (0.4 if name == "humanoid-dir" else 1)
-            for _ in range(4 if name in [*MULTIPLIED, "hopper", "walker2d"] else 5):
+            data.qacc_warmstart[:], data.ctrl[:] = 0, action[i] * SCALE.get(name, 1)
+            for _ in range(SUBSTEPS.get(name, 5)):
                 mujoco.mj_step(model, data)
             if not ended[i]:
                 np.testing.assert_array_equal(env._full[i, :size], np.concatenate([[data.time], data.qpos, data.qvel]))
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", list(GYMNASIUM))
 def test_initial_states_of_bodies(name):
     env = envs.make(name, np.repeat(envs.sample_tasks(name, 1, 0), 500, axis=0), threads=1)
     env.reset()
@@ -323,7 +326,7 @@ def test_family_rows(name):
     obs, info = env.reset()
     result = env.step(np.zeros((3, row.act_dim)))
     np.testing.assert_array_equal(env.observe(), result[0])
-    if name in BODIES:
+    if name in GYMNASIUM:
         first, flat = 1 + env.physics.base.nq, 2 if GYMNASIUM[name] in ("Ant-v4", "Humanoid-v4") else 1
         np.testing.assert_array_equal(result[0][:, row.velocity], env._full[:, first : first + flat])
     for array in (obs, result[0]):
@@ -344,7 +347,7 @@ def test_tasks_come_from_the_seed_alone(name):
     np.testing.assert_array_equal(tasks[:3], envs.sample_tasks(name, 3, 5))
     assert envs.sample_tasks(name, 0, 5).shape == (0, tasks.shape[1])
     several = np.concatenate([envs.sample_tasks(name, 20, seed) for seed in range(5)])
-    assert len(np.unique(several, axis=0)) == 100
+    assert len(np.unique(several, axis=0)) == 100 or name == "sawyer"  # a finite number, different in one list only
 
 
 @pytest.mark.parametrize("name, tasks", FIXED.items())
@@ -633,15 +636,6 @@ def test_actions_are_clipped(name):
 
 
 # ---------------------------------------------------------------------------------------- one task, pictures, files
-@pytest.fixture(scope="session")
-def has_gl():
-    try:
-        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8).close()
-    except Exception:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("error", "ignore:.*space (minimum|maximum) value is -?infinity")
 def test_one_task_passes_gymnasiums_checks(name, has_gl):

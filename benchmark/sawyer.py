@@ -1,0 +1,77 @@
+"""The Sawyer tasks: what the script and random actions achieve in 200 of them, a picture of eight, a film of four.
+
+python benchmark/sawyer.py              # prints a table; writes results/sawyer-tasks.png and results/sawyer.gif
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import envs
+
+RESULTS = ROOT / "results"
+SCRIPT = envs.family("sawyer").script
+
+
+def play(tasks, policy, steps=50):
+    """Rewards (steps, n) of one episode in each task."""
+    env = envs.make("sawyer", tasks, seed=1)
+    obs, rewards = env.reset()[0], []
+    for _ in range(steps):
+        obs, reward, *_ = env.step(policy(obs))
+        rewards.append(reward)
+    env.close()
+    return np.stack(rewards)
+
+
+def table(n=200):
+    tasks, rng = envs.sample_tasks("sawyer", n, 1), np.random.default_rng(0)
+    script = play(tasks, partial(SCRIPT.act, tasks))
+    chance = play(tasks, lambda obs: rng.uniform(-1, 1, (n, 4)))
+    print("| wanted | tasks | script: achieved | return | random: achieved |\n|---|---|---|---|---|")
+    for k, name in enumerate(SCRIPT.names):
+        rows = tasks[:, SCRIPT.column] == k
+        shares = [(rewards[:, rows] == 0).any(0).mean() for rewards in (script, chance)]
+        total = script[:, rows].sum(0).mean()
+        print(f"| {name} | {rows.sum()} | {shares[0]:.1%} | {total:.1f} | {shares[1]:.1%} |")
+
+
+def choose(tasks, counts):
+    """So many of each behaviour, the first ones."""
+    return np.concatenate([tasks[tasks[:, SCRIPT.column] == k][:n] for k, n in enumerate(counts)])
+
+
+def picture(size=300):
+    tasks, (train, test) = envs.sample_tasks("sawyer", 60, 0), (50, 10)
+    shown = np.concatenate([choose(tasks[:train], (1, 2, 1)), choose(tasks[-test:], (2, 1, 1))])
+    env = envs.make("sawyer", shown, render_mode="rgb_array", render_size=size)
+    obs = env.reset()[0]
+    for _ in range(30):
+        obs = env.step(SCRIPT.act(shown, obs))[0]
+    figure = Figure(figsize=(4 * size / 100, 2 * (size / 100 + 0.28)), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    for i, (axes, image) in enumerate(zip(figure.subplots(2, 4).flat, env.render(), strict=True)):
+        axes.imshow(image)
+        kind = "training" if i < 4 else "test"
+        axes.set_title(f"{SCRIPT.names[int(shown[i, SCRIPT.column])]} ({kind})", fontsize=11)
+        axes.axis("off")
+    figure.savefig(RESULTS / "sawyer-tasks.png")
+    env.close()
+
+
+def main():
+    table()
+    picture()
+    tasks = choose(envs.sample_tasks("sawyer", 60, 0), (1, 2, 1))
+    env = envs.make("sawyer", tasks, render_mode="rgb_array")
+    envs.film(env, partial(SCRIPT.act, tasks), RESULTS / "sawyer.gif")
+    env.close()
+
+
+if __name__ == "__main__":
+    main()
