@@ -1186,13 +1186,14 @@ def prepare(
                     arrays = relabel(env, tasks, train_tasks, arrays, seed)
                 if "first_return" in arrays and "returns" not in arrays:
                     arrays["returns"] = arrays["first_return"].mean(1)
+                arrays |= {"tasks": tasks} | index
                 problem = _value_problem(_as_stored(arrays))
                 if problem:
                     raise DataError(f"{path}: not stored, {problem}")
                 versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
                 meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
                 meta |= {"behaviour": behaviour, "versions": versions, "device": str(device)}
-                save(path, arrays | {"tasks": tasks} | index, meta)
+                save(path, arrays, meta)
                 print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
