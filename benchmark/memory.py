@@ -35,7 +35,7 @@ def measure(name, steps, folder, dataset):
     save = module.save
     module.save = lambda *args: (save(*args), sizes.append(resident()))
     length = LENGTH[name].format(steps=steps, half=steps // 2, tenth=steps // 10)
-    flags = f"{FLAGS[module]} {TINY} {length} --eval-every {max(1, steps // 10)} --env {WIND} --data {dataset}"
+    flags = f"{FLAGS[module]} {TINY} {length} --eval-every {max(1, steps // 40)} --env {WIND} --data {dataset}"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     module.main([*flags.split(), "--run-dir", str(folder)])
     half = sizes[len(sizes) // 2 :]
