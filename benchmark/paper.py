@@ -149,7 +149,7 @@ SMAC = {
         BOTH,
     ),
 }
-ADAPTED = ["return_mean", "meta_return_mean", "lambda"]
+ADAPTED = ["return_mean", "meta_return_mean", "alpha"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
 MERPO = {
     "figure4": (  # with a random meta-policy
