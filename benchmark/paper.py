@@ -252,6 +252,14 @@ def length(script, args):
     )
 
 
+def build_data(parsed):
+    """The datasets of runs with these arguments, before the runs: they would wait for one another."""
+    wanted = {(p.env, q, *(getattr(p, f"{part}_tasks", None) for part in ("train", "test")))
+              for p in parsed for q in (p.quality, p.test_quality)}  # fmt: skip
+    for env, quality, train, test in sorted(wanted, key=str):
+        data.prepare(env, quality, train=train, test=test)
+
+
 def metrics(folder):
     path = folder / "metrics.csv"
     if not path.exists():  # diverged before the first evaluation
@@ -309,11 +317,7 @@ def main():
     args = arguments()
     module, figures = SCRIPTS[args.script]
     runs = plan(args)
-    parsed = [module.parse_args(run[4]) for run in runs]
-    wanted = {(p.env, q, *(getattr(p, f"{part}_tasks", None) for part in ("train", "test")))
-              for p in parsed for q in (p.quality, p.test_quality)}  # fmt: skip
-    for env, quality, train, test in sorted(wanted, key=str):
-        data.prepare(env, quality, train=train, test=test)  # datasets first: runs would wait for one another
+    build_data([module.parse_args(run[4]) for run in runs])
     folders = [folder_of(args.script, run[4]) for run in runs]
     once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -1,0 +1,134 @@
+"""The README's table and figure of results, from results/runs.csv and results/datasets.csv alone.
+
+python benchmark/report.py      # rewrites the part of README.md between its two marks, and results/report.png
+
+A return is normalised between the random and the expert data of its family (0 and 1). The interquartile mean of a
+script's runs, over families and seeds, comes with a 95% bootstrap interval: runs are drawn anew within each family.
+"""
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- report: made by benchmark/report.py -->", "<!-- report: end -->"
+PROTOCOLS = ("offline", "online")
+# returns that the papers print, FOCAL++'s Table 1 (the cheetahs and the ant with sparse contexts); others show curves
+PAPER = {
+    "focal": {"sparse-point-robot": 11.84, "point-robot-wind": -5.61, "cheetah-fwd-back": 1351, "ant-fwd-back": 430,
+              "cheetah-vel": -183, "walker-params": 303},
+    "focal_pp": {"sparse-point-robot": 12.96, "point-robot-wind": -5.39, "cheetah-fwd-back": 1471, "ant-fwd-back": 720,
+                 "cheetah-vel": -137, "walker-params": 391},
+}  # fmt: skip
+
+
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def digits(values):
+    """How returns of a family are written: with two decimals if all are small."""
+    return ".2f" if max(map(abs, values)) < 30 else ".0f"
+
+
+def grouped(runs):
+    """{(script, env, protocol): rows} of the runs that have this protocol."""
+    groups = defaultdict(list)
+    for row in runs:
+        for protocol in PROTOCOLS:
+            if row[f"{protocol}_last"]:
+                groups[row["script"], row["env"], protocol].append(row)
+    return groups
+
+
+def table(groups, scale):
+    """Markdown: a line for each script, family and protocol."""
+    lines = ["| script | family | contexts | last | best | its data | random | expert | paper | seeds | minutes |"]
+    lines.append("|---" * 11 + "|")
+    for (script, env, protocol), rows in groups.items():
+        last, best = (np.array([float(row[f"{protocol}_{key}"]) for row in rows]) for key in ("last", "best"))
+        ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
+        form = digits([*last, *(x for x in ends if x is not None)])
+        spread = f" ({last.std():.2g})" if len(rows) > 1 else ""
+        minutes = np.mean([float(row["minutes"]) for row in rows])
+        cells = [f"`{script}.py`", f"`{env}`", protocol, f"{last.mean():{form}}{spread}"]
+        cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
+        cells += [str(PAPER.get(script, {}).get(env, "")), str(len(rows)), f"{minutes:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def normalised(groups, scale, script, protocol):
+    """[runs of a family (seeds,)] between random (0) and expert (1), of the families whose ends are known."""
+    return {
+        env: (np.array([float(row[f"{protocol}_last"]) for row in rows]) - scale[env][0])
+        / (scale[env][1] - scale[env][0])
+        for (name, env, kind), rows in groups.items()
+        if (name, kind) == (script, protocol) and None not in scale.get(env, (None,))
+    }
+
+
+def interquartile_mean(values):
+    """Mean of what is left without the lowest and the highest quarter, along the last axis."""
+    values, cut = np.sort(values, axis=-1), values.shape[-1] // 4
+    return values[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def interval(families, draws=2000):
+    """Interquartile mean of all runs, and its 95% interval over bootstraps within families."""
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(runs, (draws, len(runs))) for runs in families.values()]
+    low, high = np.quantile(interquartile_mean(np.concatenate(drawn, axis=1)), (0.025, 0.975))
+    return interquartile_mean(np.concatenate(list(families.values()))), low, high
+
+
+def draw(scores, path):
+    figure = Figure(figsize=(7, 0.5 * len(scores) + 1.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="return between random (0) and expert (1) behaviour")
+    names = list(dict.fromkeys(env for families, *_ in scores.values() for env in families))
+    for y, (families, mean, low, high) in enumerate(scores.values()):
+        axes.plot([low, high], [y, y], color="black", linewidth=5, alpha=0.3, solid_capstyle="butt")
+        axes.plot(mean, y, "|", color="black", markersize=16, markeredgewidth=2)
+        for env, runs in families.items():
+            colour, seen = f"C{names.index(env)}", axes.get_legend_handles_labels()[1]
+            label = None if env in seen else env
+            axes.plot(runs, np.full(len(runs), y + 0.22), ".", color=colour, label=label)
+    axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(scores)), [f"{script}.py, {protocol} contexts" for script, protocol in scores])
+    axes.invert_yaxis()
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title("Interquartile mean over families and seeds, 95% interval", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def report(runs, datasets):
+    """The README's part between the marks, and the scores {(script, protocol): (families, mean, low, high)}."""
+    ends = {row["env"]: [float(row[key]) if row[key] else None for key in ("random", "expert")] for row in datasets}
+    groups = grouped(runs)
+    scores = {}
+    for script, protocol in dict.fromkeys((script, protocol) for script, _, protocol in groups):
+        families = normalised(groups, ends, script, protocol)
+        if families:
+            scores[script, protocol] = (families, *interval(families))
+    lines = ["| script | contexts | interquartile mean | 95% interval | families |", "|---|---|---|---|---|"]
+    for (script, protocol), (families, mean, low, high) in scores.items():
+        lines.append(f"| `{script}.py` | {protocol} | {mean:.2f} | {low:.2f} to {high:.2f} | {len(families)} |")
+    return table(groups, ends) + "\n\n" + "\n".join(lines), scores
+
+
+def main(root=ROOT):
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    text, scores = report(read(root / "results" / "runs.csv"), read(root / "results" / "datasets.csv"))
+    before, rest = (root / "README.md").read_text().split(BEGIN)
+    (root / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    draw(scores, root / "results" / "report.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

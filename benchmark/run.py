@@ -1,0 +1,100 @@
+"""Every script on every family it has, with several seeds: results/runs.csv, from which report.py makes the tables.
+
+python benchmark/run.py                                        # everything, side by side on the cores, CPU sizes
+python benchmark/run.py --scripts focal smac --envs cheetah-vel --seeds 5
+python benchmark/run.py --collect                              # runs nothing: the table of what is there
+sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
+
+A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. Each
+row of the table is one run: its last and its best evaluation on the test tasks, with contexts from the data (offline)
+and, of SMAC, with contexts that the agent collected itself (online).
+"""
+
+import argparse
+import csv
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import paper
+from paper import ROOT, SCRIPTS, envs
+
+COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
+COLUMNS += ["data_return", "optimum", "minutes"]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--envs", nargs="+", choices=list(envs.FAMILIES), default=list(envs.FAMILIES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
+    parser.add_argument("--full", action="store_true", help="the papers' sizes")
+    parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
+    parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
+    parser.add_argument("--collect", action="store_true", help="only write results/runs.csv")
+    args = parser.parse_args()
+    if args.task is not None and not 0 <= args.task < len(plan(args)):
+        parser.error(f"--task {args.task}: expected 0 to {len(plan(args)) - 1}")
+    return args
+
+
+def plan(args):
+    """[(script, command line)] of every run: the families of each script's table that have several tasks."""
+    size = [] if args.full else ["--small"]
+    return [
+        (script, ["--env", env, "--seed", str(seed), "--threads", "1", *size])
+        for script in args.scripts
+        for env in SCRIPTS[script][0].TABLE
+        if env in args.envs and envs.family(env).differs != "nothing"
+        for seed in range(args.seeds)
+    ]
+
+
+def describe(script, words):
+    """The table's row of a run that is done, or None."""
+    args = SCRIPTS[script][0].parse_args(words)
+    folder = args.run_dir / script / args.env / args.variant / f"seed{args.seed}"
+    if not (folder / "final.json").exists():
+        return None
+    final, rows = json.loads((folder / "final.json").read_text()), paper.metrics(folder)
+    if final["step"] != paper.length(script, args):
+        return None
+    row = {"script": script, "env": args.env, "seed": args.seed, "steps": final["step"]}
+    names = (
+        {"online": "return_mean", "offline": "offline_return_mean"} if script == "smac" else {"offline": "return_mean"}
+    )
+    for protocol, name in names.items():
+        returns = [x[name] for x in rows if x[name] == x[name]]
+        row |= {f"{protocol}_last": round(returns[-1], 4), f"{protocol}_best": round(max(returns), 4)}
+    row |= {"data_return": final["behaviour_return"], "optimum": final["optimal_return"]}
+    return row | {"minutes": round(final["wall_clock_seconds"] / 60, 1)}
+
+
+def collect(runs, path):
+    rows = [row for row in (describe(*run) for run in runs) if row]
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    print(f"{path}: {len(rows)} of {len(runs)} runs")
+
+
+def main():
+    args = arguments()
+    runs = plan(args)
+    if args.list:
+        for i, (script, words) in enumerate(runs):
+            print(i, f"python {script}.py", *words)
+        return
+    if not args.collect:
+        chosen = runs if args.task is None else [runs[args.task]]
+        paper.build_data([SCRIPTS[script][0].parse_args(words) for script, words in chosen])
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: paper.execute(*run), chosen))
+    if args.task is None:
+        collect(runs, ROOT / "results" / f"runs{'-full' if args.full else ''}.csv")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The work list, and the README's results: they are what report.py makes of the committed tables."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import focal
+
+ROOT = Path(focal.__file__).resolve().parent
+
+
+def script(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmark" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(monkeypatch):
+    return script("report", monkeypatch)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    return script("run", monkeypatch)
+
+
+def arguments(run, monkeypatch, words=""):
+    monkeypatch.setattr(sys, "argv", ["run.py", *words.split()])
+    return run.arguments()
+
+
+def test_every_run_of_the_work_list_is_one_that_its_script_accepts(run, monkeypatch):
+    runs = run.plan(arguments(run, monkeypatch))
+    parsed = [run.SCRIPTS[name][0].parse_args(words) for name, words in runs]
+    assert len({(name, args.env, args.seed) for (name, _), args in zip(runs, parsed, strict=True)}) == len(runs)
+    assert all(args.small and args.threads == 1 for args in parsed)
+    last = int(re.search(r"--array=0-(\d+)", run.__doc__).group(1))
+    assert last == len(runs) - 1
+    one = run.plan(arguments(run, monkeypatch, "--scripts smac --envs ant-dir --seeds 2 --full"))
+    assert [words for _, words in one] == [
+        ["--env", "ant-dir", "--seed", str(seed), "--threads", "1"] for seed in range(2)
+    ]
+
+
+def test_a_run_that_is_not_in_the_list_is_refused(run, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        arguments(run, monkeypatch, "--scripts smac --envs ant-dir --task 3")
+    assert "--task 3: expected 0 to 2" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
+    words = ["--env", "point-robot-wind", "--small", "--run-dir", str(tmp_path)]
+    assert run.describe("focal", words) is None
+    args = focal.parse_args(words)
+    folder = focal.prepare_run(args)
+    (folder / "metrics.csv").write_text(f"step,return_mean\n1,-7\n2,-5\n{args.steps},-6\n")
+    final = '{"step": %d, "behaviour_return": -8, "optimal_return": -4, "wall_clock_seconds": 90}'
+    (folder / "final.json").write_text(final % (args.steps - 1))
+    assert run.describe("focal", words) is None
+    (folder / "final.json").write_text(final % args.steps)
+    row = run.describe("focal", words)
+    assert (row["offline_last"], row["offline_best"], row["data_return"], row["minutes"]) == (-6, -5, -8, 1.5)
+    assert "online_last" not in row
+
+
+def test_interquartile_mean_and_its_interval(report):
+    assert report.interquartile_mean(np.array([9.0, 1, 2, 3, 4, 5, 6, -50])) == pytest.approx(3.5)
+    assert report.interquartile_mean(np.array([3.0])) == 3
+    families = {"a": np.array([0.0, 1.0, 0.5]), "b": np.array([0.9, 0.2, 0.4])}
+    mean, low, high = report.interval(families)
+    assert mean == pytest.approx(np.sort([0, 1, 0.5, 0.9, 0.2, 0.4])[1:5].mean())
+    assert 0.1 < low < mean < high < 1
+    same = report.interval({"a": np.full(3, 0.7)})
+    assert same == pytest.approx((0.7,) * 3)
+
+
+def test_scores_are_between_random_and_expert_of_their_own_family(report):
+    row = {"script": "smac", "data_return": "1", "minutes": "2", "online_last": "", "online_best": ""}
+    runs = [row | {"env": "a", "offline_last": "15", "offline_best": "16"},
+            row | {"env": "b", "offline_last": "-3", "offline_best": "-2"},
+            row | {"env": "c", "offline_last": "5", "offline_best": "5"}]  # fmt: skip
+    datasets = [{"env": "a", "random": "10", "expert": "20"}, {"env": "b", "random": "-4", "expert": "-2"},
+                {"env": "c", "random": "", "expert": ""}]  # fmt: skip
+    text, scores = report.report(runs, datasets)
+    families, mean, low, high = scores["smac", "offline"]
+    assert {env: list(values) for env, values in families.items()} == {"a": [0.5], "b": [0.5]}
+    assert mean == low == high == 0.5 and list(scores) == [("smac", "offline")]
+    assert "| `smac.py` | `a` | offline | 15.00 | 16.00 | 1.00 | 10.00 | 20.00 |  | 1 | 2 |" in text
+
+
+def test_the_readme_shows_what_the_committed_tables_say(report):
+    text, _ = report.report(report.read(ROOT / "results" / "runs.csv"), report.read(ROOT / "results" / "datasets.csv"))
+    shown = (ROOT / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+    assert shown.strip() == text
+
+
+def test_the_figure_is_drawn(report, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    for name in ("runs", "datasets"):
+        (tmp_path / "results" / f"{name}.csv").write_text((ROOT / "results" / f"{name}.csv").read_text())
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.main(tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert (tmp_path / "results" / "report.png").stat().st_size > 5_000
