@@ -1,7 +1,7 @@
 """Whether memory grows in long runs: the resident size of each script over many small gradient steps.
 
 python benchmark/memory.py                          # 20,000 steps of each, the size at every evaluation
-python benchmark/memory.py smac --steps 4000
+python benchmark/memory.py smac --steps 4000 --no-pictures
 """
 
 import argparse
@@ -49,7 +49,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help="scripts; default: all")
     parser.add_argument("--steps", type=int, default=20_000, help="gradient steps (MerPO: iterations)")
+    parser.add_argument("--no-pictures", action="store_true", help="without matplotlib, which grows over many pictures")
     args = parser.parse_args()
+    for module in (NAMES[name] for name in LENGTH if args.no_pictures):
+        for name in (name for name in vars(module) if name.startswith("plot_")):
+            setattr(module, name, lambda *_: None)
     torch.set_num_threads(1)
     flat = True
     with tempfile.TemporaryDirectory() as root:
