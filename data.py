@@ -1172,32 +1172,48 @@ def prepare(
     index = {"train_tasks": train_tasks, "test_tasks": train_tasks if row.only else np.arange(train, train + test)}
     try:
         with locked(folder):
-            if not path.exists():
-                if behaviour == "scripted":
-                    print(f"building {path}: the script in every task", flush=True)
-                    arrays = perform(env, tasks, settings.trajectories, seed)
-                else:
-                    usual = len(row.only) or row.train + row.test
-                    _announce(path, settings, folder, device, workers, len(tasks), usual)
-                    agents = build_behaviour(env, tasks, seed, settings, folder, device, workers)
-                    source = "mixed" if quality == "relabelled" else quality
-                    arrays = roll_out(env, tasks, source, agents, settings, seed)
-                if quality == "relabelled":
-                    arrays = relabel(env, tasks, train_tasks, arrays, seed)
-                if "first_return" in arrays and "returns" not in arrays:
-                    arrays["returns"] = arrays["first_return"].mean(1)
-                arrays |= {"tasks": tasks} | index
-                problem = _value_problem(_as_stored(arrays))
-                if problem:
-                    raise DataError(f"{path}: not stored, {problem}")
-                versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
-                meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
-                meta |= {"behaviour": behaviour, "versions": versions, "device": str(device)}
-                save(path, arrays, meta)
-                print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
+            if path.exists():
+                return path  # another process built it meanwhile
+            if behaviour == "scripted":
+                print(f"building {path}: the script in every task", flush=True)
+                arrays = perform(env, tasks, settings.trajectories, seed)
+            else:
+                arrays = _train_and_roll_out(env, tasks, train_tasks, path, settings, seed, device, workers)
+            meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
+            _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
     return path
+
+
+def _train_and_roll_out(
+    env: str,
+    tasks: np.ndarray,
+    train_tasks: np.ndarray,
+    path: Path,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    workers: int | None,
+) -> dict[str, np.ndarray]:
+    """The arrays of the dataset at `path`, whose quality is its name: stage 1, or what is there of it, and stage 2."""
+    row, quality = envs.family(env), path.stem
+    _announce(path, settings, path.parent, device, workers, len(tasks), len(row.only) or row.train + row.test)
+    agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
+    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+    return relabel(env, tasks, train_tasks, arrays, seed) if quality == "relabelled" else arrays
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """Saves a dataset with its tasks' returns, unless something in it is not finite or not in its range."""
+    if "first_return" in arrays and "returns" not in arrays:
+        arrays["returns"] = arrays["first_return"].mean(1)
+    problem = _value_problem(_as_stored(arrays))
+    if problem:
+        raise DataError(f"{path}: not stored, {problem}")
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
+    save(path, arrays, meta | {"versions": versions})
+    print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
 def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts: bool) -> str | None:
