@@ -1426,7 +1426,9 @@ def _fail(message: Any, code: int = 2):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description="Builds (or finds) offline datasets and describes them.")
+    numbers = [field for field in dataclasses.fields(Settings) if field.name not in ("core_minutes", "shard")]
+    epilog = f"How SAC learns and is rolled out (see Settings): {', '.join(flag(n.name) for n in numbers)}"
+    parser = _Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
     parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
     parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of everything drawn")
@@ -1439,10 +1441,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
     parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
     parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")
-    for field in dataclasses.fields(Settings):
-        if field.name not in ("core_minutes", "shard"):
-            kind = float if isinstance(field.default, float) else int
-            parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
+    for field in numbers:
+        kind = float if isinstance(field.default, float) else int
+        parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,9 @@
 """Tiny datasets that the tests of the scripts share."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes as cores run tests side by side
+
 import numpy as np
 import pytest
 
