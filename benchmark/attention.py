@@ -25,24 +25,26 @@ SPARSITY = np.linspace(0, 0.95, 20)
 CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
 
 
-def load_run(folder):
-    """The run's settings, its trained encoder, and packed rows of its training tasks."""
+def load_run(folder, module=focal_pp):
+    """The settings, the tasks' data and environments, and the trained agent of a run of focal.py or focal_pp.py."""
+    program = Path(sys.argv[0]).name
     try:
         saved = json.loads((folder / "args.json").read_text())
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except OSError as error:
-        raise SystemExit(f"attention.py: {error.filename}: {error.strerror}; expected the folder of a run") from None
+        raise SystemExit(
+            f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}; expected a run's folder"
+        ) from None
     args = argparse.Namespace(
         **saved | {"data_dir": Path(saved["data_dir"]), "data": saved["data"] and Path(saved["data"])}
     )
-    world = focal_pp.World(args, torch.device("cpu"))
-    agent = focal_pp.Agent(args, *world.split[:2], len(world.train_rows))
-    agent.load_state_dict(checkpoint["agent"])
-    if not hasattr(agent.encoder.blocks[-1], "gate"):
-        raise SystemExit(
-            f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
-        )
-    return args, world, agent.encoder
+    world = module.World(args, torch.device("cpu"))
+    agent = module.Agent(args, *world.split[:2], len(world.train_rows))
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError:
+        raise SystemExit(f"{program}: {folder}: the checkpoint of another version of the script") from None
+    return args, world, agent
 
 
 def area_under_curve(negative, positive):
@@ -106,7 +108,12 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run on relabelled data")
     rows = []
     for folder in parser.parse_args().runs:
-        args, world, encoder = load_run(folder)
+        args, world, agent = load_run(folder)
+        encoder = agent.encoder
+        if not hasattr(encoder.blocks[-1], "gate"):
+            raise SystemExit(
+                f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
+            )
         reward = world.train_rows.split(world.split, -1)[2][..., 0]  # (n, N), what contexts hold
         informative, silent = reward != 0, (reward == 0).all(0)
         zero, nonzero = weights_of(args, world, encoder, informative, silent)

@@ -47,6 +47,7 @@ FOCAL = {
             "Batch PEARL, regularised": f"{PEARL} --alpha 20 --value-penalty",
             "Batch PEARL": f"{PEARL} --alpha 0",
             "Contextual BCQ": "--policy bcq --encoder-loss bellman",
+            "z is noise": "--encoder probabilistic --kl-weight 1000",  # not in the paper: what is there without z?
         },
         ["return_mean", "train_esr", "q_mean"],
     ),
@@ -289,10 +290,17 @@ def summarise(script, runs, folders):
 
 def draw(script, figure, env, runs, folders, suffix):
     _, _, variants, columns = SCRIPTS[script][1][figure]
+    groups = {name: [folder for run, folder in zip(runs, folders, strict=True) if run[2] == name] for name in variants}
+    path = ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png"
+    draw_curves(path, f"{script}, {figure} on {env}", groups, columns)
+
+
+def draw_curves(path, title, groups, columns):
+    """A panel for each column of metrics.csv, in it a curve for each {label: folders of its seeds}."""
     picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
-    for colour, variant in enumerate(variants):
-        histories = [metrics(folder) for run, folder in zip(runs, folders, strict=True) if run[2] == variant]
+    for colour, (label, folders) in enumerate(groups.items()):
+        histories = [metrics(folder) for folder in folders]
         length = min(len(history) for history in histories)
         if not length:
             continue
@@ -301,16 +309,16 @@ def draw(script, figure, env, runs, folders, suffix):
             values = np.array([[row.get(column, np.nan) for row in history[:length]] for history in histories])
             mean, std = values.mean(0), values.std(0)
             axes.fill_between(step, mean - std, mean + std, color=f"C{colour}", alpha=0.15, linewidth=0)
-            axes.plot(step, mean, color=f"C{colour}", label=variant)
+            axes.plot(step, mean, color=f"C{colour}", label=label)
     for axes, column in zip(panels, columns, strict=True):
         axes.set(xlabel="gradient steps", title=LABELS.get(column, column.replace("_", " ")))
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
     handles = panels[0].get_legend_handles_labels()
-    picture.legend(*handles, loc="outside lower center", ncols=min(4, len(variants)), fontsize="small")
-    picture.suptitle(f"{script}, {figure} on {env}", fontsize="medium")
-    picture.savefig(ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png", dpi=110)
+    picture.legend(*handles, loc="outside lower center", ncols=min(4, len(groups)), fontsize="small")
+    picture.suptitle(title, fontsize="medium")
+    picture.savefig(path, dpi=110)
 
 
 def main():
