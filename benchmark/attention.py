@@ -32,9 +32,7 @@ def load_run(folder, module=focal_pp):
         saved = json.loads((folder / "args.json").read_text())
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except OSError as error:
-        raise SystemExit(
-            f"{Path(sys.argv[0]).name}: {error.filename}: {error.strerror}; expected a run's folder"
-        ) from None
+        raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
     args = argparse.Namespace(
         **saved | {"data_dir": Path(saved["data_dir"]), "data": saved["data"] and Path(saved["data"])}
     )

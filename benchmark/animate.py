@@ -1,0 +1,61 @@
+"""Films one trained agent in unseen tasks side by side: each film starts with one context of the task's data.
+
+python benchmark/animate.py runs/focal/walker-params/small/seed0       # results/focal-walker-params.gif
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import attention
+
+import envs
+import focal
+import focal_pp
+
+SCRIPTS = {"focal": focal, "focal_pp": focal_pp}
+
+
+@torch.no_grad()
+def film(run, path, count, size):
+    """`count` of the run's test tasks, each with an embedding of `context_size` transitions of its data."""
+    module = SCRIPTS[run.parts[-4]]
+    args, world, agent = attention.load_run(run, module)
+    tasks = world.env.tasks[:: args.eval_episodes][len(world.train_rows) :]
+    shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
+    generator = torch.Generator().manual_seed(args.seed)
+    index = torch.randint(world.test_rows.shape[1], (args.context_size,), generator=generator)
+    context = module.context_of(world.test_rows[shown][:, index], world.split, args)
+    z = agent.encoder(context, generator)[0]
+
+    def policy(obs):
+        s = (torch.as_tensor(obs, dtype=torch.float32) - world.mean) / world.std
+        return agent.act(s, z, generator).numpy()
+
+    vector = envs.make(args.env, tasks[shown], seed=args.seed, render_mode="rgb_array", render_size=size)
+    envs.film(vector, policy, path)
+    vector.close()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of focal.py or focal_pp.py")
+    parser.add_argument("--tasks", type=int, default=5, help="how many test tasks")
+    parser.add_argument("--size", type=int, default=160, help="of a picture, in pixels")
+    parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
+    args = parser.parse_args(argv)
+    run = args.run.resolve()
+    if len(run.parts) < 4 or run.parts[-4] not in SCRIPTS:
+        raise SystemExit(f"animate.py: {args.run}: expected <run-dir>/focal/<env>/<variant>/seed<k>, or focal_pp's")
+    path = args.out or ROOT / "results" / f"{run.parts[-4]}-{run.parts[-3]}.gif"
+    film(run, path, args.tasks, args.size)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

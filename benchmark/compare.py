@@ -1,0 +1,53 @@
+"""Draws runs of yours over each other: one curve for each folder of seeds, its band the standard deviation over them.
+
+python benchmark/compare.py runs/focal/sparse-point-robot/small runs/focal/sparse-point-robot/small,dml=linear
+python benchmark/compare.py runs/smac/*/small --columns return_mean offline_return_mean --out smac.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+import paper
+
+
+def seeds(folder):
+    """The runs in a folder that holds seed0, seed1, ..."""
+    runs = sorted(path.parent for path in folder.glob("seed*/metrics.csv"))
+    if not runs:
+        raise SystemExit(f"compare.py: {folder}: no seed*/metrics.csv there; expected the folder of a variant's seeds")
+    return runs
+
+
+def labels(folders):
+    """What tells folders apart: the parts of their paths that are not the same in all."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = min(map(len, parts))
+    different = [i for i in range(-depth, 0) if len({p[i] for p in parts}) > 1] or [-1]
+    return ["/".join(p[i] for i in different) for p in parts]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="<run-dir>/<script>/<env>/<variant>")
+    parser.add_argument("--columns", nargs="+", default=["return_mean"], help="of metrics.csv, a panel each")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture")
+    args = parser.parse_args(argv)
+    groups = {label: seeds(folder) for label, folder in zip(labels(args.folders), args.folders, strict=True)}
+    for folder in (run for runs in groups.values() for run in runs):
+        found = paper.metrics(folder)[:1]
+        for column in args.columns:
+            if found and column not in found[0]:
+                raise SystemExit(f"compare.py: {folder}: no column {column}; expected one of {', '.join(found[0])}")
+    paper.draw_curves(args.out, "", groups, args.columns)
+    for label, runs in groups.items():
+        for column in args.columns:
+            last = [paper.np.mean([row[column] for row in paper.metrics(run)[-3:]]) for run in runs]
+            print(f"{label:<40} {column} {paper.np.mean(last):.4g} ({paper.np.std(last):.2g}), {len(last)} seeds")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
