@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import envs
@@ -50,6 +51,20 @@ def test_commands_parse(command):
             assert (ROOT / words[1]).exists()
         elif words[:2] == ["pip", "install"] and "-r" in words:
             assert (ROOT / words[words.index("-r") + 1]).exists()
+
+
+def test_the_ablation_is_one_more_line_and_two_commands(monkeypatch):
+    (line,) = re.findall(r"```python\n( +\"inverse-fourth\".*)\n```", README)
+    (block,) = re.findall(r"```\n(python focal.*?)```", README, re.S)
+    run, picture = (shlex.split(command) for command in block.replace("\\\n", " ").splitlines())
+    with pytest.raises(SystemExit):
+        focal.parse_args(run[2:])
+    monkeypatch.setattr(focal, "LAWS", focal.LAWS | eval("{" + line.strip() + "}"))
+    args = focal.parse_args(run[2:])
+    assert f"runs/focal/{args.env}/{args.variant}" == picture[3]
+    d2 = torch.tensor([0.1, 0.25, 1.0])
+    cost, square = (focal.LAWS[law](d2, 0.1) for law in ("inverse-fourth", "inverse-square"))
+    assert (cost.diff() < 0).all() and abs(cost[1] / square[1] - 1) < 0.1  # alike near |d| = 0.5, as the others
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
