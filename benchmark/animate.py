@@ -12,20 +12,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-import attention
+from attention import load_run
 
 import envs
-import focal
-import focal_pp
-
-SCRIPTS = {"focal": focal, "focal_pp": focal_pp}
 
 
 @torch.no_grad()
 def film(run, path, count, size):
     """`count` of the run's test tasks, each with an embedding of `context_size` transitions of its data."""
-    module = SCRIPTS[run.parts[-4]]
-    args, world, agent = attention.load_run(run, module)
+    module, args, world, agent = load_run(run)
     tasks = world.env.tasks[:: args.eval_episodes][len(world.train_rows) :]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
     generator = torch.Generator().manual_seed(args.seed)
@@ -50,9 +45,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
     args = parser.parse_args(argv)
     run = args.run.resolve()
-    if len(run.parts) < 4 or run.parts[-4] not in SCRIPTS:
-        raise SystemExit(f"animate.py: {args.run}: expected <run-dir>/focal/<env>/<variant>/seed<k>, or focal_pp's")
-    path = args.out or ROOT / "results" / f"{run.parts[-4]}-{run.parts[-3]}.gif"
+    path = args.out or ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.gif"
     film(run, path, args.tasks, args.size)
     print(path)
 

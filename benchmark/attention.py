@@ -19,30 +19,34 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import focal
 import focal_pp
 
+SCRIPTS = {"focal": focal, "focal_pp": focal_pp}
 SPARSITY = np.linspace(0, 0.95, 20)
 CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
 
 
-def load_run(folder, module=focal_pp):
-    """The settings, the tasks' data and environments, and the trained agent of a run of focal.py or focal_pp.py."""
-    program = Path(sys.argv[0]).name
+def load_run(folder):
+    """The module, settings, tasks' data and environments, and trained agent of a run of focal.py or focal_pp.py."""
+    program, parts = Path(sys.argv[0]).name, folder.resolve().parts
+    if len(parts) < 4 or parts[-4] not in SCRIPTS:
+        raise SystemExit(f"{program}: {folder}: expected <run-dir>/focal/<env>/<variant>/seed<k>, or focal_pp's")
+    module = SCRIPTS[parts[-4]]
     try:
         saved = json.loads((folder / "args.json").read_text())
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     except OSError as error:
         raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
-    args = argparse.Namespace(
-        **saved | {"data_dir": Path(saved["data_dir"]), "data": saved["data"] and Path(saved["data"])}
-    )
-    world = module.World(args, torch.device("cpu"))
-    agent = module.Agent(args, *world.split[:2], len(world.train_rows))
+    paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
+    args = argparse.Namespace(**saved | paths)
     try:
+        world = module.World(args, torch.device("cpu"))
+        agent = module.Agent(args, *world.split[:2], len(world.train_rows))
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
-        raise SystemExit(f"{program}: {folder}: the checkpoint of another version of the script") from None
-    return args, world, agent
+    except (AttributeError, KeyError, RuntimeError):
+        raise SystemExit(f"{program}: {folder}: a run of another version of the script; run it again") from None
+    return module, args, world, agent
 
 
 def area_under_curve(negative, positive):
@@ -106,9 +110,9 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run on relabelled data")
     rows = []
     for folder in parser.parse_args().runs:
-        args, world, agent = load_run(folder)
+        _, args, world, agent = load_run(folder)
         encoder = agent.encoder
-        if not hasattr(encoder.blocks[-1], "gate"):
+        if not hasattr(getattr(encoder, "blocks", [None])[-1], "gate"):
             raise SystemExit(
                 f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
             )

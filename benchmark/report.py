@@ -51,7 +51,7 @@ def table(groups, scale):
     lines = ["| script | family | contexts | last | best | its data | random | expert | paper | seeds | minutes |"]
     lines.append("|---" * 11 + "|")
     for (script, env, protocol), rows in groups.items():
-        last, best = (np.array([float(row[f"{protocol}_{key}"]) for row in rows]) for key in ("last", "best"))
+        last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
         ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
         form = digits([*last, *(x for x in ends if x is not None)])
         spread = f" ({last.std():.2g})" if len(rows) > 1 else ""

@@ -7,12 +7,14 @@ sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'
 
 A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. Each
 row of the table is one run: its last and its best evaluation on the test tasks, with contexts from the data (offline)
-and, of SMAC, with contexts that the agent collected itself (online).
+and with contexts that the agent collected itself (online): SMAC's own evaluations; FOCAL's and
+FOCAL++'s by online.py.
 """
 
 import argparse
 import csv
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,8 +69,22 @@ def describe(script, words):
     for protocol, name in names.items():
         returns = [x[name] for x in rows if x[name] == x[name]]
         row |= {f"{protocol}_last": round(returns[-1], 4), f"{protocol}_best": round(max(returns), 4)}
+    if (folder / "online.json").exists():
+        online = json.loads((folder / "online.json").read_text())
+        row |= {"online_last": online["online_return"]} if online["step"] == final["step"] else {}
     row |= {"data_return": final["behaviour_return"], "optimum": final["optimal_return"]}
     return row | {"minutes": round(final["wall_clock_seconds"] / 60, 1)}
+
+
+def execute(script, words):
+    """The run, and its agent under the online protocol where the script does not evaluate that itself."""
+    paper.execute(script, words)
+    folder = paper.folder_of(script, words)
+    if script in ("focal", "focal_pp") and (folder / "final.json").exists() and not (folder / "online.json").exists():
+        command = [sys.executable, ROOT / "benchmark" / "online.py", folder]
+        done = subprocess.run(command, cwd=ROOT, env=paper.os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(done.returncode)
 
 
 def collect(runs, path):
@@ -91,7 +107,7 @@ def main():
         chosen = runs if args.task is None else [runs[args.task]]
         paper.build_data([SCRIPTS[script][0].parse_args(words) for script, words in chosen])
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda run: paper.execute(*run), chosen))
+            list(pool.map(lambda run: execute(*run), chosen))
     if args.task is None:
         collect(runs, ROOT / "results" / f"runs{'-full' if args.full else ''}.csv")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SPARSE
+import torch
+from conftest import SPARSE, WALKER
 from PIL import Image
 
 import data
@@ -115,3 +116,61 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
     (run / "checkpoint.pt").unlink()
     with pytest.raises(SystemExit, match="expected the folder of a run"):
         animate.main([str(run)])
+
+
+@pytest.mark.parametrize("module", [focal, focal_pp])
+def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, files, module):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    online, seen = script("online"), []
+    flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
+    module.main(flags.split())
+    (run,) = tmp_path.glob(f"{module.__name__}/{SPARSE}/*/seed0")
+    _, args, world, agent = online.load_run(run)
+
+    def context_of(rows, split, args):
+        seen.append(rows)
+        return module.context_of(rows, split, args)
+
+    own, first = online.evaluate(args, agent, world, context_of)
+    assert own.shape == first.shape == (2, args.eval_episodes)  # two test tasks
+    *known, context = seen
+    pool = {row.numpy().tobytes() for row in world.train_rows.flatten(0, 1)}
+    assert len(known) == 2 and all(row.numpy().tobytes() in pool for x in known for row in x.flatten(0, 1))
+    s, a, r, s2, *rest = context.split(world.split, -1)  # (tasks x E, B, .) of the two episodes
+    assert context.shape[:2] == (world.env.num_envs, args.context_size) and not any(x.any() for x in rest)
+    s, s2 = (x * world.std + world.mean for x in (s, s2))
+    torch.testing.assert_close(s2, s + 0.1 * a, atol=1e-5, rtol=0)
+    distance = (s2 - torch.as_tensor(world.env.tasks[:, None], dtype=torch.float32)).norm(dim=-1)  # each in its task
+    assert ((r[..., 0] > 0) == (distance < 0.2)).all()
+    again = online.evaluate(args, agent, world, module.context_of)
+    np.testing.assert_array_equal(again[0], own)  # draws nothing from the global stream
+    online.main([str(run)])
+    saved = json.loads((run / "online.json").read_text())
+    assert saved["online_return"] == round(own.mean(), 4) and saved["step"] == 2
+    final = json.loads((run / "final.json").read_text())
+    assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
+    args.sparse = True
+    with pytest.raises(SystemExit, match="do not give --sparse rewards"):
+        online.evaluate(args, agent, world, module.context_of)
+
+
+def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
+    """Rows of the next episode, which a fallen walker begins, are not part of it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    online = script("online")
+    args = focal.parse_args(f"--env {WALKER} --small --data {files[WALKER]} --seed 3".split())
+    world = focal.World(args, torch.device("cpu"))
+    agent = focal.Agent(args, *world.split[:2], len(world.train_rows))
+    z = torch.zeros(world.env.num_envs, args.latent)
+    generator = torch.Generator().manual_seed(0)
+    rows, counted, total = online.play(args, agent, world, z, 0, generator)
+    obs = world.env.reset(seed=0)[0]
+    total2, length = np.zeros(len(obs)), np.full(len(obs), world.env.horizon)
+    for t in range(world.env.horizon):
+        a = agent.act((torch.as_tensor(obs, dtype=torch.float32) - world.mean) / world.std, z, generator)
+        obs, reward, terminated, truncated, _ = world.env.step(a.detach().numpy())
+        total2 += np.where(t < length, reward, 0)
+        length = np.where((terminated | truncated) & (t < length), t + 1, length)
+    assert length.min() < world.env.horizon  # an untrained walker falls
+    np.testing.assert_array_equal(counted.sum(1), length)
+    np.testing.assert_allclose(total, total2)

@@ -68,6 +68,11 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     row = run.describe("focal", words)
     assert (row["offline_last"], row["offline_best"], row["data_return"], row["minutes"]) == (-6, -5, -8, 1.5)
     assert "online_last" not in row
+    online = '{"online_return": -6.5, "step": %d}'
+    (folder / "online.json").write_text(online % (args.steps - 1))  # of a shorter run
+    assert "online_last" not in run.describe("focal", words)
+    (folder / "online.json").write_text(online % args.steps)
+    assert run.describe("focal", words)["online_last"] == -6.5
 
 
 def test_interquartile_mean_and_its_interval(report):
@@ -93,6 +98,8 @@ def test_scores_are_between_random_and_expert_of_their_own_family(report):
     assert {env: list(values) for env, values in families.items()} == {"a": [0.5], "b": [0.5]}
     assert mean == low == high == 0.5 and list(scores) == [("smac", "offline")]
     assert "| `smac.py` | `a` | offline | 15.00 | 16.00 | 1.00 | 10.00 | 20.00 |  | 1 | 2 |" in text
+    text, _ = report.report([runs[0] | {"online_last": "12"}], datasets)  # the last agent alone
+    assert "| `smac.py` | `a` | online | 12.00 |  | 1.00 | 10.00 | 20.00 |  | 1 | 2 |" in text
 
 
 def test_the_readme_shows_what_the_committed_tables_say(report):
