@@ -144,7 +144,7 @@ SMALL = {
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
     "sawyer": {"episode": 50},  # of SAC's; the default is the script's
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},
-    "hopper": HOPPER | ONE | {"episode": 1000},
+    "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
 }
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # beside a family's own row
