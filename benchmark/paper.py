@@ -5,7 +5,7 @@ python benchmark/paper.py focal_pp table1 --env point-robot-wind --seeds 5
 python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
-row for each run, and a PNG: bands are the standard deviation over seeds.
+row for each run, and a PNG: bands are the standard deviation over seeds (the whole range where something diverges).
 """
 
 import argparse
@@ -308,7 +308,8 @@ def draw_curves(path, title, groups, columns):
         for axes, column in zip(panels, columns, strict=True):
             values = np.array([[row.get(column, np.nan) for row in history[:length]] for history in histories])
             mean, std = values.mean(0), values.std(0)
-            axes.fill_between(step, mean - std, mean + std, color=f"C{colour}", alpha=0.15, linewidth=0)
+            low, high = (values.min(0), values.max(0)) if np.abs(values).max() > 1e4 else (mean - std, mean + std)
+            axes.fill_between(step, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
             axes.plot(step, mean, color=f"C{colour}", label=label)
     for axes, column in zip(panels, columns, strict=True):
         axes.set(xlabel="gradient steps", title=LABELS.get(column, column.replace("_", " ")))
