@@ -58,7 +58,8 @@ def table(groups, scale):
         minutes = np.mean([float(row["minutes"]) for row in rows])
         cells = [f"`{script}.py`", f"`{env}`", protocol, f"{last.mean():{form}}{spread}"]
         cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
-        cells += [str(PAPER.get(script, {}).get(env, "")), str(len(rows)), f"{minutes:.0f}"]
+        paper = PAPER.get(script, {}).get(env, "") if protocol == "offline" else ""
+        cells += [str(paper), str(len(rows)), f"{minutes:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
