@@ -9,7 +9,6 @@ the share of transitions that no task rewards.
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -18,35 +17,13 @@ import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import focal
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from retest import load_run
+
 import focal_pp
 
-SCRIPTS = {"focal": focal, "focal_pp": focal_pp}
 SPARSITY = np.linspace(0, 0.95, 20)
 CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
-
-
-def load_run(folder):
-    """The module, settings, tasks' data and environments, and trained agent of a run of focal.py or focal_pp.py."""
-    program, parts = Path(sys.argv[0]).name, folder.resolve().parts
-    if len(parts) < 4 or parts[-4] not in SCRIPTS:
-        raise SystemExit(f"{program}: {folder}: expected <run-dir>/focal/<env>/<variant>/seed<k>, or focal_pp's")
-    module = SCRIPTS[parts[-4]]
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
-    paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
-    args = argparse.Namespace(**saved | paths)
-    try:
-        world = module.World(args, torch.device("cpu"))
-        agent = module.Agent(args, *world.split[:2], len(world.train_rows))
-        agent.load_state_dict(checkpoint["agent"])
-    except (AttributeError, KeyError, RuntimeError):
-        raise SystemExit(f"{program}: {folder}: a run of another version of the script; run it again") from None
-    return module, args, world, agent
 
 
 def area_under_curve(negative, positive):

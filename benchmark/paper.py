@@ -6,6 +6,7 @@ python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
 row for each run, and a PNG: bands are the standard deviation over seeds (the whole range where something diverges).
+Where variants differ in test conditions only, one trained agent is tested under all of them (retest.py).
 """
 
 import argparse
@@ -21,7 +22,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import retest
+
 import data
 import envs
 import focal
@@ -30,7 +33,8 @@ import merpo
 import smac
 
 PEARL = "--encoder probabilistic --encoder-loss bellman"
-# figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw)
+# figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw); flags behind | are
+# those of retest.py
 FOCAL = {
     "figure2": (
         ["cheetah-vel"],
@@ -90,7 +94,7 @@ ROWS = {
     "FOCAL++": "",
 }
 SHIFTS = {
-    f"{row}, {quality} test data": f"{ROWS[row]} --test-quality {quality}"
+    f"{row}, {quality} test data": f"{ROWS[row]} | --test-quality {quality}"
     for row in ("FOCAL", "FOCAL++")
     for quality in ("mixed", "expert", "medium", "random")
 }
@@ -172,15 +176,20 @@ MERPO = {
         FAMILIES[:2],
         "",
         {
-            f"{name}, {quality} test data": f"--test-start {start} --test-quality {quality}"
+            f"{name}, {quality} test data": f"| --test-start {start} --test-quality {quality}"
             for name, start in (("with meta", "meta"), ("behaviour only", "behaviour-init"))
             for quality in ("random", "medium", "expert")
         },
         ADAPTED,
     ),
     "figure9a": (FAMILIES[:1], "", {f"real ratio {f}": f"--real-ratio {f}" for f in (0.2, 0.5, 0.8)}, ADAPTED),
-    "figure9b": (FAMILIES[:2], "", {start: f"--test-start {start}" for start in merpo.STARTS}, ADAPTED),
-    "figure10": (FAMILIES[:1], "", {f"{n} trajectories": f"--test-trajectories {n}" for n in (1, 5, 20, 50)}, ADAPTED),
+    "figure9b": (FAMILIES[:2], "", {start: f"| --test-start {start}" for start in merpo.STARTS}, ADAPTED),
+    "figure10": (
+        FAMILIES[:1],
+        "",
+        {f"trajectories: {n}": f"| --test-trajectories {n}" for n in (1, 5, 20, 50)},
+        ADAPTED,
+    ),
 }
 SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC), "merpo": (merpo, MERPO)}
 COLUMNS = dict.fromkeys(("focal", "focal_pp"), ["return_mean", "train_return_mean", "esr", "train_esr", "rms"])
@@ -211,18 +220,19 @@ def arguments():
 
 
 def plan(args):
-    """[(figure, env, variant, seed, command line)] of every run."""
+    """[(figure, env, variant, seed, command line, flags of retest.py)] of every run."""
     runs = []
     for figure in args.figures:
         families, shared, variants, _ = SCRIPTS[args.script][1][figure]
         for env in [env for env in families if args.env in (None, env)]:
             for variant, flags in variants.items():
+                trained, _, tested = flags.partition("|")
                 for seed in range(args.seeds):
-                    words = f"--env {env} --seed {seed} --threads 1 {shared} {flags}".split()
+                    words = f"--env {env} --seed {seed} --threads 1 {shared} {trained}".split()
                     words += [] if args.full else ["--small"]
                     if args.steps:  # in a folder of their own, not over the runs of the usual length
                         words += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
-                    runs.append((figure, env, variant, seed, words))
+                    runs.append((figure, env, variant, seed, words, tested.split()))
     return runs
 
 
@@ -244,6 +254,20 @@ def execute(script, words):
         print(script, *words, "|", *last, flush=True)
         if done.returncode not in (0, 3):
             raise SystemExit(done.returncode)
+
+
+def execute_test(folder, tested):
+    """retest.py on a run that is done, unless that was done since."""
+    path, checkpoint = result_of(folder, tested), folder / "checkpoint.pt"
+    if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
+        command = [sys.executable, ROOT / "benchmark" / "retest.py", folder, *tested]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+
+def result_of(folder, tested):
+    return retest.result(folder, retest.arguments(tested)[1])
 
 
 def length(script, args):
@@ -270,9 +294,15 @@ def metrics(folder):
 
 
 def summarise(script, runs, folders):
-    """One row for each run: means over its last three evaluations."""
+    """One row for each run: means over its last three evaluations, or what retest.py found."""
     rows = []
-    for (_, env, variant, seed, words), folder in zip(runs, folders, strict=True):
+    for (_, env, variant, seed, words, tested), folder in zip(runs, folders, strict=True):
+        if tested:
+            found = json.loads(result_of(folder, tested).read_text())
+            row = {"env": env, "variant": variant, "seed": seed, "steps": found["step"], "diverged": 0}
+            row |= {f"return_after_{steps}": value for steps, value in found.get("returns", {}).items()}
+            rows.append(row | {key: value for key, value in found.items() if key not in ("flags", "step", "returns")})
+            continue
         history, args = metrics(folder), SCRIPTS[script][0].parse_args(words)
         row = {"env": env, "variant": variant, "seed": seed, "steps": int(history[-1]["step"]) if history else 0}
         row["diverged"] = int(row["steps"] < length(script, args))
@@ -288,11 +318,15 @@ def summarise(script, runs, folders):
     return rows
 
 
-def draw(script, figure, env, runs, folders, suffix):
+def draw(script, figure, env, runs, folders, suffix, rows):
     _, _, variants, columns = SCRIPTS[script][1][figure]
     groups = {name: [folder for run, folder in zip(runs, folders, strict=True) if run[2] == name] for name in variants}
     path = ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png"
-    draw_curves(path, f"{script}, {figure} on {env}", groups, columns)
+    title = f"{script}, {figure} on {env}"
+    if runs[0][5]:
+        draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
+    else:
+        draw_curves(path, title, groups, columns)
 
 
 def draw_curves(path, title, groups, columns):
@@ -322,15 +356,41 @@ def draw_curves(path, title, groups, columns):
     picture.savefig(path, dpi=110)
 
 
+def draw_tests(path, title, groups):
+    """Returns against steps of adaptation, a curve for each {label: rows of its seeds}; without steps, a bar."""
+    picture = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = picture.add_subplot(title=title)
+    for i, (label, rows) in enumerate(groups.items()):
+        steps = [key for key in rows[0] if key.startswith("return_after_")]
+        values = np.array([[row[key] for key in steps or ["return_mean"]] for row in rows])
+        mean, std = values.mean(0), values.std(0)
+        if steps:
+            x = [int(key.rpartition("_")[2]) for key in steps]
+            axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.15, linewidth=0)
+            axes.plot(x, mean, color=f"C{i}", marker=".", label=label)
+        else:
+            axes.barh(i, mean, xerr=std, color=f"C{i}")
+            axes.plot(rows[0]["data_return"], i, "k|", markersize=14, label=None if i else "the test tasks' data")
+    if steps:
+        axes.set(xlabel="steps of RAC on a test task's data", ylabel="return on test tasks")
+        picture.legend(loc="outside right center", fontsize="small")
+    else:
+        axes.set(xlabel="return on test tasks", yticks=range(len(groups)), yticklabels=list(groups))
+        axes.invert_yaxis()
+        axes.legend(fontsize="small")
+    picture.savefig(path, dpi=110)
+
+
 def main():
     args = arguments()
     module, figures = SCRIPTS[args.script]
     runs = plan(args)
-    build_data([module.parse_args(run[4]) for run in runs])
+    build_data([module.parse_args(run[4] + run[5]) for run in runs])
     folders = [folder_of(args.script, run[4]) for run in runs]
     once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda words: execute(args.script, words), once.values()))
+        list(pool.map(lambda pair: execute_test(*pair), [(folders[i], run[5]) for i, run in enumerate(runs) if run[5]]))
     suffix = "-full" if args.full else ""
     for figure, env in dict.fromkeys(run[:2] for run in runs):
         chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]
@@ -340,7 +400,7 @@ def main():
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        draw(args.script, figure, env, mine, places, suffix)
+        draw(args.script, figure, env, mine, places, suffix, rows)
         for variant in figures[figure][2]:
             each = [row for row in rows if row["variant"] == variant]
             keys = [key for key in each[0] if key in SHOWN or key.endswith("phase")]

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER
+from conftest import SPARSE, WALKER, WIND
 from PIL import Image
 
 import data
 import envs
 import focal
 import focal_pp
+import merpo
 
 ROOT = Path(focal.__file__).resolve().parent
 
@@ -47,7 +48,14 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
     for figure, (families, _, variants, columns) in figures.items():
         _, runs = plan(paper, monkeypatch, f"{script} {figure} {size}")
         folders = [module.prepare_run(module.parse_args([*run[4], "--run-dir", str(tmp_path)])) for run in runs]
-        assert len(set(folders)) == len(runs) == 3 * len(families) * len(variants)
+        places = {
+            paper.result_of(folder, run[5]) if run[5] else folder for folder, run in zip(folders, runs, strict=True)
+        }
+        assert len(places) == len(runs) == 3 * len(families) * len(variants)
+        tested = [run[5] for run in runs if run[5]]
+        assert len(tested) in (0, len(runs))  # draw() has one kind of picture for a figure
+        for words in tested:  # flags of retest.py that this script has
+            assert set(paper.retest.arguments(words)[1]) <= set(paper.retest.FLAGS[script])
         assert all(("small" in folder.parent.name) == (not size) for folder in folders)
         header = {"return_mean", "train_esr", "esr", "train_rms", "variance", "train_variance", *module.Agent.METRICS}
         header |= {"smac": {"offline_return_mean", "short_kl"}, "merpo": {"meta_return_mean"}}.get(script, set())
@@ -111,7 +119,7 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
     dataset = data.load(files[SPARSE])
     np.testing.assert_array_equal(seen["tasks"], dataset.tasks[dataset.test_tasks])
     assert picture.size == (80, 40) and picture.n_frames == 20  # both test tasks, an episode of 20 steps
-    with pytest.raises(SystemExit, match="expected <run-dir>/focal"):
+    with pytest.raises(SystemExit, match="expected <run-dir>/<script>.* of focal, focal_pp"):
         animate.main([str(tmp_path)])
     (run / "checkpoint.pt").unlink()
     with pytest.raises(SystemExit, match="expected the folder of a run"):
@@ -174,3 +182,89 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
     assert length.min() < world.env.horizon  # an untrained walker falls
     np.testing.assert_array_equal(counted.sum(1), length)
     np.testing.assert_allclose(total, total2)
+
+
+@pytest.mark.parametrize("module", [focal, focal_pp, merpo])
+def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    retest, name = script("retest"), WIND if module is merpo else SPARSE
+    flags = f"--env {name} --small --data {files[name]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
+    module.main([*flags.split(), *(["--model-steps", "2", "--adapt-steps", "3"] if module is merpo else [])])
+    (run,) = tmp_path.glob(f"{module.__name__}/{name}/*/seed0")
+    retest.main([str(run)])
+    as_trained = json.loads((run / "retest" / "as-trained.json").read_text())
+    final = json.loads((run / "final.json").read_text())
+    assert as_trained["step"] == final["step"] and as_trained["data_return"] == final["behaviour_return"]
+    if module is merpo:  # its test tasks adapt their models anew, from other random numbers
+        assert as_trained["meta_return_mean"] == pytest.approx(final["meta_return_mean"], rel=1e-5)
+        assert list(as_trained["returns"]) == ["0", "3"] and as_trained["returns"]["3"] != as_trained["returns"]["0"]
+    else:
+        assert as_trained["return_mean"] == pytest.approx(final["return_mean"], rel=1e-5)
+        assert as_trained["variance"] == pytest.approx(final["variance"], rel=1e-5)
+    seen, world = [], module.World
+    monkeypatch.setattr(module, "World", lambda args, device: seen.append(args) or world(args, device))
+    retest.main([str(run), "--test-quality", "random", "--eval-episodes", "2"])
+    assert (seen[0].test_quality, seen[0].quality, seen[0].eval_episodes) == ("random", "mixed", 2)
+    assert (run / "retest" / "eval-episodes=2,test-quality=random.json").exists()
+
+
+def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    retest, settled = script("retest"), []
+    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
+    merpo.main(flags.split())
+    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
+    settle, evaluate, steps = merpo.settle_tasks, merpo.evaluate, []
+
+    def settle_tasks(args, agent, world, tasks, device):
+        before = tasks.models.net.layers[0].weight.clone()
+        settle(args, agent, world, tasks, device)
+        settled.append(
+            (tasks.rows.shape, tasks is agent.test_tasks, (before - tasks.models.net.layers[0].weight).abs().max())
+        )
+
+    monkeypatch.setattr(merpo, "settle_tasks", settle_tasks)
+    monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
+    retest.main([str(run), "--test-trajectories", "3", "--test-start", "behaviour", "--adapt-steps", "2"])
+    ((shape, of_test_tasks, moved),) = settled
+    assert shape[:2] == (2, 3) and of_test_tasks and moved > 0 and steps == ["behaviour"]
+    (path,) = (run / "retest").iterdir()
+    assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=3.json"
+    assert list(json.loads(path.read_text())["returns"]) == ["0", "2"]
+
+
+def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    retest = script("retest")
+    for folder, words, message in (
+        ("x", "", "expected <run-dir>/<script>"),
+        ("runs/smac/ant-dir/small/seed0", "", "of focal, focal_pp, merpo"),
+        ("runs/merpo/hopper/small,single=rac/seed0", "", "has no test tasks"),
+        ("runs/focal/walker-params/small/seed0", "--test-start combo", "focal.py has no such flag"),
+        ("runs/focal/walker-params/small/seed0", "", "expected the folder of a run"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            retest.main([str(tmp_path / folder), *words.split()])
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_path, adapts):
+    words = "merpo figure10 --seeds 2" if adapts else "focal_pp table3 --env sparse-point-robot --seeds 2"
+    args, runs = plan(paper, monkeypatch, words)
+    folders = [tmp_path / str(run[3]) for run in runs]
+    for i, (run, folder) in enumerate(zip(runs, folders, strict=True)):
+        path = paper.result_of(folder, run[5])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"flags": {}, "step": 8, "data_return": -3.0, "return_mean": float(i)}
+        path.write_text(json.dumps(found | ({"returns": {"0": 1.0, "10": float(i)}} if adapts else {})))
+    rows = paper.summarise(args.script, runs, folders)
+    distinct = [row["return_mean"] for row in rows]
+    assert (
+        distinct == sorted(distinct) if adapts else len(set(distinct)) == 8
+    )  # rows FOCAL and FOCAL++ share folders here
+    assert all(row.get("return_after_10") == (row["return_mean"] if adapts else None) for row in rows)
+    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    paper.draw(args.script, args.figures[0], runs[0][1], runs, folders, "", rows)
+    (picture,) = (tmp_path / "results").iterdir()
+    assert picture.stat().st_size > 10_000

@@ -1,0 +1,106 @@
+"""Trained agents under other test conditions, without training them again.
+
+python benchmark/retest.py runs/focal/sparse-point-robot/small/seed* --test-quality random
+python benchmark/retest.py runs/merpo/point-robot-wind/small/seed* --test-start behaviour-init --adapt-steps 400
+
+The flags are the scripts' own, those that no training step sees. MerPO's test tasks adapt their models anew to the data
+that they are given. Prints a line for each run and writes retest/<flags>.json into its folder.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import focal
+import focal_pp
+import merpo
+
+SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "merpo": merpo}
+FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "eval_episodes"])
+FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "eval_episodes"]
+
+
+def load_run(folder, scripts=("focal", "focal_pp"), **changes):
+    """The module, settings, tasks' data and environments, and trained agent of a run; `changes` replace settings."""
+    program, parts = Path(sys.argv[0]).name, folder.resolve().parts
+    if len(parts) < 4 or parts[-4] not in scripts:
+        wanted = f"<run-dir>/<script>/<env>/<variant>/seed<k> of {', '.join(scripts)}"
+        raise SystemExit(f"{program}: {folder}: expected {wanted}")
+    module = SCRIPTS[parts[-4]]
+    if ",single=" in parts[-2]:
+        raise SystemExit(f"{program}: {folder}: a run with --single has no test tasks; expected another")
+    for key in sorted(changes.keys() - set(FLAGS[parts[-4]])):
+        raise SystemExit(f"{program}: --{key.replace('_', '-')}: {parts[-4]}.py has no such flag of its tests")
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
+    paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
+    args = argparse.Namespace(**saved | paths | changes)
+    try:
+        world = module.World(args, torch.device("cpu"))
+        of = (world,) if module is merpo else (*world.split[:2], len(world.train_rows))
+        agent = module.Agent(args, *of)
+        agent.load_state_dict(checkpoint["agent"])
+    except data.DataError as error:
+        raise SystemExit(f"{program}: {error}") from None
+    except (AttributeError, KeyError, RuntimeError):
+        raise SystemExit(f"{program}: {folder}: a run of another version of the script; run it again") from None
+    return module, args, world, agent
+
+
+def test(folder, changes):
+    """What retest/<flags>.json holds: returns of the test tasks, and by steps of adaptation with MerPO."""
+    module, args, world, agent = load_run(folder, SCRIPTS, **changes)
+    torch.manual_seed(args.seed)
+    row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
+    if module is merpo:
+        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
+        returns = merpo.evaluate(args, agent, world)
+        row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
+        row |= {"returns": {step: round(float(value.mean()), 4) for step, value in returns.items()}}
+    else:
+        _, returns, _, z = module.evaluate(args, agent, world)
+        row |= {"return_mean": returns.mean(), "variance": module.separation(z)[2]}
+    return {key: float(f"{value:.6g}") if key.endswith(("_mean", "variance")) else value for key, value in row.items()}
+
+
+def result(folder, changes):
+    """Where the outcome is kept."""
+    name = ",".join(f"{key.replace('_', '-')}={value}" for key, value in sorted(changes.items()))
+    return folder / "retest" / f"{name or 'as-trained'}.json"
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--test-quality", choices=data.QUALITIES, help="of the test tasks' data")
+    parser.add_argument("--test-trajectories", type=merpo.whole, help="MerPO: of each test task's data")
+    parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
+    parser.add_argument("--adapt-steps", type=merpo.whole, help="MerPO: steps of RAC on a test task")
+    parser.add_argument("--eval-episodes", type=merpo.whole, help="episodes of each task")
+    args = parser.parse_args(argv)
+    changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}
+    return args.runs, changes
+
+
+def main(argv=None):
+    runs, changes = arguments(argv)
+    torch.set_num_threads(1)
+    for run in runs:
+        row, path = test(run, changes), result(run, changes)
+        path.parent.mkdir(exist_ok=True)
+        data.write(path, lambda file, row=row: file.write(json.dumps(row, indent=1).encode()))
+        numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+        print(run, *(f"{key} {value:.4g}" for key, value in numbers.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
