@@ -397,7 +397,7 @@ def main():
         mine, places = [runs[i] for i in chosen], [folders[i] for i in chosen]
         rows = summarise(args.script, mine, places)
         with open(ROOT / "results" / f"{args.script}-{figure}-{env}{suffix}.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
         draw(args.script, figure, env, mine, places, suffix, rows)

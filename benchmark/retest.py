@@ -22,7 +22,7 @@ import focal_pp
 import merpo
 
 SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "merpo": merpo}
-FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "eval_episodes"])
+FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "context_size", "eval_episodes"])
 FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "eval_episodes"]
 
 
@@ -65,11 +65,13 @@ def test(folder, changes):
         merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
         returns = merpo.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
+        if not merpo.STARTS[args.test_start][0]:
+            del returns[0]  # that is the meta-policy's, from which such a task does not start
         row |= {"returns": {step: round(float(value.mean()), 4) for step, value in returns.items()}}
     else:
         _, returns, _, z = module.evaluate(args, agent, world)
         row |= {"return_mean": returns.mean(), "variance": module.separation(z)[2]}
-    return {key: float(f"{value:.6g}") if key.endswith(("_mean", "variance")) else value for key, value in row.items()}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def result(folder, changes):
@@ -82,6 +84,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--test-quality", choices=data.QUALITIES, help="of the test tasks' data")
+    parser.add_argument("--context-size", type=merpo.whole, help="FOCAL, FOCAL++: transitions in a test context")
     parser.add_argument("--test-trajectories", type=merpo.whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=merpo.whole, help="MerPO: steps of RAC on a test task")

@@ -230,7 +230,7 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
     assert shape[:2] == (2, 3) and of_test_tasks and moved > 0 and steps == ["behaviour"]
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=3.json"
-    assert list(json.loads(path.read_text())["returns"]) == ["0", "2"]
+    assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
 
 
 def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
@@ -268,3 +268,31 @@ def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_pa
     paper.draw(args.script, args.figures[0], runs[0][1], runs, folders, "", rows)
     (picture,) = (tmp_path / "results").iterdir()
     assert picture.stat().st_size > 10_000
+
+
+def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    decode, generator = script("decode"), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(decode, "STEPS", 600)
+    tasks, unseen = (5 + 3 * torch.randn(n, 2, generator=generator) for n in (60, 10))
+    noise = lambda n, scale: scale * torch.randn(n, 8, 3, generator=generator)
+    mix = torch.randn(2, 3, generator=generator)
+    say = lambda tasks: (tasks @ mix)[:, None] + noise(len(tasks), 0.1)
+    seen, test, guess = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen)
+    assert guess == pytest.approx((unseen - tasks.mean(0)).norm(dim=1).mean().item())
+    assert seen < 0.5 and test < 0.8 and guess > 3
+    swapped = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen.flip(0))[1]
+    assert swapped > 2
+    seen, test, guess = decode.errors(noise(60, 1), noise(60, 1), noise(10, 1), tasks, unseen)
+    assert seen > 2 and test > 0.8 * guess  # noise says nothing
+    flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
+    focal.main(flags.split())
+    (run,) = tmp_path.glob(f"focal/{SPARSE}/*/seed0")
+    dataset, given = data.load(files[SPARSE]), []
+    monkeypatch.setattr(decode, "errors", lambda *args: given.append(args) or (0.1, 0.2, 0.3))
+    decode.main([str(run)])
+    assert "training tasks 0.100  test tasks 0.200  guess 0.300" in capsys.readouterr().out
+    ((train, again, test, tasks, test_tasks),) = given
+    assert train.shape == again.shape == (4, 64, 5) and test.shape == (2, 64, 5) and not torch.equal(train, again)
+    for found, chosen in ((tasks, dataset.train_tasks), (test_tasks, dataset.test_tasks)):
+        np.testing.assert_allclose(found, dataset.tasks[chosen], rtol=1e-6)

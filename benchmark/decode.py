@@ -1,0 +1,82 @@
+"""How much a run's embeddings say about their tasks: a small network learns the task from z.
+
+python benchmark/decode.py runs/focal/sparse-point-robot/*/seed*
+
+Fits the parameters of the training tasks (a goal, a wind) from embeddings of 64 contexts of each. Prints the mean
+distance between the fit and the truth, in the parameters' own units, on other contexts of the same tasks and on the
+test tasks; beside them the distance of always guessing the training tasks' mean.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from retest import load_run
+
+import focal
+
+STEPS, CONTEXTS = 4_000, 64
+
+
+@torch.no_grad()
+def embeddings(module, args, world, agent, seed):
+    """z (n, CONTEXTS, l) of every training and of every test task, of contexts drawn from their data."""
+    generator, out = torch.Generator().manual_seed(seed), []
+    for rows in (world.train_rows, world.test_rows):
+        drawn = [task[torch.randint(len(task), (CONTEXTS, args.context_size), generator=generator)] for task in rows]
+        contexts = (module.context_of(rows, world.split, args) for rows in drawn)
+        out.append(torch.stack([agent.encoder(context, generator)[0] for context in contexts]))
+    return out
+
+
+def fit(z, target):
+    """A network (l) -> (k) that fits the target (n, k) of each task from z (n, C, l) by squared error."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = focal.mlp(z.shape[-1], 64, target.shape[-1])
+        adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+        flat, wanted = z.flatten(0, 1), target.repeat_interleave(z.shape[1], 0)
+        for step in range(STEPS):
+            adam.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
+            i = torch.randint(len(flat), (256,))
+            loss = (net(flat[i]) - wanted[i]).square().sum(-1).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    return net
+
+
+def errors(train, again, test, tasks, test_tasks):
+    """Mean distances on other contexts of the training tasks, on the test tasks, and of the guess, from embeddings
+    (n, C, l) and task parameters (n, k)."""
+    mean, std = tasks.mean(0), tasks.std(0, correction=0).clamp_min(1e-6)
+    centre, scale = train.flatten(0, 1).mean(0), train.flatten(0, 1).std(0).clamp_min(1e-6)
+    net = fit((train - centre) / scale, (tasks - mean) / std)
+
+    @torch.no_grad()
+    def distance(z, truth):
+        return (net((z - centre) / scale) * std + mean - truth[:, None]).norm(dim=-1).mean().item()
+
+    return distance(again, tasks), distance(test, test_tasks), (mean - test_tasks).norm(dim=-1).mean().item()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of focal.py or focal_pp.py")
+    torch.set_num_threads(1)
+    for run in parser.parse_args(argv).runs:
+        module, args, world, agent = load_run(run)
+        n, e = len(world.train_rows), args.eval_episodes
+        tasks = torch.as_tensor(world.env.tasks[::e], dtype=torch.float32).flatten(1)  # each E times, training first
+        train, test = embeddings(module, args, world, agent, seed=0)
+        again = embeddings(module, args, world, agent, seed=1)[0]
+        seen, unseen, guess = errors(train, again, test, tasks[:n], tasks[n:])
+        print(f"{run}  training tasks {seen:.3f}  test tasks {unseen:.3f}  guess {guess:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
