@@ -54,7 +54,7 @@ def table(groups, scale):
         last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
         ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
         form = digits([*last, *(x for x in ends if x is not None)])
-        spread = f" ({last.std():.2g})" if len(rows) > 1 else ""
+        spread = f" ({last.std():{'.0f' if last.std() >= 10 else '.2g'}})" if len(rows) > 1 else ""
         minutes = np.mean([float(row["minutes"]) for row in rows])
         cells = [f"`{script}.py`", f"`{env}`", protocol, f"{last.mean():{form}}{spread}"]
         cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
