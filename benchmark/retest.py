@@ -96,6 +96,8 @@ def arguments(argv=None):
 
 def main(argv=None):
     runs, changes = arguments(argv)
+    if not runs:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: expected the folder of a run, or several")
     torch.set_num_threads(1)
     for run in runs:
         row, path = test(run, changes), result(run, changes)

@@ -245,6 +245,8 @@ def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             retest.main([str(tmp_path / folder), *words.split()])
+    with pytest.raises(SystemExit, match="expected the folder of a run"):
+        retest.main(["--test-quality", "random"])
 
 
 @pytest.mark.parametrize("adapts", [True, False])
