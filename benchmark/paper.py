@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -219,8 +220,17 @@ def arguments():
     return args
 
 
+class Run(NamedTuple):
+    figure: str
+    env: str
+    variant: str
+    seed: int
+    words: list  # the script's command line
+    tested: list  # flags of retest.py, if the row is a test of the run
+
+
 def plan(args):
-    """[(figure, env, variant, seed, command line, flags of retest.py)] of every run."""
+    """Every run of the figures."""
     runs = []
     for figure in args.figures:
         families, shared, variants, _ = SCRIPTS[args.script][1][figure]
@@ -232,7 +242,7 @@ def plan(args):
                     words += [] if args.full else ["--small"]
                     if args.steps:  # in a folder of their own, not over the runs of the usual length
                         words += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
-                    runs.append((figure, env, variant, seed, words, tested.split()))
+                    runs.append(Run(figure, env, variant, seed, words, tested.split()))
     return runs
 
 
@@ -296,15 +306,16 @@ def metrics(folder):
 def summarise(script, runs, folders):
     """One row for each run: means over its last three evaluations, or what retest.py found."""
     rows = []
-    for (_, env, variant, seed, words, tested), folder in zip(runs, folders, strict=True):
-        if tested:
-            found = json.loads(result_of(folder, tested).read_text())
-            row = {"env": env, "variant": variant, "seed": seed, "steps": found["step"], "diverged": 0}
+    for run, folder in zip(runs, folders, strict=True):
+        row = {"env": run.env, "variant": run.variant, "seed": run.seed}
+        if run.tested:
+            found = json.loads(result_of(folder, run.tested).read_text())
+            row |= {"steps": found["step"], "diverged": 0}
             row |= {f"return_after_{steps}": value for steps, value in found.get("returns", {}).items()}
             rows.append(row | {key: value for key, value in found.items() if key not in ("flags", "step", "returns")})
             continue
-        history, args = metrics(folder), SCRIPTS[script][0].parse_args(words)
-        row = {"env": env, "variant": variant, "seed": seed, "steps": int(history[-1]["step"]) if history else 0}
+        history, args = metrics(folder), SCRIPTS[script][0].parse_args(run.words)
+        row["steps"] = int(history[-1]["step"]) if history else 0
         row["diverged"] = int(row["steps"] < length(script, args))
         for key in COLUMNS[script]:
             last = [x.get(key, float("nan")) for x in history[-3:]]
@@ -320,10 +331,12 @@ def summarise(script, runs, folders):
 
 def draw(script, figure, env, runs, folders, suffix, rows):
     _, _, variants, columns = SCRIPTS[script][1][figure]
-    groups = {name: [folder for run, folder in zip(runs, folders, strict=True) if run[2] == name] for name in variants}
+    groups = {
+        name: [folder for run, folder in zip(runs, folders, strict=True) if run.variant == name] for name in variants
+    }
     path = ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png"
     title = f"{script}, {figure} on {env}"
-    if runs[0][5]:
+    if runs[0].tested:
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
         draw_curves(path, title, groups, columns)
@@ -385,12 +398,13 @@ def main():
     args = arguments()
     module, figures = SCRIPTS[args.script]
     runs = plan(args)
-    build_data([module.parse_args(run[4] + run[5]) for run in runs])
-    folders = [folder_of(args.script, run[4]) for run in runs]
-    once = dict(zip(folders, (run[4] for run in runs), strict=True))  # figures share runs
+    build_data([module.parse_args(run.words + run.tested) for run in runs])
+    folders = [folder_of(args.script, run.words) for run in runs]
+    once = dict(zip(folders, (run.words for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda words: execute(args.script, words), once.values()))
-        list(pool.map(lambda pair: execute_test(*pair), [(folders[i], run[5]) for i, run in enumerate(runs) if run[5]]))
+        tests = [(folder, run.tested) for folder, run in zip(folders, runs, strict=True) if run.tested]
+        list(pool.map(lambda test: execute_test(*test), tests))
     suffix = "-full" if args.full else ""
     for figure, env in dict.fromkeys(run[:2] for run in runs):
         chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]

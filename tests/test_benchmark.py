@@ -47,12 +47,13 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
     module, figures = paper.SCRIPTS[script]
     for figure, (families, _, variants, columns) in figures.items():
         _, runs = plan(paper, monkeypatch, f"{script} {figure} {size}")
-        folders = [module.prepare_run(module.parse_args([*run[4], "--run-dir", str(tmp_path)])) for run in runs]
+        folders = [module.prepare_run(module.parse_args([*run.words, "--run-dir", str(tmp_path)])) for run in runs]
         places = {
-            paper.result_of(folder, run[5]) if run[5] else folder for folder, run in zip(folders, runs, strict=True)
+            paper.result_of(folder, run.tested) if run.tested else folder
+            for folder, run in zip(folders, runs, strict=True)
         }
         assert len(places) == len(runs) == 3 * len(families) * len(variants)
-        tested = [run[5] for run in runs if run[5]]
+        tested = [run.tested for run in runs if run.tested]
         assert len(tested) in (0, len(runs))  # draw() has one kind of picture for a figure
         for words in tested:  # flags of retest.py that this script has
             assert set(paper.retest.arguments(words)[1]) <= set(paper.retest.FLAGS[script])
@@ -253,9 +254,9 @@ def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
 def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_path, adapts):
     words = "merpo figure10 --seeds 2" if adapts else "focal_pp table3 --env sparse-point-robot --seeds 2"
     args, runs = plan(paper, monkeypatch, words)
-    folders = [tmp_path / str(run[3]) for run in runs]
+    folders = [tmp_path / str(run.seed) for run in runs]
     for i, (run, folder) in enumerate(zip(runs, folders, strict=True)):
-        path = paper.result_of(folder, run[5])
+        path = paper.result_of(folder, run.tested)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {"flags": {}, "step": 8, "data_return": -3.0, "return_mean": float(i)}
         path.write_text(json.dumps(found | ({"returns": {"0": 1.0, "10": float(i)}} if adapts else {})))
