@@ -299,3 +299,17 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
     assert train.shape == again.shape == (4, 64, 5) and test.shape == (2, 64, 5) and not torch.equal(train, again)
     for found, chosen in ((tasks, dataset.train_tasks), (test_tasks, dataset.test_tasks)):
         np.testing.assert_allclose(found, dataset.tasks[chosen], rtol=1e-6)
+
+
+def test_tasks_are_cut_out_of_a_dataset(monkeypatch, tmp_path, files, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    single, out = script("single"), tmp_path / "two.npz"
+    single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 4 2 --out {out}".split())
+    assert "120 transitions of each task" in capsys.readouterr().out
+    whole, mine = data.load(files[WALKER]), data.load(out, env=WALKER)
+    for key in ("tasks", "observations", "actions", "rewards", "next_observations", "terminals", "returns"):
+        np.testing.assert_array_equal(getattr(mine, key), getattr(whole, key)[[4, 2]])
+    assert list(mine.train_tasks) == list(mine.test_tasks) == [0, 1]
+    focal.main(f"--env {WALKER} --small --data {out} --steps 1 --eval-episodes 1 --run-dir {tmp_path}".split())
+    with pytest.raises(SystemExit, match=re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
+        single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split())

@@ -1,0 +1,50 @@
+"""Cuts tasks out of a dataset: a file for --data that holds nothing else, to learn and be tested on the same tasks.
+
+python benchmark/single.py --env walker-params --tasks 20 --out walker20.npz
+python focal.py --env walker-params --small --data walker20.npz --meta-batch-size 1 --batch-size 256 --steps 8000
+
+The first thing to try when an algorithm does not learn, and a way to see what the other tasks' data are worth.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import envs
+import focal
+
+
+def cut(path, env, tasks):
+    """The arrays of these tasks, each of them a training and a test task."""
+    whole = data.load(path, env=env)  # checks it
+    if not 0 <= min(tasks) <= max(tasks) < len(whole.tasks):
+        raise data.DataError(f"--tasks: expected numbers from 0 to {len(whole.tasks) - 1}, found {tasks}")
+    with np.load(path) as file:
+        arrays = {key: file[key][tasks] for key in file.files if key not in ("meta", "train_tasks", "test_tasks")}
+    return arrays | dict.fromkeys(("train_tasks", "test_tasks"), np.arange(len(tasks)))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--env", choices=list(envs.FAMILIES), required=True)
+    parser.add_argument("--quality", choices=data.QUALITIES, default="mixed")
+    parser.add_argument("--tasks", nargs="+", type=focal.natural, required=True, help="their numbers in the dataset")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    try:
+        arrays = cut(args.data or data.prepare(args.env, args.quality), args.env, args.tasks)
+        data.save(args.out, arrays, {"env": args.env})
+    except data.DataError as error:
+        raise SystemExit(f"single.py: {error}") from None
+    count, returns = arrays["observations"].shape[1], ", ".join(f"{x:.1f}" for x in arrays["returns"])
+    print(f"{args.out}: {count} transitions of each task, return {returns}")
+
+
+if __name__ == "__main__":
+    main()
