@@ -155,7 +155,7 @@ SMAC = {
         BOTH,
     ),
 }
-ADAPTED = ["return_mean", "meta_return_mean", "alpha"]
+ADAPTED = ["return_mean", "meta_return_mean", "q_mean"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
 MERPO = {
     "figure4": (  # with a random meta-policy
@@ -170,7 +170,7 @@ MERPO = {
         {f"alpha = {alpha}": f"--alpha {alpha}" for alpha in (0, 0.4, 0.7, 1)},
         ["return_mean", "q_mean"],
     ),
-    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, ADAPTED),
+    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, [*ADAPTED[:2], "alpha"]),
     "figure7a": (FAMILIES[:2], "", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
     "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
     "figure7c": (
@@ -339,10 +339,12 @@ def draw(script, figure, env, runs, folders, suffix, rows):
     if runs[0].tested:
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
-        draw_curves(path, title, groups, columns)
+        draw_curves(
+            path, title, groups, columns, "iterations of both stages" if script == "merpo" else "gradient steps"
+        )
 
 
-def draw_curves(path, title, groups, columns):
+def draw_curves(path, title, groups, columns, step_of="gradient steps"):
     """A panel for each column of metrics.csv, in it a curve for each {label: folders of its seeds}."""
     picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
@@ -359,7 +361,7 @@ def draw_curves(path, title, groups, columns):
             axes.fill_between(step, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
             axes.plot(step, mean, color=f"C{colour}", label=label)
     for axes, column in zip(panels, columns, strict=True):
-        axes.set(xlabel="gradient steps", title=LABELS.get(column, column.replace("_", " ")))
+        axes.set(xlabel=step_of, title=LABELS.get(column, column.replace("_", " ")))
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
