@@ -23,7 +23,7 @@ Choices where the paper is silent:
 - Observations, rewards and their changes are standardised for the models.
 What we learned: lambda's rate of 1 takes it to its bound within fifty steps, where winds learn less and walkers hardly.
 Larger outer steps (xi_q = 1, five on Eq. 10; also a longer stage 1) took walkers from 124 to 221 (their data: 243).
-One walker's transitions hardly allow more: FOCAL, at 335 on 20 walkers' pooled data, ends below the data on one walker's.
+One walker's data hardly allow more: FOCAL, at 335 with 20 walkers' data pooled, is below one's own with those alone.
 """
 
 from __future__ import annotations
