@@ -361,6 +361,7 @@ def draw_curves(path, title, groups, columns, step_of="gradient steps"):
             axes.fill_between(step, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
             axes.plot(step, mean, color=f"C{colour}", label=label)
     for axes, column in zip(panels, columns, strict=True):
+        axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=step_of, title=LABELS.get(column, column.replace("_", " ")))
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
