@@ -195,7 +195,8 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     retest.main([str(run)])
     as_trained = json.loads((run / "retest" / "as-trained.json").read_text())
     final = json.loads((run / "final.json").read_text())
-    assert as_trained["step"] == final["step"] and as_trained["data_return"] == final["behaviour_return"]
+    assert as_trained["step"] == final["step"]
+    assert as_trained["data_return"] == pytest.approx(final["behaviour_return"], rel=1e-5)
     if module is merpo:  # its test tasks adapt their models anew, from other random numbers
         assert as_trained["meta_return_mean"] == pytest.approx(final["meta_return_mean"], rel=1e-5)
         assert list(as_trained["returns"]) == ["0", "3"] and as_trained["returns"]["3"] != as_trained["returns"]["0"]
