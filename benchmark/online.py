@@ -1,11 +1,12 @@
-"""FOCAL and FOCAL++ without data of the test tasks: runs' agents under the protocol that SMAC is made for.
+"""FOCAL, FOCAL++ and MerPO without data of the test tasks: runs' agents under the protocol that SMAC is made for.
 
-python benchmark/online.py runs/focal/*/small/seed*
+python benchmark/online.py runs/focal/*/small/seed* runs/merpo/*/small/seed*
 
-In each test task the agent acts for two episodes on the embedding of a training task drawn at random, as it knows no
-other, and for a third one on the embedding of a context drawn from those two episodes. The third is scored: the mean
-return over test tasks and repetitions, beside the one with a context from the data. Writes online.json into each run's
-folder, from where run.py takes it.
+In each test task the agent acts for two episodes on what it knows: FOCAL and FOCAL++ on the embedding of a training
+task drawn at random, MerPO by its meta-policy, actions sampled. Those episodes are then all the data that it has of
+the task, for a third one: FOCAL and FOCAL++ act on the embedding of a context drawn from them, MerPO adapts its
+models and its policy to them. The third is scored: the mean return over test tasks and repetitions, beside the one
+with contexts, or data, of others' making. Writes online.json into each run's folder, from where run.py takes it.
 """
 
 import argparse
@@ -15,27 +16,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run
+from retest import SCRIPTS, load_run
+
+import merpo
 
 
 @torch.no_grad()
-def play(args, agent, world, z, seed, generator):
-    """One episode on z (B, l): rows (B, H, D) as the encoder's contexts are cut from, which of them are of the episode
-    (B, H), and its return (B,)."""
+def play(act, world, seed):
+    """One episode of a = act(s): rows (B, H, D) of s, a, r, s', d (states standardised), which of them are of the
+    episode (B, H), and its return (B,)."""
     env, rows, counted = world.env, [], []
     obs, alive, total = env.reset(seed=seed)[0], np.ones(env.num_envs, bool), np.zeros(env.num_envs)
     scaled = lambda x: (torch.as_tensor(x, dtype=torch.float32) - world.mean) / world.std
+    column = lambda x: torch.as_tensor(x[:, None], dtype=torch.float32)
     for _ in range(env.horizon):
-        a = agent.act(scaled(obs), z, generator)
+        a = act(scaled(obs))
         following, reward, terminated, truncated, info = env.step(a.numpy())
         reward, ended = info.get("sparse_reward", reward), terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
-        r = torch.as_tensor(reward[:, None], dtype=torch.float32)
-        row = torch.cat([scaled(obs), a, r, scaled(after)], -1)  # the rest of a row is the critic's
-        rows.append(torch.cat([row, row.new_zeros(len(row), sum(world.split) - row.shape[1])], -1))
+        rows.append(torch.cat([scaled(obs), a, column(reward), scaled(after), column(terminated)], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * reward
         alive &= ~ended
@@ -43,13 +46,24 @@ def play(args, agent, world, z, seed, generator):
     return torch.stack(rows, 1), torch.as_tensor(np.stack(counted, 1)), total
 
 
+def experience(first, second, size, generator):
+    """(B, size, D) rows drawn from two episodes, and not from what came after their ends."""
+    rows, counted = (torch.cat(pair, 1) for pair in zip(first[:2], second[:2], strict=True))
+    index = torch.multinomial(counted.float(), size, replacement=True, generator=generator)
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
 @torch.no_grad()
 def evaluate(args, agent, world, context_of):
-    """Returns (n_test, E) with contexts that the agent collected, and of the first episode, on a training task's z."""
+    """Returns (n_test, E) of FOCAL or FOCAL++ with contexts that the agent collected, and of the first episode, on a
+    training task's z."""
     if args.sparse:
         raise SystemExit("online.py: the environments do not give --sparse rewards; expected a run without")
     e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
     n, count, width = world.train_rows.shape
+
+    def on(z):
+        return lambda s: agent.act(s, z, generator)
 
     def known():
         """(B, l) embeddings of training tasks, one drawn for each sub-environment."""
@@ -57,23 +71,44 @@ def evaluate(args, agent, world, context_of):
         index = torch.randint(count, (len(task), args.context_size), generator=generator)
         return agent.encoder(context_of(world.train_rows[task[:, None], index], world.split, args), generator)[0]
 
-    first = play(args, agent, world, known(), args.seed + 1, generator)
-    second = play(args, agent, world, known(), args.seed + 2, generator)
-    rows, counted = (torch.cat(pair, 1) for pair in zip(first[:2], second[:2], strict=True))
-    index = torch.multinomial(counted.float(), args.context_size, replacement=True, generator=generator)
-    own = rows.gather(1, index[..., None].expand(-1, -1, width))
-    z = agent.encoder(context_of(own, world.split, args), generator)[0]
-    total = play(args, agent, world, z, args.seed, generator)[2]
+    first = play(on(known()), world, args.seed + 1)
+    second = play(on(known()), world, args.seed + 2)
+    own = experience(first, second, args.context_size, generator)
+    own = F.pad(own, (0, width - own.shape[-1]))  # the rest of a row is the critic's
+    total = play(on(agent.encoder(context_of(own, world.split, args), generator)[0]), world, args.seed)[2]
     return tuple(returns.reshape(-1, e)[n:] for returns in (total, first[2]))
+
+
+def evaluate_merpo(args, agent, world):
+    """Returns (n_test, E) of MerPO adapted to two episodes of its own, and of the first of them. Every repetition is a
+    task by itself, with its own two episodes."""
+    e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
+
+    def explore(s):
+        mean, log_std = (x[0] for x in agent.meta_policy(s[None]))
+        return torch.tanh(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
+
+    first, second = (play(explore, world, args.seed + i) for i in (1, 2))
+    world.test_rows = experience(first, second, 2 * world.env.horizon, generator)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(args.seed)
+        agent.test_tasks = merpo.Tasks(args, world.test_rows, world.row.obs_dim, world.row.act_dim)
+        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
+    total = merpo.evaluate(args, agent, world)[args.adapt_steps]
+    return total, first[2].reshape(-1, e)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of focal.py or focal_pp.py")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of these three scripts")
     for run in parser.parse_args(argv).runs:
-        module, args, world, agent = load_run(run)
-        own, blind = evaluate(args, agent, world, module.context_of)
-        offline = module.evaluate(args, agent, world)[1]
+        module, args, world, agent = load_run(run, SCRIPTS)
+        if module is merpo:
+            offline = merpo.evaluate(args, agent, world)[args.adapt_steps]
+            own, blind = evaluate_merpo(args, agent, world)
+        else:
+            own, blind = evaluate(args, agent, world, module.context_of)
+            offline = module.evaluate(args, agent, world)[1]
         row = {"online_return": own.mean(), "first_episode": blind.mean(), "offline_return": offline.mean()}
         row = {key: round(float(value), 4) for key, value in row.items()}
         (run / "online.json").write_text(json.dumps(row | {"step": int(agent.step)}, indent=1))

@@ -7,8 +7,8 @@ sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'
 
 A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. Each
 row of the table is one run: its last and its best evaluation on the test tasks, with contexts from the data (offline)
-and with contexts that the agent collected itself (online): SMAC's own evaluations; FOCAL's and
-FOCAL++'s by online.py.
+and with contexts that the agent collected itself (online): SMAC's own evaluations; the others' by online.py, on their
+last agents.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def execute(script, words):
     """The run, and its agent under the online protocol where the script does not evaluate that itself."""
     paper.execute(script, words)
     folder = paper.folder_of(script, words)
-    if script in ("focal", "focal_pp") and (folder / "final.json").exists() and not (folder / "online.json").exists():
+    if script != "smac" and (folder / "final.json").exists() and not (folder / "online.json").exists():
         command = [sys.executable, ROOT / "benchmark" / "online.py", folder]
         done = subprocess.run(command, cwd=ROOT, env=paper.os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:

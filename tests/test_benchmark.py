@@ -172,7 +172,7 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
     agent = focal.Agent(args, *world.split[:2], len(world.train_rows))
     z = torch.zeros(world.env.num_envs, args.latent)
     generator = torch.Generator().manual_seed(0)
-    rows, counted, total = online.play(args, agent, world, z, 0, generator)
+    rows, counted, total = online.play(lambda s: agent.act(s, z, generator).detach(), world, 0)
     obs = world.env.reset(seed=0)[0]
     total2, length = np.zeros(len(obs)), np.full(len(obs), world.env.horizon)
     for t in range(world.env.horizon):
@@ -183,6 +183,12 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
     assert length.min() < world.env.horizon  # an untrained walker falls
     np.testing.assert_array_equal(counted.sum(1), length)
     np.testing.assert_allclose(total, total2)
+    ended = [row[keep][:, -1] for row, keep in zip(rows, counted, strict=True)]
+    assert all(not d[:-1].any() for d in ended)  # terminals: the last row of those that fell, no time limit
+    assert [bool(d[-1]) for d in ended] == [bool(n < world.env.horizon) for n in length]
+    drawn = online.experience((rows, counted), (rows, counted), 500, generator)
+    for row, keep, mine in zip(rows, counted, drawn, strict=True):
+        assert {x.numpy().tobytes() for x in mine} <= {x.numpy().tobytes() for x in row[keep]}
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp, merpo])
@@ -234,6 +240,43 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=3.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
+
+
+def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    online, settled = script("online"), []
+    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
+    merpo.main(flags.split())
+    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
+    _, args, world, agent = online.load_run(run, online.SCRIPTS)
+    theirs, settle = world.test_rows.clone(), merpo.settle_tasks
+
+    def settle_tasks(args, agent, world, tasks, device):
+        before = tasks.models.net.layers[0].weight.clone()
+        settle(args, agent, world, tasks, device)
+        settled.append((tasks, (before - tasks.models.net.layers[0].weight).abs().max()))
+
+    monkeypatch.setattr(merpo, "settle_tasks", settle_tasks)
+    own, first = online.evaluate_merpo(args, agent, world)
+    ((tasks, moved),) = settled
+    e, horizon = args.eval_episodes, world.env.horizon
+    assert own.shape == first.shape == (2, e) and moved > 0 and tasks is agent.test_tasks
+    assert tasks.rows.shape == (2 * e, 2 * horizon, theirs.shape[-1])  # each repetition by itself, two episodes
+    s, a, r, s2, d = tasks.rows.split(world.split, -1)
+    s, s2 = (x * world.std + world.mean for x in (s, s2))
+    wind = torch.as_tensor(world.env.tasks[:, None], dtype=torch.float32)  # each in its own
+    torch.testing.assert_close(s2, s + 0.1 * a + wind, atol=1e-5, rtol=0)
+    assert (r < 0).all() and not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
+    assert len(a.flatten(0, 1).unique(dim=0)) > 20 * e  # sampled
+    _, args, world, agent = online.load_run(run, online.SCRIPTS)
+    state = torch.get_rng_state()
+    np.testing.assert_array_equal(online.evaluate_merpo(args, agent, world)[0], own)
+    assert (torch.get_rng_state() == state).all()  # draws nothing from the global stream
+    online.main([str(run)])
+    saved = json.loads((run / "online.json").read_text())
+    assert saved["online_return"] == round(own.mean(), 4) and saved["step"] == 2
+    final = json.loads((run / "final.json").read_text())
+    assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
 
 
 def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
