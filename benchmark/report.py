@@ -1,4 +1,4 @@
-"""The README's table and figure of results, from results/runs.csv and results/datasets.csv alone.
+"""The README's tables and figure of results, from results/runs.csv, runs-same-data.csv and datasets.csv alone.
 
 python benchmark/report.py      # rewrites the part of README.md between its two marks, and results/report.png
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- report: made by benchmark/report.py -->", "<!-- report: end -->"
 PROTOCOLS = ("offline", "online")
+TABLES = ("runs", "datasets", "runs-same-data")
 # returns that the papers print, FOCAL++'s Table 1 (the cheetahs and the ant with sparse contexts); others show curves
 PAPER = {
     "focal": {"sparse-point-robot": 11.84, "point-robot-wind": -5.61, "cheetah-fwd-back": 1351, "ant-fwd-back": 430,
@@ -46,6 +47,25 @@ def grouped(runs):
     return groups
 
 
+def with_spread(values, form):
+    """Mean and, of several, standard deviation."""
+    spread = f" ({values.std():{'.0f' if values.std() >= 10 else '.2g'}})" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{spread}"
+
+
+def same_data(groups, smac, scale):
+    """Markdown: the scripts side by side where all have learned from the same data; `smac`, its groups on those."""
+    lines = ["| family | contexts | FOCAL | FOCAL++ | SMAC | MerPO | the data |", "|---" * 7 + "|"]
+    for (_, env, protocol), mine in smac.items():
+        rows = [groups.get((script, env, protocol), []) for script in ("focal", "focal_pp")]
+        rows += [mine, groups.get(("merpo", env, protocol), [])]
+        values = [np.array([float(row[f"{protocol}_last"]) for row in each]) for each in rows]
+        form = digits([*np.concatenate(values), *(x for x in scale.get(env, ()) if x is not None)])
+        cells = [with_spread(each, form) if len(each) else "" for each in values]
+        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(mine[0]['data_return']):{form}} |")
+    return "\n".join(lines)
+
+
 def table(groups, scale):
     """Markdown: a line for each script, family and protocol."""
     lines = ["| script | family | contexts | last | best | its data | random | expert | paper | seeds | minutes |"]
@@ -54,9 +74,8 @@ def table(groups, scale):
         last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
         ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
         form = digits([*last, *(x for x in ends if x is not None)])
-        spread = f" ({last.std():{'.0f' if last.std() >= 10 else '.2g'}})" if len(rows) > 1 else ""
         minutes = np.mean([float(row["minutes"]) for row in rows])
-        cells = [f"`{script}.py`", f"`{env}`", protocol, f"{last.mean():{form}}{spread}"]
+        cells = [f"`{script}.py`", f"`{env}`", protocol, with_spread(last, form)]
         cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
         paper = PAPER.get(script, {}).get(env, "") if protocol == "offline" else ""
         cells += [str(paper), str(len(rows)), f"{minutes:.0f}"]
@@ -107,7 +126,7 @@ def draw(scores, path):
     figure.savefig(path, dpi=110)
 
 
-def report(runs, datasets):
+def report(runs, datasets, same=()):
     """The README's part between the marks, and the scores {(script, protocol): (families, mean, low, high)}."""
     ends = {row["env"]: [float(row[key]) if row[key] else None for key in ("random", "expert")] for row in datasets}
     groups = grouped(runs)
@@ -119,12 +138,16 @@ def report(runs, datasets):
     lines = ["| script | contexts | interquartile mean | 95% interval | families |", "|---|---|---|---|---|"]
     for (script, protocol), (families, mean, low, high) in scores.items():
         lines.append(f"| `{script}.py` | {protocol} | {mean:.2f} | {low:.2f} to {high:.2f} | {len(families)} |")
-    return table(groups, ends) + "\n\n" + "\n".join(lines), scores
+    parts = [table(groups, ends), "\n".join(lines)]
+    if same:
+        parts += ["SMAC learning from the data that the others learn from (`python benchmark/run.py --same-data`):"]
+        parts += [same_data(groups, grouped(same), ends)]
+    return "\n\n".join(parts), scores
 
 
 def main(root=ROOT):
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    text, scores = report(read(root / "results" / "runs.csv"), read(root / "results" / "datasets.csv"))
+    text, scores = report(*(read(root / "results" / f"{name}.csv") for name in TABLES))
     before, rest = (root / "README.md").read_text().split(BEGIN)
     (root / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     draw(scores, root / "results" / "report.png")

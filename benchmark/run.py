@@ -2,6 +2,7 @@
 
 python benchmark/run.py                                        # everything, side by side on the cores, CPU sizes
 python benchmark/run.py --scripts focal smac --envs cheetah-vel --seeds 5
+python benchmark/run.py --same-data                            # SMAC on the data that the other scripts learn from
 python benchmark/run.py --collect                              # runs nothing: the table of what is there
 sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
 
@@ -19,10 +20,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import paper
-from paper import ROOT, SCRIPTS, envs
+from paper import ROOT, SCRIPTS, envs, focal, focal_pp, merpo
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
 COLUMNS += ["data_return", "optimum", "minutes"]
+# SMAC's own data are few and poor, as in its paper; with these it has the 10,000 transitions a task that the others have
+SAME_DATA = "--quality mixed --data-size 10000 --data-until 10000 --context-data 10000".split()
 
 
 def arguments():
@@ -32,6 +35,7 @@ def arguments():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
     parser.add_argument("--full", action="store_true", help="the papers' sizes")
+    parser.add_argument("--same-data", action="store_true", help="SMAC only, on the other scripts' data")
     parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
     parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
     parser.add_argument("--collect", action="store_true", help="only write results/runs.csv")
@@ -43,14 +47,21 @@ def arguments():
 
 def plan(args):
     """[(script, command line)] of every run: the families of each script's table that have several tasks."""
-    size = [] if args.full else ["--small"]
+    more = ([] if args.full else ["--small"]) + (SAME_DATA if args.same_data else [])
     return [
-        (script, ["--env", env, "--seed", str(seed), "--threads", "1", *size])
-        for script in args.scripts
+        (script, ["--env", env, "--seed", str(seed), "--threads", "1", *more])
+        for script in (["smac"] if args.same_data else args.scripts)
         for env in SCRIPTS[script][0].TABLE
         if env in args.envs and envs.family(env).differs != "nothing"
+        if not args.same_data or learned_by_all(env)
         for seed in range(args.seeds)
     ]
+
+
+def learned_by_all(env):
+    """Whether the three other scripts have this family and learn it from mixed data."""
+    others = focal, focal_pp, merpo
+    return all(env in module.TABLE and module.parse_args(["--env", env]).quality == "mixed" for module in others)
 
 
 def describe(script, words):
@@ -109,7 +120,8 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: execute(*run), chosen))
     if args.task is None:
-        collect(runs, ROOT / "results" / f"runs{'-full' if args.full else ''}.csv")
+        name = f"runs{'-same-data' if args.same_data else ''}{'-full' if args.full else ''}.csv"
+        collect(runs, ROOT / "results" / name)
 
 
 if __name__ == "__main__":

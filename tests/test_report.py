@@ -102,15 +102,41 @@ def test_scores_are_between_random_and_expert_of_their_own_family(report):
     assert "| `smac.py` | `a` | online | 12.00 |  | 1.00 | 10.00 | 20.00 |  | 1 | 2 |" in text
 
 
+def test_scripts_stand_side_by_side_on_the_same_data(report):
+    row = {"data_return": "1", "minutes": "2", "offline_best": "", "online_best": "", "env": "a"}
+    runs = [row | {"script": "focal", "offline_last": last, "online_last": "3"} for last in ("10", "12")]
+    runs += [row | {"script": "smac", "offline_last": "99", "online_last": "99"}]  # on data of its own
+    same = [row | {"script": "smac", "offline_last": "5", "online_last": "4"}]
+    text, scores = report.report(runs, [{"env": "a", "random": "0", "expert": "20"}], same)
+    assert text.splitlines()[-2:] == [
+        "| `a` | offline | 11.00 (1) |  | 5.00 |  | 1.00 |",
+        "| `a` | online | 3.00 (0) |  | 4.00 |  | 1.00 |",
+    ]
+    assert list(scores["smac", "offline"][0]["a"]) == [99 / 20]
+
+
+def test_smac_has_the_data_of_the_others(run, monkeypatch):
+    runs = run.plan(arguments(run, monkeypatch, "--same-data"))
+    families = {words[1] for _, words in runs}
+    assert {script for script, _ in runs} == {"smac"} and len(runs) == 3 * len(families)
+    assert families == {"sparse-point-robot", "point-robot-wind", "cheetah-fwd-back", "ant-fwd-back", "walker-params"}
+    for _, words in runs:
+        mine = run.SCRIPTS["smac"][0].parse_args(words)
+        for other in ("focal", "focal_pp", "merpo"):
+            theirs = run.SCRIPTS[other][0].parse_args(["--env", mine.env, "--small"])
+            assert mine.quality == mine.test_quality == theirs.quality == theirs.test_quality
+        assert mine.data_size == mine.data_until == mine.context_data == 10_000  # all that data.py makes of a task
+
+
 def test_the_readme_shows_what_the_committed_tables_say(report):
-    text, _ = report.report(report.read(ROOT / "results" / "runs.csv"), report.read(ROOT / "results" / "datasets.csv"))
+    text, _ = report.report(*(report.read(ROOT / "results" / f"{name}.csv") for name in report.TABLES))
     shown = (ROOT / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
     assert shown.strip() == text
 
 
 def test_the_figure_is_drawn(report, tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
-    for name in ("runs", "datasets"):
+    for name in report.TABLES:
         (tmp_path / "results" / f"{name}.csv").write_text((ROOT / "results" / f"{name}.csv").read_text())
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["report.py"])
