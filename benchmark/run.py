@@ -24,8 +24,8 @@ from paper import ROOT, SCRIPTS, envs, focal, focal_pp, merpo
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
 COLUMNS += ["data_return", "optimum", "minutes"]
-# SMAC's own data are few and poor, as in its paper; with these it has the 10,000 transitions a task that the others have
-SAME_DATA = "--quality mixed --data-size 10000 --data-until 10000 --context-data 10000".split()
+# SMAC's own data are few and poor, as in its paper; so it has the 10,000 transitions a task that the others have
+SAME_DATA = ["--quality", "mixed", "--data-size", "10000", "--data-until", "10000", "--context-data", "10000"]
 
 
 def arguments():
