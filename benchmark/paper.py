@@ -393,7 +393,7 @@ def draw_tests(path, title, groups):
     else:
         axes.set(xlabel="return on test tasks", yticks=range(len(groups)), yticklabels=list(groups))
         axes.invert_yaxis()
-        axes.legend(fontsize="small")
+        picture.legend(loc="outside lower left", fontsize="small")
     picture.savefig(path, dpi=110)
 
 
