@@ -155,19 +155,26 @@ SMAC = {
         BOTH,
     ),
 }
+GOOD = "--seed 0 --threads 1 --single rac"  # of this run of Figure 4 the last policy is the good meta-policy
 ADAPTED = ["return_mean", "meta_return_mean", "q_mean"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
 MERPO = {
-    "figure4": (  # with a random meta-policy
+    "figure4": (
         ["halfcheetah", "hopper", "walker2d"],
         "",
-        {name: f"--single {name.lower()}" for name in ("COMBO", "COMBO-3", "RAC")},
+        {"COMBO": "--single combo"}
+        | {
+            f"{name}, {kind} meta-policy": f"--single {name.lower()} {flags}"
+            for kind, flags in (("random", ""), ("good", "--meta-policy GOOD"))
+            for name in ("COMBO-3", "RAC")
+        },
         ["return_mean", "q_mean"],
     ),
-    "figure5": (
+    "figure5": (  # with a random meta-policy; alpha = 0 is COMBO-3
         ["halfcheetah", "hopper"],
-        "--single rac",
-        {f"alpha = {alpha}": f"--alpha {alpha}" for alpha in (0, 0.4, 0.7, 1)},
+        "",
+        {"alpha = 0": "--single combo-3", "alpha = 0.4": "--single rac"}
+        | {f"alpha = {alpha}": f"--single rac --alpha {alpha}" for alpha in (0.7, 1)},
         ["return_mean", "q_mean"],
     ),
     "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, [*ADAPTED[:2], "alpha"]),
@@ -239,11 +246,21 @@ def plan(args):
                 trained, _, tested = flags.partition("|")
                 for seed in range(args.seeds):
                     words = f"--env {env} --seed {seed} --threads 1 {shared} {trained}".split()
-                    words += [] if args.full else ["--small"]
+                    size = [] if args.full else ["--small"]
+                    if "GOOD" in words:
+                        good = path_of(args.script, ["--env", env, *GOOD.split(), *size])
+                        words[words.index("GOOD")] = str(good)
+                    words += size
                     if args.steps:  # in a folder of their own, not over the runs of the usual length
                         words += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
                     runs.append(Run(figure, env, variant, seed, words, tested.split()))
     return runs
+
+
+def path_of(script, words):
+    """The folder of a run, whether it exists or not."""
+    args = SCRIPTS[script][0].parse_args(words)
+    return args.run_dir / script / args.env / args.variant / f"seed{args.seed}"
 
 
 def folder_of(script, words):
@@ -405,7 +422,9 @@ def main():
     folders = [folder_of(args.script, run.words) for run in runs]
     once = dict(zip(folders, (run.words for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda words: execute(args.script, words), once.values()))
+        for after in (False, True):  # runs that need another run's policy come after it
+            words = [words for words in once.values() if ("--meta-policy" in words) == after]
+            list(pool.map(lambda words: execute(args.script, words), words))
         tests = [(folder, run.tested) for folder, run in zip(folders, runs, strict=True) if run.tested]
         list(pool.map(lambda test: execute_test(*test), tests))
     suffix = "-full" if args.full else ""

@@ -63,6 +63,24 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
         assert set(columns) <= header
 
 
+@pytest.mark.parametrize("size", ["", "--full"])
+def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(paper, monkeypatch, tmp_path, size):
+    """Runs that need it come after all others."""
+    args, runs = plan(paper, monkeypatch, f"merpo figure4 --env hopper --seeds 2 --jobs 1 {size}")
+    folders = {str(paper.path_of("merpo", run.words)): run for run in runs}
+    needed = [run.words[run.words.index("--meta-policy") + 1] for run in runs if "--meta-policy" in run.words]
+    assert len(needed) == 4 and {folders[path].variant for path in needed} == {"RAC, random meta-policy"}
+    assert {folders[path].seed for path in needed} == {0} and ("small" in needed[0]) == (not size)
+    done = []
+    monkeypatch.setattr(paper, "build_data", lambda parsed: None)
+    monkeypatch.setattr(paper, "folder_of", lambda script, words: tmp_path / str(words))
+    monkeypatch.setattr(paper, "execute", lambda script, words: done.append(words))
+    monkeypatch.setattr(paper, "summarise", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert len(done) == len(runs) and ["--meta-policy" in words for words in done] == [False] * 6 + [True] * 4
+
+
 def test_a_figure_of_another_script_is_refused(paper, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plan(paper, monkeypatch, "focal table1")

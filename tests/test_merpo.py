@@ -1,6 +1,7 @@
 """MerPO against loops written from the paper: models, RAC, the outer step, and that tasks do not mix."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -592,7 +593,7 @@ def test_test_tasks_never_train(files, tmp_path, no_plots):
 
 
 @pytest.mark.parametrize("single", ["combo", "combo-3", "rac"])
-def test_one_task_alone(tmp_path, no_plots, monkeypatch, single):
+def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     row = envs.FAMILIES["hopper"]
     arrays = collect("hopper", [0], [], 120, 40)
     arrays |= {"train_tasks": np.array([0]), "test_tasks": np.array([0])}
@@ -610,6 +611,11 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, single):
     good = run(tmp_path / "b", "hopper", tmp_path / "d.npz",
         f"--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0 --meta-policy {path}")  # fmt: skip
     assert torch.equal(checkpoint(good)["agent"]["meta_policy.net.layers.0.weight"], b)
+    arrays["rewards"] = arrays["rewards"] + 1
+    data.save(tmp_path / "other.npz", arrays, {"env": "hopper"})  # whose observations might be scaled otherwise
+    with pytest.raises(SystemExit):
+        run(tmp_path / "c", "hopper", tmp_path / "other.npz", f"--single rac --meta-batch-size 1 --meta-policy {path}")
+    assert re.search("--meta-policy .*: learned from .*, expected from", capsys.readouterr().err)
 
 
 def test_few_trajectories(files):
