@@ -269,11 +269,24 @@ def folder_of(script, words):
     return module.prepare_run(module.parse_args(words))
 
 
+def is_done(script, words):
+    """Whether a run has made its last step. Ends the program if it was made with what are other defaults by now."""
+    module, folder = SCRIPTS[script][0], path_of(script, words)
+    args, final = module.parse_args(words), folder / "final.json"
+    if not final.exists() or json.loads(final.read_text())["step"] != length(script, args):
+        return False
+    now, then = json.loads(json.dumps(module.settings(args))), json.loads((folder / "args.json").read_text())
+    for key in now.keys() & then.keys() - module.ELSEWHERE - {"variant"}:
+        if now[key] != then[key]:
+            flag = f"--{key.replace('_', '-')}"
+            raise SystemExit(f"{folder}: made with {flag} {then[key]}, now {now[key]}; delete it to run it anew")
+    return True
+
+
 def execute(script, words):
     """Runs the script unless that run is done. A run that diverges keeps what it had."""
-    args, folder = SCRIPTS[script][0].parse_args(words), folder_of(script, words)
-    final = folder / "final.json"
-    if not (final.exists() and json.loads(final.read_text())["step"] == length(script, args)):
+    folder = folder_of(script, words)
+    if not is_done(script, words):
         command = [sys.executable, ROOT / f"{script}.py", *words, "--resume"]
         with open(folder / "log.txt", "w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})

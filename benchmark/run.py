@@ -66,13 +66,10 @@ def learned_by_all(env):
 
 def describe(script, words):
     """The table's row of a run that is done, or None."""
-    args = SCRIPTS[script][0].parse_args(words)
-    folder = args.run_dir / script / args.env / args.variant / f"seed{args.seed}"
-    if not (folder / "final.json").exists():
+    if not paper.is_done(script, words):
         return None
+    args, folder = SCRIPTS[script][0].parse_args(words), paper.path_of(script, words)
     final, rows = json.loads((folder / "final.json").read_text()), paper.metrics(folder)
-    if final["step"] != paper.length(script, args):
-        return None
     row = {"script": script, "env": args.env, "seed": args.seed, "steps": final["step"]}
     names = (
         {"online": "return_mean", "offline": "offline_return_mean"} if script == "smac" else {"offline": "return_mean"}
@@ -108,6 +105,7 @@ def collect(runs, path):
 
 
 def main():
+    paper.os.chdir(ROOT)
     args = arguments()
     runs = plan(args)
     if args.list:

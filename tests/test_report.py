@@ -1,6 +1,7 @@
 """The work list, and the README's results: they are what report.py makes of the committed tables."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     folder = focal.prepare_run(args)
     (folder / "metrics.csv").write_text(f"step,return_mean\n1,-7\n2,-5\n{args.steps},-6\n")
     final = '{"step": %d, "behaviour_return": -8, "optimal_return": -4, "wall_clock_seconds": 90}'
+    focal.write_settings(folder, args)
     (folder / "final.json").write_text(final % (args.steps - 1))
     assert run.describe("focal", words) is None
     (folder / "final.json").write_text(final % args.steps)
@@ -73,6 +75,12 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     assert "online_last" not in run.describe("focal", words)
     (folder / "online.json").write_text(online % args.steps)
     assert run.describe("focal", words)["online_last"] == -6.5
+    saved = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(saved | {"lr": 0.5, "threads": 7}))  # a default was another then
+    message = f"{folder}: made with --lr 0.5, now {args.lr}; delete it to run it anew"
+    for look in (run.describe, run.execute):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            look("focal", words)
 
 
 def test_interquartile_mean_and_its_interval(report):
