@@ -397,7 +397,9 @@ def draw_curves(path, title, groups, columns, step_of="gradient steps"):
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("symlog", linthresh=100)
     handles = panels[0].get_legend_handles_labels()
-    picture.legend(*handles, loc="outside lower center", ncols=min(4, len(groups)), fontsize="small")
+    picture.legend(
+        *handles, loc="outside lower center", ncols=min(2 * len(columns) - 1, 4, len(groups)), fontsize="small"
+    )
     picture.suptitle(title, fontsize="medium")
     picture.savefig(path, dpi=110)
 
