@@ -62,7 +62,8 @@ def same_data(groups, smac, scale):
         values = [np.array([float(row[f"{protocol}_last"]) for row in each]) for each in rows]
         form = digits([*np.concatenate(values), *(x for x in scale.get(env, ()) if x is not None)])
         cells = [with_spread(each, form) if len(each) else "" for each in values]
-        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(mine[0]['data_return']):{form}} |")
+        data = (rows[0] or mine)[0]["data_return"]  # SMAC counts the episodes after a fall as well
+        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(data):{form}} |")
     return "\n".join(lines)
 
 

@@ -114,7 +114,7 @@ def test_scripts_stand_side_by_side_on_the_same_data(report):
     row = {"data_return": "1", "minutes": "2", "offline_best": "", "online_best": "", "env": "a"}
     runs = [row | {"script": "focal", "offline_last": last, "online_last": "3"} for last in ("10", "12")]
     runs += [row | {"script": "smac", "offline_last": "99", "online_last": "99"}]  # on data of its own
-    same = [row | {"script": "smac", "offline_last": "5", "online_last": "4"}]
+    same = [row | {"script": "smac", "offline_last": "5", "online_last": "4", "data_return": "0.5"}]
     text, scores = report.report(runs, [{"env": "a", "random": "0", "expert": "20"}], same)
     assert text.splitlines()[-2:] == [
         "| `a` | offline | 11.00 (1) |  | 5.00 |  | 1.00 |",
