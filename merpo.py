@@ -232,7 +232,7 @@ def algorithm_arguments(add):
         type=Path,
         default=None,
         metavar="RUN",
-        help="with --single: a run's last policy; default: random",
+        help="with --single: the last policy of such a run on the same data; default: random",
     )
 
 
