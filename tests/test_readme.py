@@ -31,7 +31,7 @@ COMMANDS = [
 
 
 def parts(command):
-    return [shlex.split(part) for part in command.split("&&")]
+    return [shlex.split(part, comments=True) for part in command.split("&&")]
 
 
 def test_there_are_commands():
