@@ -284,7 +284,10 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
     s, s2 = (x * world.std + world.mean for x in (s, s2))
     wind = torch.as_tensor(world.env.tasks[:, None], dtype=torch.float32)  # each in its own
     torch.testing.assert_close(s2, s + 0.1 * a + wind, atol=1e-5, rtol=0)
-    assert (r < 0).all() and not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
+    for task, *step, reward in zip(world.env.tasks, s, a, s2, r, strict=True):
+        expected = world.row.reward(np.tile(task, (2 * horizon, 1)), *(x.numpy() for x in step), None)
+        np.testing.assert_allclose(reward[:, 0], expected, atol=1e-5)
+    assert not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
     assert len(a.flatten(0, 1).unique(dim=0)) > 20 * e  # sampled
     _, args, world, agent = online.load_run(run, online.SCRIPTS)
     state = torch.get_rng_state()
