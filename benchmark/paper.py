@@ -247,13 +247,12 @@ def plan(args):
                 for seed in range(args.seeds):
                     words = f"--env {env} --seed {seed} --threads 1 {shared} {trained}".split()
                     size = [] if args.full else ["--small"]
+                    if args.steps:  # in a folder of their own, not over the runs of the usual length
+                        size += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
                     if "GOOD" in words:
                         good = path_of(args.script, ["--env", env, *GOOD.split(), *size])
                         words[words.index("GOOD")] = str(good)
-                    words += size
-                    if args.steps:  # in a folder of their own, not over the runs of the usual length
-                        words += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
-                    runs.append(Run(figure, env, variant, seed, words, tested.split()))
+                    runs.append(Run(figure, env, variant, seed, words + size, tested.split()))
     return runs
 
 

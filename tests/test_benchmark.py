@@ -63,14 +63,14 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
         assert set(columns) <= header
 
 
-@pytest.mark.parametrize("size", ["", "--full"])
+@pytest.mark.parametrize("size", ["", "--full", "--steps 7"])
 def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(paper, monkeypatch, tmp_path, size):
     """Runs that need it come after all others."""
     args, runs = plan(paper, monkeypatch, f"merpo figure4 --env hopper --seeds 2 --jobs 1 {size}")
     folders = {str(paper.path_of("merpo", run.words)): run for run in runs}
     needed = [run.words[run.words.index("--meta-policy") + 1] for run in runs if "--meta-policy" in run.words]
     assert len(needed) == 4 and {folders[path].variant for path in needed} == {"RAC, random meta-policy"}
-    assert {folders[path].seed for path in needed} == {0} and ("small" in needed[0]) == (not size)
+    assert {folders[path].seed for path in needed} == {0} and ("small" in needed[0]) == (size != "--full")
     done = []
     monkeypatch.setattr(paper, "build_data", lambda parsed: None)
     monkeypatch.setattr(paper, "folder_of", lambda script, words: tmp_path / str(words))
@@ -235,26 +235,31 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     assert (run / "retest" / "eval-episodes=2,test-quality=random.json").exists()
 
 
-def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    retest, settled = script("retest"), []
-    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
-    merpo.main(flags.split())
-    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
-    settle, evaluate, steps = merpo.settle_tasks, merpo.evaluate, []
+def watch_settling(monkeypatch):
+    """A list that grows with every merpo.settle_tasks: (tasks, whether they are the test tasks, how far models moved)."""
+    settled, settle = [], merpo.settle_tasks
 
     def settle_tasks(args, agent, world, tasks, device):
         before = tasks.models.net.layers[0].weight.clone()
         settle(args, agent, world, tasks, device)
-        settled.append(
-            (tasks.rows.shape, tasks is agent.test_tasks, (before - tasks.models.net.layers[0].weight).abs().max())
-        )
+        moved = (before - tasks.models.net.layers[0].weight).abs().max()
+        settled.append((tasks, tasks is agent.test_tasks, moved))
 
     monkeypatch.setattr(merpo, "settle_tasks", settle_tasks)
+    return settled
+
+
+def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    retest = script("retest")
+    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
+    merpo.main(flags.split())
+    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
+    settled, evaluate, steps = watch_settling(monkeypatch), merpo.evaluate, []
     monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
     retest.main([str(run), "--test-trajectories", "3", "--test-start", "behaviour", "--adapt-steps", "2"])
-    ((shape, of_test_tasks, moved),) = settled
-    assert shape[:2] == (2, 3) and of_test_tasks and moved > 0 and steps == ["behaviour"]
+    ((tasks, of_test_tasks, moved),) = settled
+    assert tasks.rows.shape[:2] == (2, 3) and of_test_tasks and moved > 0 and steps == ["behaviour"]
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=3.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
@@ -262,23 +267,16 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
 
 def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    online, settled = script("online"), []
+    online = script("online")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
     merpo.main(flags.split())
     (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
     _, args, world, agent = online.load_run(run, online.SCRIPTS)
-    theirs, settle = world.test_rows.clone(), merpo.settle_tasks
-
-    def settle_tasks(args, agent, world, tasks, device):
-        before = tasks.models.net.layers[0].weight.clone()
-        settle(args, agent, world, tasks, device)
-        settled.append((tasks, (before - tasks.models.net.layers[0].weight).abs().max()))
-
-    monkeypatch.setattr(merpo, "settle_tasks", settle_tasks)
+    theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
     own, first = online.evaluate_merpo(args, agent, world)
-    ((tasks, moved),) = settled
+    ((tasks, of_test_tasks, moved),) = settled
     e, horizon = args.eval_episodes, world.env.horizon
-    assert own.shape == first.shape == (2, e) and moved > 0 and tasks is agent.test_tasks
+    assert own.shape == first.shape == (2, e) and moved > 0 and of_test_tasks
     assert tasks.rows.shape == (2 * e, 2 * horizon, theirs.shape[-1])  # each repetition by itself, two episodes
     s, a, r, s2, d = tasks.rows.split(world.split, -1)
     s, s2 = (x * world.std + world.mean for x in (s, s2))
