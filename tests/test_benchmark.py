@@ -236,7 +236,7 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
 
 
 def watch_settling(monkeypatch):
-    """A list that grows with every merpo.settle_tasks: (tasks, whether they are the test tasks, how far models moved)."""
+    """Grows with every merpo.settle_tasks: (tasks, whether they are the test tasks, how far their models moved)."""
     settled, settle = [], merpo.settle_tasks
 
     def settle_tasks(args, agent, world, tasks, device):
