@@ -3,13 +3,13 @@
 python benchmark/run.py                                        # everything, side by side on the cores, CPU sizes
 python benchmark/run.py --scripts focal smac --envs cheetah-vel --seeds 5
 python benchmark/run.py --same-data                            # SMAC on the data that the other scripts learn from
-python benchmark/run.py --collect                              # runs nothing: the table of what is there
+python benchmark/run.py --collect                              # runs nothing: adds what is there to the table
 sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
 
-A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. Each
-row of the table is one run: its last and its best evaluation on the test tasks, with contexts from the data (offline)
-and with contexts that the agent collected itself (online): SMAC's own evaluations; the others' by online.py, on their
-last agents.
+A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. The
+table keeps the rows of runs that are not in runs/, so it can grow over machines and clones. Each row is one run: its
+last and its best evaluation on the test tasks, with contexts from the data (offline) and with contexts that the agent
+collected itself (online): SMAC's own evaluations; the others' by online.py, on their last agents.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paper
 from paper import ROOT, SCRIPTS, envs, focal, focal_pp, merpo
+from report import read
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
 COLUMNS += ["data_return", "optimum", "minutes"]
@@ -38,7 +39,7 @@ def arguments():
     parser.add_argument("--same-data", action="store_true", help="SMAC only, on the other scripts' data")
     parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
     parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
-    parser.add_argument("--collect", action="store_true", help="only write results/runs.csv")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only write the table")
     args = parser.parse_args()
     if args.task is not None and not 0 <= args.task < len(plan(args)):
         parser.error(f"--task {args.task}: expected 0 to {len(plan(args)) - 1}")
@@ -95,13 +96,20 @@ def execute(script, words):
             raise SystemExit(done.returncode)
 
 
+def place(row):
+    """Where a row of the table stands: by script, family, seed."""
+    return list(SCRIPTS).index(row["script"]), list(SCRIPTS[row["script"]][0].TABLE).index(row["env"]), int(row["seed"])
+
+
 def collect(runs, path):
-    rows = [row for row in (describe(*run) for run in runs) if row]
+    """Writes the runs that are done into the table, over their older rows; the rows of other runs stay."""
+    found = [row for row in (describe(*run) for run in runs) if row]
+    rows = {place(row): row for row in (read(path) if path.exists() else []) + found}
     with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
-    print(f"{path}: {len(rows)} of {len(runs)} runs")
+        table.writerows(rows[key] for key in sorted(rows))
+    print(f"{path}: {len(found)} of {len(runs)} runs found, {len(rows) - len(found)} rows more from before")
 
 
 def main():

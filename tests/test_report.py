@@ -83,6 +83,28 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
             look("focal", words)
 
 
+def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+
+    def collect(**returns):
+        monkeypatch.setattr(run, "describe", lambda script, words: returns.get(script))
+        run.collect([("smac", []), ("merpo", []), ("focal", [])], path)
+        return [(row["script"], row["env"], row["seed"], row["offline_last"]) for row in run.read(path)]
+
+    def row(script, env, seed, value):
+        return {"script": script, "env": env, "seed": seed, "offline_last": value}
+
+    assert collect(smac=row("smac", "ant-dir", 10, 1.5)) == [("smac", "ant-dir", "10", "1.5")]
+    assert collect() == [("smac", "ant-dir", "10", "1.5")]  # a clone without runs
+    collect(smac=row("smac", "ant-dir", 9, 2.5), focal=row("focal", "ant-fwd-back", 0, 3.5))
+    assert collect(smac=row("smac", "ant-dir", 10, 4.5), focal=row("focal", "point-robot-wind", 0, 5.5)) == [
+        ("focal", "point-robot-wind", "0", "5.5"),  # in the order of the work list
+        ("focal", "ant-fwd-back", "0", "3.5"),
+        ("smac", "ant-dir", "9", "2.5"),
+        ("smac", "ant-dir", "10", "4.5"),
+    ]
+
+
 def test_interquartile_mean_and_its_interval(report):
     assert report.interquartile_mean(np.array([9.0, 1, 2, 3, 4, 5, 6, -50])) == pytest.approx(3.5)
     assert report.interquartile_mean(np.array([3.0])) == 3
