@@ -949,7 +949,8 @@ def resume(run, args, agent, optimisers, world, device):
     for key, value in settings(args).items():
         found = then.get(key)
         if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
-            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}")
+            why = "" if then.get("steps") == args.steps else f"; its --steps were {then.get('steps')!r:.20}"
+            fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}{why}")
     if dataset != world.checksum:
         fail(f"{path}: made with another dataset; expected checksums {dataset!r:.200}, found {world.checksum}")
     try:

@@ -96,8 +96,10 @@ def checkpoint(path):
 
 
 def metrics(path, but=("seconds",)):
+    """Rows without these columns; None for nan, which would not equal itself."""
     with open(path / "metrics.csv") as file:
-        return [{key: float(value) for key, value in row.items() if key not in but} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items() if key not in but} for row in csv.DictReader(file)]
+    return [{key: None if math.isnan(value) else value for key, value in row.items()} for row in rows]
 
 
 @pytest.fixture
@@ -774,19 +776,52 @@ def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(fi
     assert len(seen) == 2 and all(torch.equal(z, own) for z in seen)
 
 
+def test_the_noise_of_a_probabilistic_embedding_stays_fresh(files):
+    k = build(WIND, files[WIND], "--encoder probabilistic")
+    k.agent.settle(k.batches)
+    task = torch.arange(len(k.batches.rows))
+    context = k.batches.contexts(task)
+    k.batches.contexts = lambda tasks: context  # always the same
+    seen = torch.stack([k.agent.settled_embedding(task, k.batches) for _ in range(2 * k.agent.SETTLED)])
+    assert len(seen[:, 0, 0].unique()) == len(seen) and not seen.requires_grad
+    with torch.no_grad():
+        mean, spread = k.agent.encoder.net(k.batches.contexts(task)).double().chunk(2, -1)
+    precision = 1 / torch.nn.functional.softplus(spread)
+    expected = (precision * mean).sum(1) / precision.sum(1)
+    standard_error = (1 / precision.sum(1) / len(seen)).sqrt()
+    assert ((seen.mean(0) - expected).abs() < 5 * standard_error).all()
+
+
+def test_flags_win_over_what_follows_from_other_flags():
+    words = ["--env", WALKER, "--small", "--coupled"]
+    told, not_told = focal.parse_args([*words, "--encoder-steps", "3000"]), focal.parse_args(words)
+    assert (told.encoder_steps, not_told.encoder_steps) == (3000, not_told.steps)
+    assert focal.parse_args(words[:-1]).encoder_steps == 3000 and "encoder-steps" not in not_told.variant
+    assert "encoder-steps=3000" in told.variant
+
+
+def test_sparse_contexts_are_made_once(capsys):
+    with pytest.raises(SystemExit):
+        focal.parse_args(["--env", SPARSE, "--sparse", "--quality", "relabelled"])
+    assert "--sparse: the contexts of relabelled data are sparse by themselves" in capsys.readouterr().err
+
+
 def test_the_metrics_are_means_since_the_last_evaluation(files, tmp_path, no_plots):
-    rows = metrics(run(tmp_path, WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"))
-    k, sums = build(WIND, files[WIND], "--alpha 3 --tune-alpha --steps 5"), []
-    for step in range(1, 6):
+    rows = metrics(run(tmp_path, WIND, files[WIND], "--alpha 3 --tune-alpha --steps 8"))
+    k, sums = build(WIND, files[WIND], "--alpha 3 --tune-alpha --steps 8"), []
+    for step in range(1, 9):
         if step == 5:
             k.agent.settle(k.batches)
         k.update(learn_encoder=step <= 4)
         sums.append(k.agent.metrics.clone())
         k.agent.metrics.zero_()
-    assert [row["step"] for row in rows] == [3, 5]
-    for row, part in zip(rows, (sums[:3], sums[3:]), strict=True):
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    for row, part, learnt in zip(rows, (sums[:3], sums[3:6], sums[6:]), (3, 1, 0), strict=True):
         expected = dict(zip(focal.Agent.METRICS, (sum(part) / len(part)).tolist(), strict=True))
-        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        for name in ("encoder_loss", "encoder_kl"):  # over the steps in which it learned
+            expected[name] = expected[name] * len(part) / learnt if learnt else math.nan
+        found = {key: math.nan if row[key] is None else row[key] for key in expected}
+        assert found == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
 VARIANTS = [(WALKER, ""), (WALKER, "--no-next-obs"), (WALKER, "--coupled"), (WALKER, "--tune-alpha")]
@@ -878,6 +913,15 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, no_plots):
     before, after = (checkpoint(x)["agent"] for x in (short, path))
     assert {"critic", "target", "actor", "discriminator"} <= moved(before, after)  # and the encoder stood still
     assert "encoder" not in moved(before, after)
+
+
+def test_a_longer_run_whose_encoder_would_learn_longer_is_refused(files, tmp_path, no_plots, capsys):
+    short = run(tmp_path / "short", WIND, files[WIND], "--coupled --steps 3")
+    words = flags(WIND, files[WIND], "--coupled --steps 6 --resume"), "--run-dir", str(tmp_path / "long")
+    shutil.copy(short / "checkpoint.pt", focal.prepare_run(focal.parse_args([*words[0], *words[1:]])))
+    with pytest.raises(SystemExit):
+        focal.main([*words[0], *words[1:]])
+    assert "--encoder-steps: the checkpoint was made with 3, found 6; its --steps were 3" in capsys.readouterr().err
 
 
 def test_without_resume_a_run_starts_anew(files, tmp_path, no_plots):

@@ -197,6 +197,7 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkey
 
 TABLE_6 = {"beta": 1, "hidden": 256, "context_size": 512, "temperature": 0.5, "momentum": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "target_divergence": 0.05, "lr": 3e-3, "encoder_lr": 3e-3, "discount": 0.99}
+MUJOCO["latent"] = 20
 POINT = {"alpha": 0, "tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3, "discount": 0.9, "latent": 5}
 
 
