@@ -916,11 +916,15 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, no_plots):
 
 
 def test_a_longer_run_whose_encoder_would_learn_longer_is_refused(files, tmp_path, no_plots, capsys):
-    short = run(tmp_path / "short", WIND, files[WIND], "--coupled --steps 3")
-    words = flags(WIND, files[WIND], "--coupled --steps 6 --resume"), "--run-dir", str(tmp_path / "long")
-    shutil.copy(short / "checkpoint.pt", focal.prepare_run(focal.parse_args([*words[0], *words[1:]])))
+    words = flags(WIND, files[WIND], "--coupled")
+    i = words.index("--encoder-steps")
+    words[i : i + 2] = []  # they follow --steps
+    short = focal.prepare_run(focal.parse_args([*words, "--steps", "3", "--run-dir", str(tmp_path / "short")]))
+    focal.main([*words, "--steps", "3", "--run-dir", str(tmp_path / "short")])
+    words += ["--steps", "6", "--run-dir", str(tmp_path / "long"), "--resume"]
+    shutil.copy(short / "checkpoint.pt", focal.prepare_run(focal.parse_args(words)))
     with pytest.raises(SystemExit):
-        focal.main([*words[0], *words[1:]])
+        focal.main(words)
     assert "--encoder-steps: the checkpoint was made with 3, found 6; its --steps were 3" in capsys.readouterr().err
 
 
