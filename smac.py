@@ -19,7 +19,8 @@ Where we differ from the paper:
   encoder's buffer is its last 400 offline rows and what is collected.
 - Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
-- Observations are standardised.
+- Observations are standardised. Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
+- `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target.
 What we learned: on near-expert data (s, a) alone predicts the reward and q collapses to the prior; what an encoder that
 stands still cannot read from the agent's own paths (point robots) no labelling brings back.
 """
@@ -60,7 +61,7 @@ TABLE = {
     "sawyer": {"data_size": 3750, "context_data": 3750, "reward_scale": 1, "awac_lambda": 0.3, "pearl_weight": 0},
 }
 TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the script's data have no other quality
-# --small: what differs on a machine without a GPU.
+# --small: what differs on a machine without a GPU. (Beside batches of 128, the KL has half of Eq. 3's weight.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -130,8 +131,13 @@ def parse_args(argv=None):
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
     if args.from_nothing:  # PEARL
-        args.steps, args.online_rewards, args.actor, args.encoder_loss = 0, "oracle", "sac", "q"
-        args.online_contexts = "all"
+        pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
+        for key, value in pearl.items():
+            if getattr(args, key) not in (value, parser.get_default(key)):
+                fail(f"--{key.replace('_', '-')}: --from-nothing is PEARL; expected {value}, or nothing")
+        vars(args).update(pearl, steps=0, online_contexts="all")
+    elif args.save_replay:
+        fail("--save-replay: keeps what PEARL collects; expected --from-nothing too")
     if args.online_rewards == "none":
         args.online_steps = 0
     if args.steps + args.online_steps == 0:
@@ -457,7 +463,9 @@ def make_update(args, agent, optimisers):
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' from D_i, z ~ q_phi(z | h)
         task = tasks()
-        held = replay.offline if online and args.online_contexts == "offline" else replay.filled
+        held = replay.filled
+        if online and args.online_contexts == "offline":  # where there are any: an oracle's test tasks have none
+            held = torch.where(replay.offline > 0, replay.offline, replay.filled)
         h = agent.history(replay.draw(task, args.context_size, held, args.context_data))
         s, a, r, s2, d = replay.draw(task, args.batch_size, replay.filled).flatten(0, 1).split(agent.split, -1)
         r, d = r[:, 0], d[:, 0]
@@ -475,21 +483,24 @@ def make_update(args, agent, optimisers):
             loss.backward(retain_graph=by_q)
             optimisers["decoder"].step()
             log["reward_loss"] = loss.detach()
-        q = learn_critic(s, a, r, s2, d, z if by_q else z.detach(), log)
+        q = judge(s, a, r, s2, d, z if by_q else z.detach(), log)
         if by_reward or by_q:
             optimisers["encoder"].step()
         learn_actor(s, a, z.detach(), q, online, log)
+        optimisers["critic"].step()  # only now: an advantage is the difference of two values of one critic
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
             agent.record(**log)
 
-    def learn_critic(s, a, r, s2, d, z, log):
+    def judge(s, a, r, s2, d, z, log):
+        """Q(s, a, z), and the gradient of the critic's loss for its step."""
         with torch.no_grad():
             q2 = agent.target(s2, z, agent.actor.sample(s2, z)[0])
             y = critic_target(r, d, q2, args.reward_scale, args.discount)
         q = agent.critic(s, z, a)
         loss = critic_loss(q, y)  # Eq. 1
-        step_down(optimisers["critic"], loss)
+        optimisers["critic"].zero_grad()
+        loss.backward()
         log |= {"critic_loss": loss.detach(), "q_mean": q.detach().mean()}
         return q.detach()
 
@@ -604,14 +615,14 @@ def open_data(args, quality, device):
 
 
 @torch.no_grad()
-def play(agent, world, env, z, seed, explore=False, redraw=""):
+def play(agent, world, env, z, seed, explore=False, redraw="", kept=None):
     """One trajectory of `horizon` steps in every sub-environment, acting on z (B, l).
 
     Returns rows (B, H, D) with the rewards that `env` gives, whether each row comes before the first end of an episode
     (B, H), the return up to there (B,), and whether the physics held (B,).
 
-    Where an episode ends early the next begins, with a new z from the prior
-    if `redraw` is "episode"; "step" draws one at every step.
+    Where an episode ends early the next begins, with a new z from the prior if `redraw` is "episode"; "step" draws one
+    at every step. Not so where z is `kept` (B,).
     """
     device, obs = z.device, env.reset(seed=seed)[0]
     rows, counted, alive, total = [], [], np.ones(len(obs), bool), np.zeros(len(obs))
@@ -629,10 +640,10 @@ def play(agent, world, env, z, seed, explore=False, redraw=""):
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~ended
         sound &= ~info["blew_up"]
-        if redraw == "step":
-            z = torch.randn_like(z)
-        elif redraw == "episode" and ended.any():
-            z = torch.where(torch.as_tensor(ended, device=device)[:, None], torch.randn_like(z), z)
+        if redraw == "step" or (redraw == "episode" and ended.any()):
+            new = torch.as_tensor(ended | (redraw == "step"), device=device)
+            new = new if kept is None else new & ~kept
+            z = torch.where(new[:, None], torch.randn_like(z), z)
         obs = following
     counted = torch.as_tensor(np.stack(counted, 1), device=device)
     return torch.stack(rows, 1), counted, total, torch.as_tensor(sound, device=device)
@@ -720,7 +731,8 @@ def collect(args, agent, world, iteration):
     informed &= agent.replay.filled[buffers] > 0
     history = agent.history(agent.replay.draw(buffers, args.context_size, agent.replay.filled, args.context_data))
     z = torch.where(informed[:, None], sample(*agent.encoder(history)), z)
-    rows, _, _, sound = play(agent, world, env, z, 1_000_003 * args.seed + iteration, explore=True, redraw=args.z_every)
+    seed = 1_000_003 * args.seed + iteration
+    rows, _, _, sound = play(agent, world, env, z, seed, explore=True, redraw=args.z_every, kept=informed)
     env.close()
     buffers, rows = buffers[sound], rows[sound]  # a trajectory in which the physics blew up is dropped
     if not oracle:
@@ -972,6 +984,10 @@ def save_replay(args, agent, world):
         "rewards": r[..., 0], "terminals": d[..., 0], "episodes": episodes,
     }  # fmt: skip
     arrays = {key: x.cpu().numpy() for key, x in arrays.items()} | {"tasks": tasks, "train_tasks": train_index}
+    if world.row.sparse_reward:
+        keys = "observations", "actions", "next_observations"
+        flat = tasks.repeat(count, axis=0), *(arrays[key].reshape(len(tasks) * count, -1) for key in keys)
+        arrays["sparse_rewards"] = world.row.sparse_reward(*flat, 1.0).reshape(len(tasks), count)
     arrays["test_tasks"] = train_index if world.row.only else np.arange(n, len(tasks))
     data.save(args.save_replay, arrays, {"env": args.env, "quality": "replay", "seed": args.seed, "script": "smac.py"})
 

@@ -1,5 +1,6 @@
 """SMAC against float64 loops written from the paper, who trains whom in each phase, and no reward online."""
 
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -261,6 +262,7 @@ def test_the_schedule_visits_all_tasks_alike():
 
 def test_an_update_draws_two_independent_histories(files):
     k = build(WIND, files[WIND], "--online-contexts offline")
+    k.agent.replay.filled += 20
     for online in (False, True):
         drawn, draw = [], smac.Replay.draw
         k.agent.replay.draw = lambda *args: drawn.append(args) or draw(k.agent.replay, *args)
@@ -268,7 +270,33 @@ def test_an_update_draws_two_independent_histories(files):
         (task, size, held, part), (task2, size2, held2) = drawn
         assert torch.equal(task, task2) and len(set(task.tolist())) == 3
         assert (size, size2) == (k.args.context_size, k.args.batch_size)
-        assert part == 40 and (held is k.agent.replay.offline) == online and held2 is k.agent.replay.filled
+        assert part == 40 and torch.equal(held, k.agent.replay.offline) == online and held2 is k.agent.replay.filled
+
+
+def test_an_oracle_s_test_tasks_have_contexts_though_they_have_no_offline_rows(files):
+    k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle --online-contexts offline")
+    k.agent.replay.append(torch.tensor([4, 5]), torch.randn(2, 20, k.agent.replay.rows.shape[-1]))
+    seen, history = [], k.agent.history
+    k.agent.history = lambda rows: seen.append(rows) or history(rows)
+    for _ in range(10):
+        k.update(online=True)
+    contexts = torch.cat(seen)
+    distinct = [len(rows.unique(dim=0)) for rows in contexts]
+    assert contexts.shape[1] == 8 and min(distinct) > 3
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_an_advantage_is_the_difference_of_two_values_of_one_critic(files, monkeypatch, online):
+    k, seen, loss = build(WIND, files[WIND]), [], smac.awac_loss
+    k.optimisers["critic"].param_groups[0]["lr"].fill_(0.5)  # a step that shows
+    monkeypatch.setattr(smac, "awac_loss", lambda *args: seen.append(args[1:3]) or loss(*args))
+    before, calls, forward = copy.deepcopy(k.agent.critic), [], k.agent.critic.forward
+    k.agent.critic.forward = lambda *args: calls.append(args) or forward(*args)
+    k.update(online=online)
+    (of_data, of_policy), ((values, baseline),) = calls, seen
+    torch.testing.assert_close(values, before(*of_data))
+    torch.testing.assert_close(baseline, before(*of_policy))
+    assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), k.agent.critic.parameters(), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------- the online phase
@@ -505,7 +533,7 @@ def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
     counts = "--train-tasks 3 --test-tasks 2 --online-steps 240 --posterior-share 0.5"
     path = run(tmp_path, WIND, None, f"{counts} --from-nothing --save-replay {file}")
     (row, *_), dataset = metrics(path), data.load(file, WIND)
-    assert math.isnan(row["offline_return_mean"]) and row["step"] == 3
+    assert row["offline_return_mean"] is None and row["step"] == 3
     assert dataset.rewards.shape == (5, 80) and dataset.train_tasks.tolist() == [0, 1, 2]
     assert np.array_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 0))
     for i, task in enumerate(dataset.tasks):
@@ -515,6 +543,30 @@ def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
         assert dataset.episodes[i].tolist() == [t // 20 for t in range(80)]
     more = "--data-size 80 --online-rewards none"
     assert metrics(run(tmp_path / "smac", WIND, file, more))[0]["offline_return_mean"] < 0
+
+
+def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_plots):
+    file = tmp_path / "pearl.npz"
+    counts = "--train-tasks 3 --test-tasks 2 --online-steps 240"
+    run(tmp_path, SPARSE, None, f"{counts} --from-nothing --save-replay {file}")
+    dataset = data.load(file, SPARSE)
+    distance = np.linalg.norm(dataset.next_observations.numpy() - dataset.tasks[:, None], axis=-1)
+    expected = np.where(distance < 0.2, 1 - distance, 0)
+    np.testing.assert_allclose(dataset.context_rewards, expected, atol=1e-5)
+    np.testing.assert_allclose(dataset.rewards, -distance, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", ["step", "episode"])
+def test_what_acts_on_a_posterior_does_so_to_the_end(files, every):
+    k = build(WIND, files[WIND])
+    env = envs.make(WIND, k.world.train_tasks[:3])
+    step, ends = env.step, np.array([True, True, False])
+    env.step = lambda a: (out := step(a))[:2] + (out[2] | ends,) + out[3:]  # as where robots fall
+    seen, kept = [], torch.tensor([True, False, False])
+    k.agent.act = lambda s, z, explore: seen.append(z) or torch.zeros(3, 2)
+    smac.play(k.agent, k.world, env, torch.ones(3, k.args.latent), 0, True, every, kept)
+    ones = (torch.stack(seen) == 1).all(-1)
+    assert ones[:, 0].all() and not ones[1:, 1].any() and ones[1:, 2].all() == (every == "episode")
 
 
 def test_the_data_are_cut(files):
@@ -536,6 +588,9 @@ def test_the_data_are_cut(files):
         ("--steps 0 --online-rewards none", ["--steps"]),
         ("--posterior-share 2", ["--posterior-share", "2"]),
         ("--actor td3", ["--actor", "td3"]),
+        ("--save-replay x.npz", ["--save-replay", "--from-nothing"]),
+        ("--from-nothing --actor bc", ["--actor", "--from-nothing"]),
+        ("--from-nothing --online-tasks test", ["--online-tasks", "--from-nothing"]),
     ],
 )
 def test_bad_input_ends_in_one_line(files, tmp_path, capsys, more, words):

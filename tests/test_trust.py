@@ -308,8 +308,10 @@ def test_a_folder_that_cannot_be_written(files, tmp_path, capsys, script):
 
 
 def test_a_replay_that_cannot_be_written(files, tmp_path, no_plots, capsys):
-    more = f"--online-steps 240 --save-replay {files[WIND]}/replay.npz"
-    assert "cannot write there" in ended(smac, flags(smac, files, tmp_path, more), capsys, 2)
+    more = f"--online-steps 480 --train-tasks 3 --test-tasks 2 --from-nothing --save-replay {files[WIND]}/replay.npz"
+    argv = flags(smac, files, tmp_path, more)
+    i = argv.index("--data")
+    assert "cannot write there" in ended(smac, [*argv[:i], *argv[i + 2 :]], capsys, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence
