@@ -17,10 +17,10 @@ A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on 
 Choices where the paper is silent:
 - Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda, (11).
 - Each of the five models makes an equal share of the rollouts. log beta moves by its rate up or down (Adam on a
-  scalar does little else); lambda is clipped at ten times its initial value, divergences at 10.
+  scalar does little else); lambda is clipped at ten times its initial value, its divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
   of mean 1. xi_q is 1, Q_meta takes the mean of Q_n whole: with Table 2's 1e-3 it moves 1e-5 a meta-iteration.
-- Observations, rewards and their changes are standardised for the models.
+- Observations are standardised; so are, for the models, rewards and changes of observations.
 What we learned: lambda's rate of 1 takes it to its bound within fifty steps, where winds learn less and walkers hardly.
 Larger outer steps (xi_q = 1, five on Eq. 10; also a longer stage 1) took walkers from 124 to 221 (their data: 243).
 One walker's data hardly allow more: FOCAL, at 335 with 20 walkers' data pooled, is below one's own with those alone.
@@ -46,7 +46,8 @@ import data
 import envs
 
 # ==================================================================================================== 1. arguments
-# Table 2 of the paper; families that are not in it take the cheetah's row.
+# Table 2 of the paper. Of families that are not in it sparse-point-robot has the wind's row, cheetah-vel the cheetah's
+# rates and, with many tasks, the walker's lambda and task batch.
 TWO = {"meta_batch_size": 2, "lambda_initial": 100, "threshold": 10}
 TABLE = {
     "sparse-point-robot": {"discount": 0.9, "threshold": 10},
@@ -56,10 +57,12 @@ TABLE = {
     "ant-fwd-back": TWO | {"lr": 8e-4, "actor_lr": 5e-4},
     "walker-params": {},
 }
-# Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits; their mean stands still.
+# Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits; their mean stands still. Stage
+# 1 trains its models by maximum likelihood (no outer step, no proximal term), but its Adam starts anew every h steps.
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "beta_initial": 1,
     "model_lr": 1.0, "eta": 0.0, "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
+    "steps": 20_000,  # of J steps of RAC: the paper's 200 epochs of 1,000
 }  # fmt: skip
 TABLE |= {
     "halfcheetah": SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4},
@@ -136,6 +139,12 @@ def parse_args(argv=None):
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
+    if args.single and args.test_start != "meta":
+        fail(f"--test-start {args.test_start}: --single has no test tasks that adapt; expected one or the other")
+    if args.single and (
+        args.alpha == "adaptive" or (args.single != "rac" and args.alpha != parser.get_default("alpha"))
+    ):
+        fail(f"--alpha {args.alpha}: expected a number with --single rac, none with --single {args.single}")
     args.alpha = 0.0 if args.single == "combo-3" else args.alpha
     args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
     if envs.family(args.env).differs == "nothing" and not args.single:
@@ -197,6 +206,7 @@ def algorithm_arguments(add):
     add("--meta-q-lr", type=share, default=1.0, help="xi_q, the plain outer step of meta-Q")
     add("--inner-steps", type=whole, default=10, help="J, steps of RAC in a meta-iteration")
     add("--adapt-steps", type=natural, default=100, help="steps of RAC on a test task")
+    add("--adapt-lr", type=positive, default=None, help="of its critic and policy; default: --lr and --actor-lr")
     add("--ent", type=positive, default=0.2, help="temperature of the entropy in the critic's target")
     add("--alpha", type=mixture, default=0.4, help="weight of the behaviour in Eq. 9, 0 to 1, or adaptive (MerPO-Adp)")
     add("--alpha-lr", type=positive, default=1e-4, help="of Eq. 11")
@@ -218,7 +228,9 @@ def algorithm_arguments(add):
     add("--model-task-lr", type=positive, default=1e-4, help="learning rate of a task's models")
     add("--model-adapt-steps", type=whole, default=25, help="h, their steps")
     add("--eta", type=positive, default=0.1, help="of the proximal term of Eqs. 3 and 4")
-    add("--trajectories", type=whole, default=None, help="of each training task's data; default: all (Figure 10)")
+    add(
+        "--trajectories", type=whole, default=None, help="of each training task to learn from; default: all (Figure 10)"
+    )
     add("--test-trajectories", type=whole, default=None, help="of each test task's")
     add("--test-start", choices=list(STARTS), default="meta", help="how a test task begins (Figures 7c and 9b)")
     add(
@@ -498,14 +510,15 @@ class Inner(nn.Module):
     def step(self, tasks, index, meta_policy, optimisers, free=False):
         """One step of RAC; returns what is worth recording. `free`: no regulariser at all (COMBO)."""
         args, world = self.args, self.world
-        if not args.no_model:
-            tasks.imagine(index, self.roll_out(tasks.draw(index, args.rollouts)))  # line 3
+        if not args.no_model:  # line 3 of Algorithm 1, 12 of Algorithm 2
+            tasks.imagine(index, self.roll_out(tasks.draw(index, args.rollouts)))
         real = tasks.draw(index, args.batch_size)
         rho = real if args.no_model else tasks.imagined(index, args.batch_size)
         count = round((1.0 if args.no_model else args.real_ratio) * args.batch_size)
         mixed = torch.cat([real[:, :count], rho[:, : args.batch_size - count]], 1)
         s_data, a_data = real.split(world.split, -1)[:2]
         s_rho = rho.split(world.split, -1)[0]
+        # line 4 of Algorithm 1, 13 of Algorithm 2: Eq. 1; in a batch f of D_n and 1 - f of D_model
         log = self.evaluate_policy(tasks, index, s_rho, s_data, a_data, mixed, optimisers["critic"])
         return log | self.improve_policy(tasks, index, s_rho, s_data, a_data, meta_policy, optimisers["actor"], free)
 
@@ -550,6 +563,8 @@ class Inner(nn.Module):
         return log | {"beta": beta.exp().mean()}
 
     def improve_policy(self, tasks, index, s_rho, s_data, a_data, meta_policy, optimiser, free):
+        # line 5 of Algorithm 1, 14 of Algorithm 2: Eq. 7, made computable by Eq. 9. At alpha = 0 it is Eq. 6 (COMBO-3)
+        # and, over many tasks, Eq. 5; `free` it is Eq. 2 (COMBO). Eq. 8 is a bound.
         args, alpha, lam = self.args, tasks.alpha[index], tasks.lam[index]
         self.critic.requires_grad_(False)
         mean, log_std = policy = self.actor(s_rho)
@@ -565,7 +580,8 @@ class Inner(nn.Module):
             d_behaviour = gaussian_divergence(self.behaviour(s_data), self.actor(s_data)).mean(-1).clamp_max(10)
             d_meta = d_meta.mean(-1).clamp_max(10)
             lam = lam + args.lambda_lr * (alpha * d_behaviour + (1 - alpha) * d_meta - args.target_divergence)
-            tasks.lam.index_copy_(0, index, lam.clamp(0, 10 * args.lambda_initial))
+            lam = lam.clamp(0, 10 * args.lambda_initial)
+            tasks.lam.index_copy_(0, index, lam)
         log = {"actor_loss": loss.detach() / self.n, "lambda": lam.mean(), "alpha": alpha.mean()}
         return log | {"d_behaviour": d_behaviour.mean(), "d_meta": d_meta.mean()}
 
@@ -629,14 +645,15 @@ def held_out_error(world, models, tasks, index):
 
 
 def settle_tasks(args, agent, world, tasks, device):
-    """Between the stages: every task's models adapt (Eq. 4), the best are kept, and its behaviour is fitted."""
+    """Between the stages (line 8 of Algorithm 2): every task's models adapt (Eq. 4), the best are kept, and its
+    behaviour is fitted."""
     n, index = len(tasks.rows), torch.arange(len(tasks.rows), device=device)
     d, m = world.row.obs_dim, world.row.act_dim
     theta = Models(n * Agent.MODELS, d, m, args.model_hidden, args.model_layers).to(device)
     optimiser = adam(theta, args.model_task_lr, device)
     spread(theta, agent.meta_model, (n, Agent.MODELS), (1, Agent.MODELS))
     before = held_out_error(world, theta, tasks, index)
-    if args.model_lr < 1 or args.eta:  # not with --single, whose models are trained whole in stage 1
+    if not args.single:  # its models are trained whole in stage 1
         adapt_models(args, world, theta, agent.meta_model, tasks, index, optimiser)
     after = held_out_error(world, theta, tasks, index)
     best = after.argsort(1)[:, : Tasks.KEPT] + index[:, None] * Agent.MODELS
@@ -664,10 +681,11 @@ def make_updates(args, agent, optimisers, world):
 
     def learn_model():
         agent.step += 1
-        loss = adapt_models(args, world, theta, agent.meta_model, tasks, draw_tasks(), theta_adam)  # lines 3 to 5
+        # Algorithm 2, lines 3 to 5
+        loss = adapt_models(args, world, theta, agent.meta_model, tasks, draw_tasks(), theta_adam)
         with torch.no_grad():
             for phi, p in zip(agent.meta_model.parameters(), theta.parameters(), strict=True):
-                # phi <- phi - xi_1 (phi - mean_n theta_n)
+                # line 6: phi <- phi - xi_1 (phi - mean_n theta_n)
                 phi.lerp_(p.detach().view(inner.n, Agent.MODELS, *p.shape[1:]).mean(0), args.model_lr)
             agent.record(model_loss=loss.mean())
 
@@ -678,7 +696,7 @@ def make_updates(args, agent, optimisers, world):
         index = draw_tasks()
         if not args.single:
             inner.start(tasks, index, agent, inner_adam)
-        for _ in range(args.inner_steps):  # lines 11 to 15
+        for _ in range(args.inner_steps):  # lines 10 to 16, all tasks at once
             log = inner.step(tasks, index, agent.meta_policy, inner_adam, args.single == "combo")
         if not args.single:
             log |= learn_meta(index)
@@ -695,7 +713,7 @@ def make_updates(args, agent, optimisers, world):
             kl = gaussian_divergence(policy, (mean.view_as(policy[0]), log_std.view_as(policy[0])))
             if args.adaptive and i == 0:
                 mix(index, kl.detach().mean(-1))
-            loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # Eq. 10
+            loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # line 17: Eq. 10
             step_down(optimisers["meta_policy"], loss)
         with torch.no_grad():
             for p, q in zip(agent.meta_q.parameters(), inner.critic.parameters(), strict=True):
@@ -743,15 +761,19 @@ def standardisation(observations):
     return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
 
 
-def pack(dataset, tasks, mean, std, trajectories):
-    """Rows (n, N, D): s, a, r, s', d; observations standardised; `trajectories` of them, spread, or all."""
+def pack(dataset, tasks, mean, std, trajectories, length):
+    """Rows (n, N, D): s, a, r, s', d; observations standardised; all, or so many `trajectories`, spread over them, of
+    `length` rows each."""
     s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
     r, d = (column[tasks][..., None] for column in (dataset.rewards, dataset.terminals))
     rows = torch.cat([s, dataset.actions[tasks], r, s2, d], -1)
     if trajectories is None:
         return rows
-    row = envs.FAMILIES.get(dataset.meta.get("env"))
-    parts = rows.unflatten(1, (-1, row.data_horizon if row and rows.shape[1] % row.data_horizon == 0 else 1))
+    if rows.shape[1] % length:
+        fail(
+            f"--trajectories, --test-trajectories: expected trajectories of {length} steps, found {rows.shape[1]} rows"
+        )
+    parts = rows.unflatten(1, (-1, length))
     if trajectories > parts.shape[1]:
         fail(f"--trajectories, --test-trajectories: the data hold {parts.shape[1]} of each task, found {trajectories}")
     chosen = torch.linspace(0, parts.shape[1] - 1, trajectories).round().long()
@@ -768,8 +790,9 @@ class World:
         d, m = self.row.obs_dim, self.row.act_dim
         self.split = [d, m, 1, d, 1]
         self.mean, self.std = standardisation(train.observations[train.train_tasks])
-        self.train_rows = pack(train, train.train_tasks, self.mean, self.std, args.trajectories)
-        self.test_rows = pack(test, test.test_tasks, self.mean, self.std, args.test_trajectories)
+        scale, length = (self.mean, self.std), self.row.data_horizon
+        self.train_rows = pack(train, train.train_tasks, *scale, args.trajectories, length)
+        self.test_rows = pack(test, test.test_tasks, *scale, args.test_trajectories, length)
         if min(self.train_rows.shape[1], self.test_rows.shape[1]) < 2:
             fail("--trajectories, --test-trajectories: one transition of a task; expected at least two")
         s, _, r, s2, _ = self.train_rows.split(self.split, -1)
@@ -818,7 +841,9 @@ def evaluate(args, agent, world):
     """
     device = world.mean.device
     if args.single:
-        return {args.adapt_steps: play(args, agent.inner.actor, world), 0: play(args, agent.meta_policy, world)}
+        return {1: play(args, agent.inner.actor, world), 0: play(args, agent.meta_policy, world)}
+    if args.adapt_lr is not None:
+        args = argparse.Namespace(**vars(args) | {"lr": args.adapt_lr, "actor_lr": args.adapt_lr})
     tasks, n = agent.test_tasks, len(world.test_rows)
     initialise, alpha, free = STARTS[args.test_start]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -846,6 +871,9 @@ def summarise(step, seconds, agent, count, returns):
     """One row of metrics.csv: means of the losses since the last evaluation, returns after and before adaptation."""
     row = {"step": step, "seconds": round(seconds, 1)}
     row |= dict(zip(agent.METRICS, (agent.metrics / max(1, count)).tolist(), strict=True))
+    for name in agent.METRICS:  # a stage has no metrics of the other
+        if (name == "model_loss") == bool(returns):
+            row[name] = math.nan
     adapted, meta = (returns[max(returns)], returns[0]) if returns else (np.full((1, 1), np.nan),) * 2
     row |= {"return_mean": adapted.mean(), "return_std": adapted.mean(1).std(), "meta_return_mean": meta.mean()}
     for prefix, tasks in (("", agent.test_tasks), ("train_", agent.train_tasks)):
@@ -910,7 +938,7 @@ def plot_adaptation(run, args, returns, world):
 
     figure = Figure(figsize=(4.4, 3.4), layout="constrained")
     axes = figure.add_subplot(xlabel="steps of RAC on a test task's data", ylabel="return", title=args.env)
-    steps = sorted(returns)
+    steps = sorted(step for step in returns if step or STARTS[args.test_start][0])  # at 0 stands the meta-policy
     for task in np.stack([returns[step].mean(1) for step in steps], 1):
         axes.plot(steps, task, color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.plot(steps, [returns[step].mean() for step in steps], color="tab:blue", marker="o", label="mean of test tasks")
@@ -1047,6 +1075,7 @@ def train(args, run):
             write_metrics(run, rows)
             if returns:
                 plot_curve(run, args, rows, world)
+            if returns and not args.single:
                 plot_adaptation(run, args, returns, world)
             save(run, step, time.time() - began, args, agent, optimisers, rows, world)
             report(rows[-1], world, total)
@@ -1070,13 +1099,17 @@ def report(row, world, total):
     best = f" of {world.optimum:.2f}" if world.optimum is not None else ""
     behaviour = f", data {world.behaviour:.2f}" if world.behaviour is not None else ""
     rate = row["step"] / max(row["seconds"], 0.1)
-    print(
-        f"step {row['step']:>6}/{total}  model loss {row['model_loss']:7.2f}  test return {row['return_mean']:8.2f}"
-        f"{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  Q {row['q_mean']:.1f}  "
-        f"beta {row['beta']:.2f}  lambda {row['lambda']:.1f}  {rate:.1f} steps/s  "
-        f"{(total - row['step']) / rate / 60:.1f} min left",
-        flush=True,
+    first = math.isnan(row["return_mean"])
+    shown = (
+        f"model loss {row['model_loss']:7.2f}"
+        if first
+        else (
+            f"test return {row['return_mean']:8.2f}{best}  (meta-policy {row['meta_return_mean']:.2f}{behaviour})  "
+            f"Q {row['q_mean']:.1f}  beta {row['beta']:.2f}  lambda {row['lambda']:.1f}"
+        )
     )
+    left = f"{rate:.1f} steps/s  {(total - row['step']) / rate / 60:.1f} min left"
+    print(f"step {row['step']:>6}/{total}  stage {1 if first else 2}  {shown}  {left}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import merpo
 
 SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "merpo": merpo}
 FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "context_size", "eval_episodes"])
-FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "eval_episodes"]
+FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "adapt_lr", "eval_episodes"]
 
 
 def load_run(folder, scripts=("focal", "focal_pp"), **changes):

@@ -1,5 +1,6 @@
 """Tiny datasets that the tests of the scripts share."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes as cores run tests side by side
@@ -38,6 +39,12 @@ def files(tmp_path_factory):
     for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
         data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
+
+
+@pytest.fixture
+def short_trajectories(monkeypatch):
+    """The tiny data's trajectories are as long as an episode."""
+    monkeypatch.setitem(envs.FAMILIES, WIND, dataclasses.replace(envs.FAMILIES[WIND], data_horizon=20))
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ def watch_settling(monkeypatch):
     return settled
 
 
-def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files):
+def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files, short_trajectories):
     monkeypatch.setattr(sys, "path", list(sys.path))
     retest = script("retest")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
@@ -257,11 +257,11 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
     (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
     settled, evaluate, steps = watch_settling(monkeypatch), merpo.evaluate, []
     monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
-    retest.main([str(run), "--test-trajectories", "3", "--test-start", "behaviour", "--adapt-steps", "2"])
+    retest.main([str(run), "--test-trajectories", "2", "--test-start", "behaviour", "--adapt-steps", "2"])
     ((tasks, of_test_tasks, moved),) = settled
-    assert tasks.rows.shape[:2] == (2, 3) and of_test_tasks and moved > 0 and steps == ["behaviour"]
+    assert tasks.rows.shape[:2] == (2, 40) and of_test_tasks and moved > 0 and steps == ["behaviour"]
     (path,) = (run / "retest").iterdir()
-    assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=3.json"
+    assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=2.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
 
 

@@ -549,7 +549,9 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     names = ["args.json", "metrics.csv", "final.json", "curve.png", "adaptation.png", "checkpoint.pt", "source.py"]
     assert sorted(file.name for file in path.iterdir()) == sorted(names)
     rows = metrics(path)
-    assert [row["step"] for row in rows] == [2, 4, 6] and math.isnan(rows[0]["return_mean"])
+    assert [row["step"] for row in rows] == [2, 4, 6] and rows[0]["return_mean"] is rows[0]["q_mean"] is rows[1][
+        "model_loss"
+    ] is None
     assert all(0 <= row["return_mean"] <= 20 and row["error_after"] > 0 for row in rows[1:])
     assert "meta-policy" in capsys.readouterr().out
 
@@ -576,7 +578,7 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
         test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
 
 
-def test_test_tasks_never_train(files, tmp_path, no_plots):
+def test_test_tasks_never_train(files, tmp_path, no_plots, short_trajectories):
     plain = run(tmp_path / "a", WIND, files[WIND])
     arrays = test_focal.load_arrays(files[WIND])
     arrays["actions"][TEST] = 0.5
@@ -587,7 +589,7 @@ def test_test_tasks_never_train(files, tmp_path, no_plots):
     for key in a:
         assert torch.equal(a[key], b[key]) or key.startswith("test_tasks"), key
     assert metrics(plain)[-1]["return_mean"] != metrics(other)[-1]["return_mean"]
-    flags = "--test-trajectories 3 --test-start behaviour --adapt-steps 2 --test-quality random"
+    flags = "--test-trajectories 2 --adapt-lr 1e-4 --test-start behaviour --adapt-steps 2 --test-quality random"
     tested = checkpoint(run(tmp_path / "c", WIND, files[WIND], flags))["agent"]  # benchmark/retest.py relies on this
     assert all(torch.equal(a[key], tested[key]) for key in a if not key.startswith("test_tasks"))
 
@@ -618,12 +620,40 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     assert re.search("--meta-policy .*: learned from .*, expected from", capsys.readouterr().err)
 
 
-def test_few_trajectories(files):
-    k = build(WIND, files[WIND], "--trajectories 6 --test-trajectories 2")
-    assert k.world.train_rows.shape[1] == 6 and k.world.test_rows.shape[1] == 2
+def test_a_test_task_s_own_rates(files, monkeypatch):
+    k = build(WIND, files[WIND], "--adapt-steps 3 --lr 1e-2 --actor-lr 1e-2")
+    settle(k)
+    seen, optimisers = [], merpo.inner_optimisers
+    monkeypatch.setattr(merpo, "inner_optimisers", lambda *args: seen.append(optimisers(*args)) or seen[-1])
+    for k.args.adapt_lr, rate in ((None, 1e-2), (8e-5, 8e-5)):
+        merpo.evaluate(k.args, k.agent, k.world)
+        for adam in seen.pop().values():
+            assert adam.param_groups[0]["lr"].item() == pytest.approx(rate)
+
+
+def test_lambda_is_recorded_as_it_is(files):
+    k = build(WIND, files[WIND], "--lambda-initial 0.1 --lambda-lr 10")
+    settle(k)
+    k.agent.inner.start(k.agent.train_tasks, torch.arange(3), k.agent, k.adam)
+    for tensor in k.agent.inner.behaviour.parameters():
+        tensor.data.add_(1)  # a behaviour that is far away
+    log = k.agent.inner.step(k.agent.train_tasks, torch.arange(3), k.agent.meta_policy, k.adam)
+    assert log["lambda"].item() == pytest.approx(1) and (k.agent.train_tasks.lam[:3] == 1).all()
+
+
+def test_models_adapt_with_any_outer_step(files):
+    k = build(WIND, files[WIND], "--model-lr 1 --eta 0")
+    settle(k)
+    assert all(len(set(tasks.errors.tolist())) == 2 for tasks in (k.agent.train_tasks, k.agent.test_tasks))
+
+
+def test_few_trajectories(files, short_trajectories):
+    k = build(WIND, files[WIND], "--trajectories 1 --test-trajectories 2")
+    assert k.world.train_rows.shape[1] == 20 and k.world.test_rows.shape[1] == 40
     stored = data.load(files[WIND])
     s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
-    torch.testing.assert_close(s, stored.observations[TEST][:, [0, 59]], atol=1e-5, rtol=1e-4)
+    expected = stored.observations[TEST][:, [*range(20), *range(40, 60)]]
+    torch.testing.assert_close(s, expected, atol=1e-5, rtol=1e-4)
     assert k.world.behaviour == pytest.approx(stored.returns[TEST].mean(), rel=1e-5) and len(k.world.train_rows) == len(
         TRAIN
     )
@@ -634,7 +664,10 @@ def test_few_trajectories(files):
     [
         (WIND, "--alpha 1.5", ["--alpha", "1.5"]),
         (WIND, "--single rac", ["--single", "rac", WIND]),
-        (WIND, "--trajectories 61", ["--trajectories", "60", "61"]),
+        (WIND, "--trajectories 4", ["--trajectories", "200 steps", "60 rows"]),
+        ("hopper", "--single rac --alpha adaptive", ["--alpha", "adaptive"]),
+        ("hopper", "--single combo-3 --alpha 0.7", ["--alpha", "0.7"]),
+        ("hopper", "--single rac --test-start behaviour", ["--test-start", "behaviour", "--single"]),
         ("hopper", "", ["hopper", "--single"]),
         (WIND, "--test-start nowhere", ["--test-start", "nowhere"]),
     ],
