@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import gc
 import glob
 import hashlib
 import json
@@ -466,6 +467,7 @@ def capture(fn, generator: torch.Generator):
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(generator)
+            gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):
                 fn()
         graph.replay()

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -724,6 +725,7 @@ def capture(fn):
             torch.cuda.current_stream().wait_stream(stream)
             return
         if calls == 4:
+            gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):  # records, does not run
                 fn()
         graph.replay()
@@ -777,7 +779,7 @@ class World:
 
 def open_data(args, quality, device):
     """The dataset of this quality, built on the spot if it is missing; tensors on the device."""
-    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir)
+    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir, device=args.device)
     return data.load(path, env=args.env, device=device)
 
 

@@ -29,6 +29,7 @@ One walker's data hardly allow more: FOCAL, at 335 with 20 walkers' data pooled,
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -747,6 +748,7 @@ def capture(fn):
             torch.cuda.current_stream().wait_stream(stream)
             return
         if calls == 4:
+            gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):  # records, does not run
                 fn()
         graph.replay()
@@ -812,7 +814,7 @@ class World:
 
 def open_data(args, quality, device):
     """The dataset of this quality, built on the spot if it is missing; tensors on the device."""
-    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir)
+    path = args.data or data.prepare(args.env, quality, seed=args.data_seed, data_dir=args.data_dir, device=args.device)
     return data.load(path, env=args.env, device=device)
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -542,6 +543,7 @@ def capture(fn):
             torch.cuda.current_stream().wait_stream(stream)
             return
         if calls == 4:
+            gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):  # records, does not run
                 fn()
         graph.replay()
@@ -609,7 +611,13 @@ class World:
 def open_data(args, quality, device):
     """The dataset of this quality, built on the spot if it is missing; tensors on the device."""
     path = args.data or data.prepare(
-        args.env, quality, seed=args.data_seed, data_dir=args.data_dir, train=args.train_tasks, test=args.test_tasks
+        args.env,
+        quality,
+        seed=args.data_seed,
+        data_dir=args.data_dir,
+        device=args.device,
+        train=args.train_tasks,
+        test=args.test_tasks,
     )
     return data.load(path, env=args.env, device=device)
 

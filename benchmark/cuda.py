@@ -1,12 +1,12 @@
 """Everything that needs a CUDA device, in one command: tests, speed, the walkers' data from nothing, results.
 
-MUJOCO_GL=egl python benchmark/cuda.py --out cuda-results --minutes 9.5
+python benchmark/cuda.py --out cuda-results --minutes 9
 
 The parts run in order of value, each at most as long as its limit, the seeds of a part side by side on the one device.
 Into --out go a few small files, written as results come: log.txt, speed.csv, results.csv (every evaluation of every
-run), pictures.tar and parts.json, how each part ended. The same command goes on where the last one ended, also on
-another machine if --out came along: what succeeded is not done again, but for data that are gone. Data and runs stay in
---work.
+run), pictures.tar, logs.tar and parts.json, how each part ended. The same command goes on where the last one ended,
+also on another machine if --out came along: what succeeded is not done again, but for data that are gone. Data and runs
+stay in --work.
 """
 
 import argparse
@@ -57,13 +57,13 @@ def parts(args):
         words = ["data.py", "--env", path.parent.parent.name, *place]
         return Part(name, limit, {path.parent.parent.name: words}, makes=[path])
 
-    speed = ["benchmark/speed.py", "--out", str(args.out / "speed.csv"), "--seconds", "1"]
+    speed = ["benchmark/speed.py", "--out", str(args.out / "speed.csv"), "--seconds", "0.5"]
     few = "point-robot-wind --steps 4000 --eval-every 1000 --seed"
     exact = {f"{name} seed {k}": steps("focal", f"{few} {k}", name) for name in ("TF32", "float32") for k in range(2)}
     without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
-        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "-m", "cuda", "tests"]}),
+        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "--tb=short", "-rf", "-m", "cuda", "tests"]}),
         Part("speed", 150, {"speed": speed}),
         build("walker data", 280, walker),
         Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), [walker]),
@@ -150,13 +150,15 @@ class Results:
         self.write("parts.json", lambda file: json.dump(self.ended, file, indent=1))
         self.say(f"{part.name}: {status} after {seconds:.0f} s")
 
-    def pictures(self, folders):
-        """All curves so far in one file."""
+    def pack(self, folders):
+        """All curves so far in one file, and whatever the commands printed in another."""
         found = [(folder / name) for folder in folders for name in ("curve.png", "embeddings.png", "adaptation.png")]
         with tarfile.open(self.args.out / "pictures.tar", "w") as tar:
             for path in found:
                 if path.exists():
                     tar.add(path, "-".join(path.parts[-5:]))
+        with tarfile.open(self.args.out / "logs.tar", "w:gz") as tar:
+            tar.add(self.args.work / "logs", "logs")
 
 
 def folder_of(words):
@@ -204,11 +206,11 @@ def execute(part, limit, results, args):
     for process in processes.values():
         stop(process)
     results.gather(part.name, folders)
+    failed = [name for name, process in processes.items() if name not in late and process.returncode]
     for name in part.commands:
         text = (logs / f"{part.name}-{name}.txt".replace(" ", "-")).read_text(errors="replace").splitlines()
-        for line in text[-60 if part.name in ("tests", "speed") else -6 :]:
+        for line in text[-60 if name in failed or part.name in ("tests", "speed") else -6 :]:
             results.say(f"  {name} | {line[-300:]}")
-    failed = [name for name, process in processes.items() if name not in late and process.returncode]
     status = (
         f"failed: {', '.join(failed)}" if failed else f"stopped at its limit: {', '.join(late)}" if late else "done"
     )
@@ -221,9 +223,7 @@ def arguments(argv=None):
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "cuda-benchmark", help="data and runs"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=9.5, help="for everything; nothing starts or goes on after that"
-    )
+    parser.add_argument("--minutes", type=float, default=9, help="for everything; nothing starts or goes on after that")
     parser.add_argument("--seeds", type=int, default=3, help="runs of a part, side by side")
     parser.add_argument("--only", nargs="+", help="these parts")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -253,7 +253,7 @@ def main(argv=None):
             status, runs = execute(part, min(part.limit, left), results, args)
             results.end(part, status, time.time() - began)
             folders += runs.values()
-            results.pictures(folders)
+            results.pack(folders)
     return 0 if all(end["status"] == "done" for end in results.ended.values()) else 1
 
 

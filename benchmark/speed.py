@@ -163,13 +163,14 @@ def shares(call, optimisers, count):
 def measure(script, name, size, device, kind, limit):
     """One row of the table, and the shares of the networks."""
     steps, update, capture, optimisers = kind
-    if device.type == "cuda":
+    rate = matmul_rate(device)
+    if device.type == "cuda":  # from here on, so without that product's own matrices
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     update()
     with FlopCounterMode(display=False) as counter:
         update()
     flop = counter.get_total_flops() / steps
-    rate = matmul_rate(device)
     eager = seconds_of(update, device, limit) / steps
     row = {"script": script, "update": name, "size": size, "threads": torch.get_num_threads()}
     row |= {"device": device.type, "eager_per_s": 1 / eager, "gflop": flop / 1e9}

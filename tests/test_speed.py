@@ -208,8 +208,7 @@ def test_replays_neither_wait_nor_allocate(files, monkeypatch, name):
     if name == "focal_pp":
         monkeypatch.setattr(test_focal, "focal", focal_pp)
     module, updates = updates_on_cuda(name, files)
-    for update in updates:  # the second is captured while the first one's graph is there
-        replay = module.capture(update)
+    for replay in [module.capture(update) for update in updates]:  # the second beside the first one's graph
         for _ in range(4):
             replay()
         torch.cuda.synchronize()
@@ -255,8 +254,9 @@ def test_sac_graph_replay_equals_eager_updates(monkeypatch):
 
 
 @test_focal.cuda
-def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
+def test_sac_on_cuda_learns_beside_its_environments(tmp_path, monkeypatch):
     """A whole dataset on CUDA: policies move, and rows are finite."""
+    monkeypatch.undo()
     path = data.prepare(WIND, "mixed", data_dir=tmp_path, train=3, test=1, device="cuda", steps=1600, checkpoints=4,
                         trajectories=4)  # fmt: skip
     policies = torch.load(path.parent / "behaviour.pt", weights_only=True)["policies"]
@@ -314,6 +314,8 @@ def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeyp
         rows = list(csv.DictReader(file))
     assert [(row["part"], row["run"], row["step"]) for row in rows] == [("focal", "focal seed 0", k) for k in "12"]
     assert all(float(row["return_mean"]) < 0 for row in rows)
+    with tarfile.open(out / "logs.tar") as tar:
+        assert {"logs/tests-pytest.txt", "logs/speed-speed.txt"} <= set(tar.getnames())
     with tarfile.open(out / "pictures.tar") as tar:
         assert any("curve.png" in name for name in tar.getnames())
     assert sum(path.is_file() for path in out.iterdir()) <= 8
