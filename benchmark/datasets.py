@@ -1,9 +1,12 @@
 """What the datasets hold: for each family that is built, tasks, mean return of each quality, size of a file.
 
 for env in cheetah-vel ant-dir; do time python data.py --env $env --quality random medium expert mixed; done
-python benchmark/datasets.py            # a table of what is under datasets/, and results/datasets.csv
+python benchmark/datasets.py            # a table of what is under datasets/, added to results/datasets.csv
+
+What the table held of other datasets, which need not be on this machine, it keeps.
 """
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -31,17 +34,29 @@ def describe(env, folder):
     return row
 
 
-def main(root=ROOT / "datasets"):
-    rows = []
+def collect(root, path):
+    """The table's rows, {(env, number of tasks): row}, those under `root` over those of `path`; written there."""
+    rows = {}
+    if path.exists():
+        with open(path) as file:
+            rows = {(row["env"], int(row["tasks"])): row for row in csv.DictReader(file)}
     for env in envs.FAMILIES:
         for folder in sorted((root / env).glob("*-seed0")):
             row = describe(env, folder)
             if len(row) > 1:
-                rows.append(row)
-    with open(ROOT / "results" / "datasets.csv", "w", newline="") as file:
+                rows[env, row["tasks"]] = rows.get((env, row["tasks"]), {}) | row
+    rows = dict(sorted(rows.items(), key=lambda item: list(envs.FAMILIES).index(item[0][0])))
+    with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(rows.values())
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets", help="where the datasets are")
+    rows = collect(parser.parse_args().data_dir, ROOT / "results" / "datasets.csv").values()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for row in rows:
         print("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")

@@ -3,8 +3,8 @@
 python benchmark/figure.py runs/focal/sparse-point-robot/small/seed0
 """
 
+import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,8 +13,10 @@ from matplotlib.image import imread
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def main(run):
-    run = Path(run).resolve()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
+    run = parser.parse_args().run.resolve()
     script, env = run.parts[-4:-2]
     pictures = [imread(run / name) for name in ("curve.png", "embeddings.png")]
     height, widths = pictures[0].shape[0], [p.shape[1] * pictures[0].shape[0] / p.shape[0] for p in pictures]
@@ -31,4 +33,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

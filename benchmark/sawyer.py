@@ -3,6 +3,7 @@
 python benchmark/sawyer.py              # prints a table; writes results/sawyer-tasks.png and results/sawyer.gif
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ def picture(size=300):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     table()
     picture()
     tasks = choose(envs.sample_tasks("sawyer", 60, 0), (1, 2, 1))

@@ -3,6 +3,7 @@
 python benchmark/stepping.py
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ def steps_per_second(call, batch, repeats=40):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print("environment steps per second")
     print(f"{'family':<16} {'threads':>7} {'bare loop':>10} {'vector env':>10} {'ratio':>6}")
     for name in (name for name, row in envs.FAMILIES.items() if row.xml):

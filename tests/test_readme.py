@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def test_links_exist(link):
 def test_help(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
     assert "--env" in done.stdout and not done.stderr
+
+
+def test_help_of_benchmarks_does_nothing_else(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    for path in sorted((ROOT / "benchmark").glob("*.py")):
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert end.value.code == 0 and capsys.readouterr().out.startswith("usage:"), path
 
 
 def test_imports_only_what_the_house_allows():

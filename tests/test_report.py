@@ -1,5 +1,6 @@
 """The work list, and the README's results: they are what report.py makes of the committed tables."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -103,6 +104,25 @@ def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeyp
         ("smac", "ant-dir", "9", "2.5"),
         ("smac", "ant-dir", "10", "4.5"),
     ]
+
+
+def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
+    datasets, path = script("datasets", monkeypatch), tmp_path / "datasets.csv"
+    found = {"medium": 5.0, "tasks": 2, "megabytes": 3}
+    monkeypatch.setattr(
+        datasets, "describe", lambda env, folder: {"env": env} | (found if "7+7" in str(folder) else {})
+    )
+    path.write_text("env,tasks,random,medium\nhopper,1,1.5,2.5\nant-dir,2,1.0,\n")
+    for folder in ("ant-dir/7+7-seed0", "cheetah-vel/3+3-seed0", "cheetah-vel/7+7-seed0"):
+        (tmp_path / folder).mkdir(parents=True)
+    datasets.collect(tmp_path, path)
+    seen = [(row["env"], row["tasks"], row["random"], row["medium"]) for row in datasets_of(path)]
+    assert seen == [("cheetah-vel", "2", "", "5.0"), ("ant-dir", "2", "1.0", "5.0"), ("hopper", "1", "1.5", "2.5")]
+
+
+def datasets_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def test_interquartile_mean_and_its_interval(report):
