@@ -392,9 +392,11 @@ def draw_curves(path, title, groups, columns, step_of="gradient steps"):
     for axes, column in zip(panels, columns, strict=True):
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=step_of, title=LABELS.get(column, column.replace("_", " ")))
+        if column == "return_mean" and "offline_return_mean" in columns:
+            axes.set_title("return, online context")
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
-            axes.set_yscale("symlog", linthresh=100)
+            axes.set_yscale("log") if column == "critic_loss" else axes.set_yscale("symlog", linthresh=100)
     handles = panels[0].get_legend_handles_labels()
     picture.legend(
         *handles, loc="outside lower center", ncols=min(2 * len(columns) - 1, 4, len(groups)), fontsize="small"
@@ -406,7 +408,7 @@ def draw_curves(path, title, groups, columns, step_of="gradient steps"):
 def draw_tests(path, title, groups):
     """Returns against steps of adaptation, a curve for each {label: rows of its seeds}; without steps, a bar."""
     picture = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = picture.add_subplot(title=title)
+    axes, kinds = picture.add_subplot(title=title), list(dict.fromkeys(label.partition(",")[0] for label in groups))
     for i, (label, rows) in enumerate(groups.items()):
         steps = [key for key in rows[0] if key.startswith("return_after_")]
         values = np.array([[row[key] for key in steps or ["return_mean"]] for row in rows])
@@ -416,7 +418,7 @@ def draw_tests(path, title, groups):
             axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.15, linewidth=0)
             axes.plot(x, mean, color=f"C{i}", marker=".", label=label)
         else:
-            axes.barh(i, mean, xerr=std, color=f"C{i}")
+            axes.barh(i, mean, xerr=std, color=f"C{kinds.index(label.partition(',')[0])}")
             axes.plot(rows[0]["data_return"], i, "k|", markersize=14, label=None if i else "the test tasks' data")
     if steps:
         axes.set(xlabel="steps of RAC on a test task's data", ylabel="return on test tasks")
@@ -455,7 +457,7 @@ def main():
             each = [row for row in rows if row["variant"] == variant]
             keys = [key for key in each[0] if key in SHOWN or key.endswith("phase")]
             show = {key: np.array([row[key] for row in each], float) for key in keys}
-            text = "  ".join(f"{key} {value.mean():10.4g} ({value.std():.2g})" for key, value in show.items())
+            text = "  ".join(f"{key} {value.mean():.6g} ({value.std():.4g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")
 
 
