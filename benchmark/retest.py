@@ -43,7 +43,8 @@ def load_run(folder, scripts=("focal", "focal_pp"), **changes):
     except OSError as error:
         raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
     paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
-    args = argparse.Namespace(**saved | paths | changes)
+    since = vars(module.parse_args(["--env", saved["env"]]))  # flags that the script did not have then, by default
+    args = argparse.Namespace(**since | saved | paths | changes)
     try:
         world = module.World(args, torch.device("cpu"))
         of = (world,) if module is merpo else (*world.split[:2], len(world.train_rows))
