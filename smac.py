@@ -749,10 +749,12 @@ def collect(args, agent, world, iteration):
 
 
 # ================================================================================================ 7. plots and files
-def summarise(step, online_steps, seconds, agent, count, result):
+def summarise(step, online_steps, seconds, args, agent, count, result):
     """One row of metrics.csv: means of the losses since the last evaluation, returns and KLs of both protocols."""
     row = {"step": step, "online_steps": online_steps, "seconds": round(seconds, 1)}
     row |= dict(zip(agent.METRICS, (agent.metrics / max(1, count)).tolist(), strict=True))
+    if online_steps and args.online_rewards != "oracle":
+        row["reward_loss"] = math.nan  # the decoder does not learn
     for index, prefix in ((1, ""), (0, "train_")):
         for name in ("", "short_", "prior_", "offline_"):
             values = result.get(name)
@@ -1043,7 +1045,7 @@ def train(args, run):
             check_finite(agent, run, rows)
             result = unless_diverged(evaluate, args, agent, world)
             online_steps = max(0, iteration + 1) * args.online_envs * world.row.horizon
-            rows.append(summarise(step, online_steps, time.time() - began, agent, step - last, result))
+            rows.append(summarise(step, online_steps, time.time() - began, args, agent, step - last, result))
             agent.metrics.zero_()
             last = step
             write_metrics(run, rows)
