@@ -789,6 +789,8 @@ class World:
         train = open_data(args, args.quality, device)
         test = open_data(args, args.test_quality, device) if args.test_quality != args.quality else train
         self.row, e = envs.family(args.env), args.eval_episodes
+        if args.single and len(train.train_tasks) > 1:
+            fail(f"--single {args.single}: the data hold {len(train.train_tasks)} training tasks; expected one")
         d, m = self.row.obs_dim, self.row.act_dim
         self.split = [d, m, 1, d, 1]
         self.mean, self.std = standardisation(train.observations[train.train_tasks])

@@ -647,6 +647,15 @@ def test_models_adapt_with_any_outer_step(files):
     assert all(len(set(tasks.errors.tolist())) == 2 for tasks in (k.agent.train_tasks, k.agent.test_tasks))
 
 
+def test_one_task_is_one_task(tmp_path, capsys):
+    arrays = {key: np.concatenate([value, value]) for key, value in collect("hopper", [0], [], 40, 20).items()}
+    arrays |= {"train_tasks": np.array([0, 1]), "test_tasks": np.array([0, 1])}
+    data.save(tmp_path / "d.npz", arrays, {"env": "hopper"})
+    with pytest.raises(SystemExit):
+        run(tmp_path, "hopper", tmp_path / "d.npz", "--single rac")
+    assert "--single rac: the data hold 2 training tasks; expected one" in capsys.readouterr().err
+
+
 def test_few_trajectories(files, short_trajectories):
     k = build(WIND, files[WIND], "--trajectories 1 --test-trajectories 2")
     assert k.world.train_rows.shape[1] == 20 and k.world.test_rows.shape[1] == 40
