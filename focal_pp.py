@@ -63,11 +63,11 @@ TABLE = {
     },
     "ant-fwd-back": {
         "reward_scale": 5, "beta": 1, "alpha": 1e6, "value_penalty": True, "meta_batch_size": 4, "latent": 20,
-        "discount": 0.99, "quality": "mixed",
+        "discount": 0.99, "quality": "mixed", "alpha_max": 5e6,
     },
     "walker-params": {
         "reward_scale": 5, "beta": 10, "alpha": 50, "value_penalty": False, "meta_batch_size": 16, "latent": 20,
-        "discount": 0.99, "quality": "mixed",
+        "discount": 0.99, "quality": "mixed", "alpha_max": 1e4,
     },
 }  # fmt: skip
 # --small: what differs on a machine without a GPU.

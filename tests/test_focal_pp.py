@@ -13,6 +13,7 @@ from conftest import SPARSE, WALKER, WIND
 from test_focal import cuda, flags, metrics, moved, weights
 
 import focal
+import focal
 import focal_pp
 
 ROOT = Path(focal.__file__).resolve().parent
@@ -207,6 +208,14 @@ def test_the_papers_settings(name):
     expected = TABLE_6 | (POINT if name in (SPARSE, WIND) else MUJOCO)
     assert {key: args[key] for key in expected} == expected
     assert args["batch_size"] * args["meta_batch_size"] == 256 * (4 if "fwd-back" in name else 16)
+
+
+@pytest.mark.parametrize("name", list(focal_pp.TABLE))
+def test_tuning_does_not_begin_above_its_bound(name):
+    for module in (focal, focal_pp):
+        for size in ([], ["--small"]):
+            args = module.parse_args(["--env", name, "--tune-alpha", *size])
+            assert args.alpha <= args.alpha_max
 
 
 # --------------------------------------------------------------------------------------------------- compare with FOCAL
