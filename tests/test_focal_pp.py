@@ -13,7 +13,6 @@ from conftest import SPARSE, WALKER, WIND
 from test_focal import cuda, flags, metrics, moved, weights
 
 import focal
-import focal
 import focal_pp
 
 ROOT = Path(focal.__file__).resolve().parent
