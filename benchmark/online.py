@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import SCRIPTS, load_run
+from retest import load_run
 
 import merpo
 
@@ -102,7 +102,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of these three scripts")
     for run in parser.parse_args(argv).runs:
-        module, args, world, agent = load_run(run, SCRIPTS)
+        module, args, world, agent = load_run(run, ("focal", "focal_pp", "merpo"))
         if module is merpo:
             offline = merpo.evaluate(args, agent, world)[args.adapt_steps]
             own, blind = evaluate_merpo(args, agent, world)

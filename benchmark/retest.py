@@ -2,6 +2,7 @@
 
 python benchmark/retest.py runs/focal/sparse-point-robot/small/seed* --test-quality random
 python benchmark/retest.py runs/merpo/point-robot-wind/small/seed* --test-start behaviour-init --adapt-steps 400
+python benchmark/retest.py runs/smac/walker-params/small/seed* --eval-episodes 20
 
 The flags are the scripts' own, those that no training step sees. MerPO's test tasks adapt their models anew to the data
 that they are given. Prints a line for each run and writes retest/<flags>.json into its folder.
@@ -20,9 +21,11 @@ import data
 import focal
 import focal_pp
 import merpo
+import smac
 
-SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "merpo": merpo}
+SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "smac": smac, "merpo": merpo}
 FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "context_size", "eval_episodes"])
+FLAGS["smac"] = ["eval_episodes"]
 FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "adapt_lr", "eval_episodes"]
 
 
@@ -47,8 +50,10 @@ def load_run(folder, scripts=("focal", "focal_pp"), **changes):
     args = argparse.Namespace(**since | saved | paths | changes)
     try:
         world = module.World(args, torch.device("cpu"))
-        of = (world,) if module is merpo else (*world.split[:2], len(world.train_rows))
-        agent = module.Agent(args, *of)
+        if module is smac:
+            agent = smac.build(args, world, torch.device("cpu"))[0]
+        else:
+            agent = module.Agent(args, *((world,) if module is merpo else (*world.split[:2], len(world.train_rows))))
         agent.load_state_dict(checkpoint["agent"])
     except data.DataError as error:
         raise SystemExit(f"{program}: {error}") from None
@@ -69,6 +74,9 @@ def test(folder, changes):
         if not merpo.STARTS[args.test_start][0]:
             del returns[0]  # that is the meta-policy's, from which such a task does not start
         row |= {"returns": {step: round(float(value.mean()), 4) for step, value in returns.items()}}
+    elif module is smac:  # returns on contexts of its own, and on others
+        tested = {name: values["return"][1] for name, values in smac.evaluate(args, agent, world).items()}
+        row |= {f"{name}return_mean": float(value.mean()) for name, value in tested.items()}
     else:
         _, returns, _, z = module.evaluate(args, agent, world)
         row |= {"return_mean": returns.mean(), "variance": module.separation(z)[2]}
@@ -89,7 +97,8 @@ def arguments(argv=None):
     parser.add_argument("--test-trajectories", type=merpo.whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=merpo.whole, help="MerPO: steps of RAC on a test task")
-    parser.add_argument("--eval-episodes", type=merpo.whole, help="episodes of each task")
+    parser.add_argument("--adapt-lr", type=merpo.positive, help="MerPO: learning rate of those steps")
+    parser.add_argument("--eval-episodes", type=merpo.whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)
     changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}
     return args.runs, changes

@@ -18,6 +18,7 @@ import envs
 import focal
 import focal_pp
 import merpo
+import smac
 
 ROOT = Path(focal.__file__).resolve().parent
 
@@ -265,13 +266,30 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
 
 
+def test_smac_is_tested_in_more_meta_episodes(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    retest = script("retest")
+    flags = f"--env {WIND} --small --data {files[WIND]} --data-size 60 --data-until 60 --context-data 60 --steps 4"
+    smac.main([*f"{flags} --online-steps 0 --eval-episodes 2 --run-dir {tmp_path}".split()])
+    (run,) = tmp_path.glob(f"smac/{WIND}/*/seed0")
+    with open(run / "metrics.csv") as file:
+        (last,) = csv.DictReader(file)
+    retest.main([str(run)])
+    found = json.loads((run / "retest" / "as-trained.json").read_text())
+    for name in ("", "short_", "prior_", "offline_"):
+        assert found[f"{name}return_mean"] == pytest.approx(float(last[f"{name}return_mean"]), rel=1e-4)
+    retest.main([str(run), "--eval-episodes", "5"])
+    more = json.loads((run / "retest" / "eval-episodes=5.json").read_text())
+    assert more["step"] == 4 and more["return_mean"] != found["return_mean"]
+
+
 def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
     monkeypatch.setattr(sys, "path", list(sys.path))
     online = script("online")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
     merpo.main(flags.split())
     (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
-    _, args, world, agent = online.load_run(run, online.SCRIPTS)
+    _, args, world, agent = online.load_run(run, ("merpo",))
     theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
     own, first = online.evaluate_merpo(args, agent, world)
     ((tasks, of_test_tasks, moved),) = settled
@@ -287,7 +305,7 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
         np.testing.assert_allclose(reward[:, 0], expected, atol=1e-5)
     assert not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
     assert len(a.flatten(0, 1).unique(dim=0)) > 20 * e  # sampled
-    _, args, world, agent = online.load_run(run, online.SCRIPTS)
+    _, args, world, agent = online.load_run(run, ("merpo",))
     state = torch.get_rng_state()
     np.testing.assert_array_equal(online.evaluate_merpo(args, agent, world)[0], own)
     assert (torch.get_rng_state() == state).all()  # draws nothing from the global stream
@@ -303,7 +321,8 @@ def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
     retest = script("retest")
     for folder, words, message in (
         ("x", "", "expected <run-dir>/<script>"),
-        ("runs/smac/ant-dir/small/seed0", "", "of focal, focal_pp, merpo"),
+        ("runs/sac/ant-dir/small/seed0", "", "of focal, focal_pp, smac, merpo"),
+        ("runs/smac/ant-dir/small/seed0", "--test-quality random", "smac.py has no such flag"),
         ("runs/merpo/hopper/small,single=rac/seed0", "", "has no test tasks"),
         ("runs/focal/walker-params/small/seed0", "--test-start combo", "focal.py has no such flag"),
         ("runs/focal/walker-params/small/seed0", "", "expected the folder of a run"),
