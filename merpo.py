@@ -59,10 +59,10 @@ TABLE = {
     "walker-params": {},
 }
 # Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits; their mean stands still. Stage
-# 1 trains its models by maximum likelihood (no outer step, no proximal term), but its Adam starts anew every h steps.
+# 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "beta_initial": 1,
-    "model_lr": 1.0, "eta": 0.0, "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
+    "eta": 0.0, "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
     "steps": 20_000,  # of J steps of RAC: the paper's 200 epochs of 1,000
 }  # fmt: skip
 TABLE |= {
@@ -146,6 +146,8 @@ def parse_args(argv=None):
         args.alpha == "adaptive" or (args.single != "rac" and args.alpha != parser.get_default("alpha"))
     ):
         fail(f"--alpha {args.alpha}: expected a number with --single rac, none with --single {args.single}")
+    if args.single and args.model_lr != parser.get_default("model_lr"):
+        fail(f"--model-lr {args.model_lr}: --single has no outer step; expected one or the other")
     args.alpha = 0.0 if args.single == "combo-3" else args.alpha
     args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
     if envs.family(args.env).differs == "nothing" and not args.single:
@@ -225,7 +227,7 @@ def algorithm_arguments(add):
     add("--model-hidden", type=whole, default=256, help="width of the dynamics models")
     add("--model-layers", type=whole, default=4, help="their hidden layers")
     add("--model-steps", type=whole, default=2_000, help="iterations of stage 1")
-    add("--model-lr", type=positive, default=5e-2, help="xi, the plain outer step of the meta-model")
+    add("--model-lr", type=positive, default=5e-2, help="xi, the meta-model's plain outer step; not with --single")
     add("--model-task-lr", type=positive, default=1e-4, help="learning rate of a task's models")
     add("--model-adapt-steps", type=whole, default=25, help="h, their steps")
     add("--eta", type=positive, default=0.1, help="of the proximal term of Eqs. 3 and 4")
@@ -467,7 +469,8 @@ class Agent(nn.Module):
         super().__init__()
         d, m = world.row.obs_dim, world.row.act_dim
         sizes = d, m, args.hidden, args.layers
-        self.meta_model = Models(self.MODELS, d, m, args.model_hidden, args.model_layers).requires_grad_(False)
+        self.meta_model = Models(self.MODELS, d, m, args.model_hidden, args.model_layers)
+        self.meta_model.requires_grad_(bool(args.single))  # else it moves by plain outer steps
         self.meta_policy, self.meta_q = Policy(1, *sizes), Critic(1, *sizes)
         self.train_tasks = Tasks(args, world.train_rows, d, m)
         self.test_tasks = Tasks(args, world.test_rows, d, m)
@@ -599,6 +602,8 @@ def inner_optimisers(args, inner, device):
 def make_optimisers(args, agent, device):
     optimisers = {f"inner_{name}": adam for name, adam in inner_optimisers(args, agent.inner, device).items()}
     optimisers["meta_policy"] = adam(agent.meta_policy, args.outer_lr, device)
+    if args.single:
+        optimisers["meta_model"] = adam(agent.meta_model, args.model_task_lr, device)
     return optimisers
 
 
@@ -617,9 +622,14 @@ def step_down(optimiser, loss):
 
 def adapt_models(args, world, theta, phi, tasks, index, optimiser):
     """h steps of Eq. 3 (or 4): 7 models of each task (T,), from phi, on bootstrapped data; returns -log T (T x 7,)."""
-    n, models = len(index), Agent.MODELS
-    spread(theta, phi, (n, models), (1, models))
+    spread(theta, phi, (len(index), Agent.MODELS), (1, Agent.MODELS))
     forget(optimiser)
+    return fit_models(args, world, theta, tasks, index, optimiser)
+
+
+def fit_models(args, world, theta, tasks, index, optimiser):
+    """The same from where they are."""
+    n, models = len(index), Agent.MODELS
     mine = torch.arange(models, device=index.device).repeat(n)[:, None]  # (T x 7, 1)
     task = index.repeat_interleave(models)[:, None]
     weights, anchor = list(theta.parameters()), [p.detach().clone() for p in theta.parameters()]
@@ -673,21 +683,24 @@ def make_updates(args, agent, optimisers, world):
     device, inner, tasks = world.mean.device, agent.inner, agent.train_tasks
     inner_adam = {name: optimisers[f"inner_{name}"] for name in ("actor", "critic")}
     policy_adam = inner_adam | {"meta_policy": optimisers["meta_policy"]}
-    models = Agent.MODELS * inner.n, world.row.obs_dim, world.row.act_dim, args.model_hidden, args.model_layers
-    theta = Models(*models).to(device)
-    theta_adam = adam(theta, args.model_task_lr, device)
+    if not args.single:
+        models = Agent.MODELS * inner.n, world.row.obs_dim, world.row.act_dim, args.model_hidden, args.model_layers
+        theta = Models(*models).to(device)
+        theta_adam = adam(theta, args.model_task_lr, device)
 
     def draw_tasks():
         return torch.rand(len(tasks.rows), device=device).argsort()[: inner.n]
 
     def learn_model():
         agent.step += 1
-        # Algorithm 2, lines 3 to 5
-        loss = adapt_models(args, world, theta, agent.meta_model, tasks, draw_tasks(), theta_adam)
-        with torch.no_grad():
+        if args.single:
+            loss = fit_models(args, world, agent.meta_model, tasks, draw_tasks(), optimisers["meta_model"])
+        else:  # Algorithm 2, lines 3 to 5
+            loss = adapt_models(args, world, theta, agent.meta_model, tasks, draw_tasks(), theta_adam)
             for phi, p in zip(agent.meta_model.parameters(), theta.parameters(), strict=True):
                 # line 6: phi <- phi - xi_1 (phi - mean_n theta_n)
                 phi.lerp_(p.detach().view(inner.n, Agent.MODELS, *p.shape[1:]).mean(0), args.model_lr)
+        with torch.no_grad():
             agent.record(model_loss=loss.mean())
 
     def learn_policy():

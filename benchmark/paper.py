@@ -135,7 +135,7 @@ SMAC = {
         BOTH,
     ),
     "figure7": (
-        ["walker-params", "hopper-params"],
+        ["walker-params", "hopper-params", "sparse-point-robot"],
         "",
         {
             "SMAC": "",
@@ -145,7 +145,7 @@ SMAC = {
         BOTH,
     ),
     "figure9": (
-        ["ant-dir", "cheetah-vel"],
+        ["ant-dir", "cheetah-vel", "sparse-point-robot"],
         "",
         {
             "training tasks": "",

@@ -1,5 +1,6 @@
 """MerPO against loops written from the paper: models, RAC, the outer step, and that tasks do not mix."""
 
+import copy
 import math
 import re
 from types import SimpleNamespace
@@ -47,6 +48,13 @@ def run(folder, name, file, more=""):
     merpo.main([*flags(name, file, more), "--run-dir", str(folder)])
     (path,) = folder.glob("merpo/*/*/seed*")
     return path
+
+
+def one_hopper(folder):
+    """The file of a dataset of one task."""
+    arrays = collect("hopper", [0], [], 120, 40) | {"train_tasks": np.array([0]), "test_tasks": np.array([0])}
+    data.save(folder / "d.npz", arrays, {"env": "hopper"})
+    return folder / "d.npz"
 
 
 @pytest.fixture
@@ -558,7 +566,18 @@ def test_what_a_run_writes(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("more", ["", "--alpha adaptive", "--no-model"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
-    whole = run(tmp_path / "a", WIND, files[WIND], more)
+    kill_and_resume(tmp_path, monkeypatch, WIND, files[WIND], more)
+
+
+def test_one_task_goes_on_within_stage_1(tmp_path, no_plots, monkeypatch):
+    monkeypatch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))  # thousand steps in the simulator
+    more = "--single rac --meta-batch-size 1 --model-steps 4 --eval-every 1"
+    kill_and_resume(tmp_path, monkeypatch, "hopper", one_hopper(tmp_path), more)
+
+
+def kill_and_resume(tmp_path, monkeypatch, name, file, more):
+    """After either of the first two saves, with the same end as of a run that was left alone."""
+    whole = run(tmp_path / "a", name, file, more)
     for kill in (1, 2):
         saved, save = [], merpo.save
 
@@ -570,9 +589,9 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
 
         monkeypatch.setattr(merpo, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / f"b{kill}", WIND, files[WIND], more)
+            run(tmp_path / f"b{kill}", name, file, more)
         monkeypatch.setattr(merpo, "save", save)
-        resumed = run(tmp_path / f"b{kill}", WIND, files[WIND], f"{more} --resume")
+        resumed = run(tmp_path / f"b{kill}", name, file, f"{more} --resume")
         for x, y in zip(metrics(resumed), metrics(whole), strict=True):
             assert all(x[key] == y[key] or math.isnan(x[key]) for key in x)
         test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
@@ -618,6 +637,23 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     with pytest.raises(SystemExit):
         run(tmp_path / "c", "hopper", tmp_path / "other.npz", f"--single rac --meta-batch-size 1 --meta-policy {path}")
     assert re.search("--meta-policy .*: learned from .*, expected from", capsys.readouterr().err)
+
+
+def test_the_models_of_one_task_learn_from_end_to_end(tmp_path):
+    """By one Adam, without a pull back to where an iteration began."""
+    k = build("hopper", one_hopper(tmp_path), "--single rac --meta-batch-size 1 --model-adapt-steps 3 --eta 0")
+    plain, drawn, data_of = copy.deepcopy(k.agent.meta_model), [], k.world.model_data
+    adam = torch.optim.Adam(plain.parameters(), lr=k.args.model_task_lr)
+    k.world.model_data = lambda rows: drawn.append(data_of(rows)) or drawn[-1]
+    for _ in range(4):
+        k.learn_model()
+    assert len(drawn) == 12
+    for x, target in drawn:
+        adam.zero_grad()
+        merpo.model_loss(*plain(x), target).sum().backward()
+        adam.step()
+    for ours, theirs in zip(k.agent.meta_model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_test_task_s_own_rates(files, monkeypatch):
@@ -676,6 +712,7 @@ def test_few_trajectories(files, short_trajectories):
         (WIND, "--trajectories 4", ["--trajectories", "200 steps", "60 rows"]),
         ("hopper", "--single rac --alpha adaptive", ["--alpha", "adaptive"]),
         ("hopper", "--single combo-3 --alpha 0.7", ["--alpha", "0.7"]),
+        ("hopper", "--single rac --model-lr 0.5", ["--model-lr", "0.5", "--single"]),
         ("hopper", "--single rac --test-start behaviour", ["--test-start", "behaviour", "--single"]),
         ("hopper", "", ["hopper", "--single"]),
         (WIND, "--test-start nowhere", ["--test-start", "nowhere"]),
