@@ -11,10 +11,11 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 
     python focal.py --env sparse-point-robot --small    # from nothing, 2 CPU cores: 4 minutes, test return 12.0
 
-(On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; the optimum is 13.09.) What differs from it:
+(On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09.) Where we differ from the paper:
 - Observations are standardised; the encoder learns first and then stands still (see `encoder_rate`), since a policy
   cannot settle while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as Table 5b presupposes.
 - (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, with D at the data's next action.
+- The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see the table).
 """
@@ -41,8 +42,8 @@ import data
 import envs
 
 # ==================================================================================================== 1. arguments
-# Table 4 of the paper; the quality of the data from its Table 2, but for the point robots, whose experts ours (one
-# checkpoint, not fourteen) are too narrow: Q then knows nothing of actions that lead away from the goal.
+# Table 4 of the paper, and from its Table 2 the quality of the data, except on the point robots: our expert data come
+# from one checkpoint, the paper's from fourteen, and leave Q ignorant of actions that lead away from the goal.
 TABLE = {
     "sparse-point-robot": {
         "reward_scale": 100, "beta": 1, "alpha": 0, "value_penalty": False, "meta_batch_size": 16, "latent": 5,
@@ -93,7 +94,7 @@ SMALL = {
 
 
 # What does not change the result of a run, or is in its path anyway.
-ELSEWHERE = {"env", "small", "seed", "steps", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
+ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -212,7 +213,7 @@ def algorithm_arguments(add):
         help="its rate falls to 0 by this step; default: steps / 5, or steps if the critic trains it")  # fmt: skip
     add("--no-next-obs", action="store_true", help="leave s' out of the context, as PEARL does")
     add("--encoder-loss", choices=["dml", "bellman"], default="dml", help="bellman: the critic's instead, as in PEARL")
-    add("--coupled", action="store_true", help="the critic's besides (section 5.2.3)")
+    add("--coupled", action="store_true", help="the critic's loss trains the encoder too (section 5.2.3)")
     add("--kl-weight", type=positive, default=0.1, help="of KL(q(z|c), N(0, I)), with a probabilistic encoder")
     add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, Eq. 13 and Figure 2")
     add("--beta", type=positive, default=1.0, help="their weight")
@@ -290,7 +291,7 @@ class BCQActor(nn.Module):
         self.slow_shift = copy.deepcopy(self.shift).requires_grad_(False)
 
     def vae_loss(self, s, z, a):
-        """Squared error of the action, plus half the KL divergence of its code from N(0, I), mean over rows."""
+        """Squared error of the action, plus half the KL of its code from N(0, I) for each dimension, mean over rows."""
         mean, log_std = self.encode(torch.cat([s, z, a], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
         code = mean + log_std.exp() * torch.randn_like(mean)
@@ -354,7 +355,8 @@ class ProbabilisticEncoder(nn.Module):
 
 
 # ======================================================================================================= 4. losses
-# What a negative pair costs, given |d|^2. Factors and signs are Table 5b's: near |d| = 0.5 the four are alike.
+# What a negative pair costs, given |d|^2. By Table 5b's weights the four are alike in size near |d| = 0.5. Positive
+# powers, which reward distance, are negative.
 LAWS = {
     "inverse-square": lambda d2, eps: 1 / (d2 + eps),
     "inverse": lambda d2, eps: 2 / ((d2 + 1e-12).sqrt() + eps),
@@ -375,7 +377,7 @@ def dml_loss(z_i, z_j, same, beta, law, eps):
 
 def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
     """y of Eq. 27 with Eq. 7's value penalty; q_next (2, N) of the slow target, divergence_next (N,) or 0."""
-    # c r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
+    # reward_scale r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
     return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
 
 
@@ -570,7 +572,7 @@ def make_update(args, agent, optimisers, batches):
                 z_j, same = agent.encoder(batches.contexts(task))[0], task[:, None] == task[None]
                 dml = dml_loss(z_i, z_j, same, args.beta, args.dml, args.eps)  # Eq. 13
                 log["encoder_loss"], loss = dml.detach(), loss + dml
-            if torch.is_tensor(loss):
+            if torch.is_tensor(loss):  # the critic's loss may add to these gradients, or be all there is
                 loss.backward(retain_graph=bellman(args))
         z = z_i.repeat_interleave(args.batch_size, 0)  # (M x B, l)
         log |= learn_critic(b, z if bellman(args) else z.detach())  # the Bellman error stops at z
@@ -987,8 +989,8 @@ def report(row, world, args):
     rate = row["step"] / max(row["seconds"], 0.1)
     print(
         f"step {row['step']:>7}/{args.steps}  test return {row['return_mean']:8.2f}{best}  (train "
-        f"{row['train_return_mean']:.2f}{behaviour})  ESR {row['esr']:.2f}  Q {row['q_mean']:.1f}  "
-        f"{rate:.0f} steps/s  {(args.steps - row['step']) / rate / 60:.1f} min left",
+        f"{row['train_return_mean']:.2f}{behaviour})  ESR {row['train_esr']:.2f} (test {row['esr']:.2f})  "
+        f"Q {row['q_mean']:.1f}  {rate:.0f} steps/s  {(args.steps - row['step']) / rate / 60:.1f} min left",
         flush=True,
     )
 

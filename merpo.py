@@ -568,7 +568,7 @@ class Inner(nn.Module):
 
     def improve_policy(self, tasks, index, s_rho, s_data, a_data, meta_policy, optimiser, free):
         # line 5 of Algorithm 1, 14 of Algorithm 2: Eq. 7, made computable by Eq. 9. At alpha = 0 it is Eq. 6 (COMBO-3)
-        # and, over many tasks, Eq. 5; `free` it is Eq. 2 (COMBO). Eq. 8 is a bound.
+        # and, over many tasks, Eq. 5; `free` it is Eq. 2 (COMBO). Eq. 8 is Eq. 1 for tables.
         args, alpha, lam = self.args, tasks.alpha[index], tasks.lam[index]
         self.critic.requires_grad_(False)
         mean, log_std = policy = self.actor(s_rho)
@@ -739,7 +739,8 @@ def make_updates(args, agent, optimisers, world):
     def mix(index, d_meta):
         real = tasks.draw(index, args.batch_size).split(world.split, -1)[0]
         d_behaviour = gaussian_divergence(inner.behaviour(real), inner.actor(real)).mean(-1)
-        # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5]
+        # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5], with
+        # D(pi_n, pi_beta) = KL(pi_beta || pi_n), which Eq. 9 descends by log pi_n(data)
         alpha = tasks.alpha[index] + args.alpha_lr * (d_behaviour - d_meta)
         tasks.alpha.index_copy_(0, index, alpha.clamp(0.1, 0.5))
 
@@ -1081,6 +1082,7 @@ def train(args, run):
         if step == args.model_steps + 1:
             for tasks in (agent.train_tasks, agent.test_tasks):
                 settle_tasks(args, agent, world, tasks, device)
+            # with --single for good, else until the first meta-iteration starts it from the meta-policy
             agent.inner.start(agent.train_tasks, torch.arange(agent.inner.n, device=device), None, {})
         learn_model() if step <= args.model_steps else learn_policy()
         if step % args.eval_every == 0 or step in (args.model_steps, total):

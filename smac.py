@@ -1,7 +1,7 @@
 """SMAC: offline meta-reinforcement learning with online self-supervision (Pong et al.; ICML 2022; arXiv:2107.03974).
 
 Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are the paper's equations):
-    offline, repeat: draw tasks; for each two histories h, h' from D_i
+    offline, repeat: draw tasks; for each task, two histories h, h' from D_i
         z ~ q_phi(z | h), the product of one Gaussian for each (s, a, r) of h
         w     <- descend the Bellman error on h' given z (1)                      no entropy; z is detached
         theta <- ascend log pi(a | s, z), weighed by exp(advantage / lambda) (2)  AWAC; the weights are detached
@@ -376,8 +376,8 @@ class Replay(nn.Module):
         self.filled.index_add_(0, task, torch.full_like(task, rows.shape[1]))
 
     def draw(self, task, size, held, part=None):
-        """(M, size, D) rows, drawn uniformly from the first held (n,) rows of each task's buffer, but for all offline
-        rows before the last `part`: what the paper calls the encoder's buffer."""
+        """(M, size, D) rows, drawn uniformly from the first held (n,) rows of each task's buffer, without the offline
+        rows older than the last `part`: what is left is the paper's buffer of the encoder."""
         first = torch.zeros_like(held) if part is None else (self.offline - part).clamp_min(0)
         share = torch.rand(len(task), size, device=task.device, dtype=torch.float64)
         index = (first[task, None] + share * (held - first)[task, None]).long()

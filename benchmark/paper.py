@@ -145,7 +145,7 @@ SMAC = {
         BOTH,
     ),
     "figure9": (
-        ["ant-dir", "cheetah-vel", "sparse-point-robot"],
+        ["sawyer", "sparse-point-robot"],  # where dynamics are alike, so are training and test tasks without rewards
         "",
         {
             "training tasks": "",
@@ -247,8 +247,7 @@ def plan(args):
                 for seed in range(args.seeds):
                     words = f"--env {env} --seed {seed} --threads 1 {shared} {trained}".split()
                     size = [] if args.full else ["--small"]
-                    if args.steps:  # in a folder of their own, not over the runs of the usual length
-                        size += ["--steps", str(args.steps), "--run-dir", f"runs/{args.steps}-steps"]
+                    size += ["--steps", str(args.steps)] if args.steps else []
                     if "GOOD" in words:
                         good = path_of(args.script, ["--env", env, *GOOD.split(), *size])
                         words[words.index("GOOD")] = str(good)

@@ -853,6 +853,7 @@ def test_variants_and_seeds_have_folders_of_their_own(files, tmp_path):
     argv = [[*flags(name, files[name], more), "--run-dir", str(tmp_path)] for name, more in names]
     paths = [focal.prepare_run(focal.parse_args(words)) for words in argv]
     assert len(set(paths)) == len(paths)
+    assert focal.prepare_run(focal.parse_args([*argv[0], "--steps", "77"])) not in paths  # a short trial spoils nothing
     for more in (["--resume", "--no-graph"], ["--test-quality", "mixed"]):  # the same run
         assert focal.prepare_run(focal.parse_args([*argv[0], *more])) == paths[0]
 

@@ -123,7 +123,7 @@ def test_the_example_of_a_family_of_your_own_runs_as_written(tmp_path):
     command = [sys.executable, *command[1:], "--steps", "20"]
     done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    final = tmp_path / "runs/focal/point-robot-disc/small/seed0/final.json"
+    final = tmp_path / "runs/focal/point-robot-disc/small,steps=20/seed0/final.json"
     assert json.loads(final.read_text())["return_mean"] < 0
     dataset = data.load(tmp_path / "datasets/point-robot-disc/20+5-seed0/mixed.npz")
     goal = dataset.tasks[:, None]
