@@ -139,7 +139,7 @@ SMALL = {
     "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 80.0},
     "cheetah-fwd-back": CHEETAH | ONE,
     "ant-fwd-back": WARM | ONE | {"steps": 400_000},
-    "ant-dir": WARM | {"steps": 100_000, "core_minutes": 120.0},
+    "ant-dir": WARM | {"steps": 100_000, "core_minutes": 216.0},
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
@@ -148,12 +148,13 @@ SMALL = {
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
 }
-FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # beside a family's own row
+FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # over a family's row but its own tau
 
 
 MOST = 2**32 - 1
 LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
-LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number is a count, from 1
+LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number is a count, from 1,
+LIMITS |= {"checkpoints": (2, MOST)}  # and of checkpoints from the untrained and the last policy
 
 
 def flag(name: str) -> str:
@@ -176,8 +177,12 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     if device.type == "cuda" and not envs.family(env).xml:
         row = row | {"hidden": 256, "batch": 256}
     elif device.type == "cuda":
-        row = row | FULL | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
-    return Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
+        own = {"tau": row["tau"]} if "tau" in row else {}
+        row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
+    settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
+    if settings.start >= settings.steps:  # nothing would be learned
+        raise DataError(f"--start: expected less than the {settings.steps} of --sac-steps, found {settings.start}")
+    return settings
 
 
 # --------------------------------------------------------------------------------------- SAC for all tasks at once
@@ -428,7 +433,7 @@ class Trainer:
             "iteration": self.iteration,
             "agent": self.agent.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "replay": self.replay[:, : self.iteration].cpu(),
+            "replay": self.replay[:, : self.iteration].contiguous().cpu(),  # of a view all its storage would be saved
             "policies": torch.stack(self.policies),
             "generator": self.generator.get_state(),
             "vector": {key: torch.from_numpy(value) for key, value in self.vector.state_dict().items()},
@@ -583,7 +588,7 @@ class Progress:
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
 _progress: Any = None  # in a worker: iterations done and mean return, two numbers for each shard
-_stop: Any = None  # in a worker: set where the others are to stop
+_stop: Any = None  # in a worker: 1 where the others are to stop
 
 
 def _start_worker(progress: Any, stop: Any, parent: int) -> None:
@@ -622,7 +627,7 @@ def _train_shard(job: tuple) -> None:
         if trainer.iteration % 32 == 0 or trainer.finished:
             scores = trainer.last_score[np.isfinite(trainer.last_score)]
             _progress[2 * index : 2 * index + 2] = trainer.iteration, scores.mean() if len(scores) else math.nan
-        if (parent is not None and os.getppid() != parent) or (_stop is not None and _stop.is_set()):
+        if (parent is not None and os.getppid() != parent) or (_stop is not None and _stop.value):
             os._exit(1)  # the parent was killed, or stops: the last save stands
         if time.time() - saved_at > SAVE_EVERY:
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
@@ -631,6 +636,9 @@ def _train_shard(job: tuple) -> None:
         write(path, lambda file: torch.save(label | trainer.result(), file))
     _progress[2 * index] = trainer.iterations
     trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
+
+
+STAGE_2 = {"core_minutes", "trajectories"}  # settings that no agent in training sees
 
 
 def _load_checkpoint(path: Path, label: dict) -> dict:
@@ -643,7 +651,7 @@ def _load_checkpoint(path: Path, label: dict) -> dict:
         raise _damaged(path, error) from None
     for key in then.keys() | label["settings"].keys():
         old, new = then.get(key), label["settings"].get(key)
-        if key != "core_minutes" and (not isinstance(old, int | float | None) or old != new):
+        if key not in STAGE_2 and (not isinstance(old, int | float | None) or old != new):
             raise DataError(f"{path}: made with {key} = {old!r}, asked for {new}; delete it or use another --data-dir")
     if not same_tasks:
         raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
@@ -738,7 +746,7 @@ def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> 
         return show()
     threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
-    stop = context.Event()
+    stop = context.Value("b", 0, lock=False)  # a lock might die with the worker that holds it
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop, os.getpid())) as pool:
             try:
@@ -749,7 +757,7 @@ def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> 
                         future.result()
                     show()
             finally:
-                stop.set()
+                stop.value = 1
                 pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
         where = jobs[0][1].parent
@@ -1112,8 +1120,9 @@ def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
         row = envs.family(env)
         expected |= {"observations": (t, n, row.obs_dim), "actions": (t, n, row.act_dim)}
         expected |= {"tasks": (t, envs.sample_tasks(env, 1, 0).shape[1])}
-    if t == 0 or n < 2:
-        return f"observations have shape {(t, n, d)}, expected at least one task and two transitions"
+    if t == 0 or n < 2 or d == 0 or m == 0:
+        shapes = f"observations have shape {(t, n, d)} and actions {(t, n, m)}"
+        return f"{shapes}, expected at least one task, two transitions and a number in each"
     for name, shape in expected.items():
         if name in arrays and arrays[name].shape != shape:
             return f"{name} has shape {arrays[name].shape}, expected {shape}"
@@ -1170,14 +1179,17 @@ def prepare(
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
     path = folder / f"{quality}.npz"
     if path.exists():
-        return path
-    tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
+        return _made_with(path, changes)
+    try:
+        tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
+    except ValueError as error:
+        raise DataError(error) from None
     train_tasks = np.arange(train)
     index = {"train_tasks": train_tasks, "test_tasks": train_tasks if row.only else np.arange(train, train + test)}
     try:
         with locked(folder):
             if path.exists():
-                return path  # another process built it meanwhile
+                return _made_with(path, changes)  # another process built it meanwhile
             if behaviour == "scripted":
                 print(f"building {path}: the script in every task", flush=True)
                 arrays = perform(env, tasks, settings.trajectories, seed)
@@ -1187,6 +1199,19 @@ def prepare(
             _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
+    return path
+
+
+def _made_with(path: Path, changes: dict[str, Any]) -> Path:
+    """The path; DataError if the dataset there was made with other settings than these (None: any)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            then = dict(json.loads(str(file["meta"]))["settings"])
+    except Exception:
+        return path  # `load` says what is wrong with it
+    for name, value in changes.items():
+        if name != "core_minutes" and value is not None and then.get(name, value) != value:
+            raise DataError(f"{path}: made with {flag(name)} {then[name]}, asked for {value}; use another --data-dir")
     return path
 
 
@@ -1201,8 +1226,8 @@ def _train_and_roll_out(
     workers: int | None,
 ) -> dict[str, np.ndarray]:
     """The arrays of the dataset at `path`, whose quality is its name: stage 1, or what is there of it, and stage 2."""
-    row, quality = envs.family(env), path.stem
-    _announce(path, settings, path.parent, device, workers, len(tasks), len(row.only) or row.train + row.test)
+    quality = path.stem
+    _announce(path, settings, env, device, workers, len(tasks))
     agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
     arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
     return relabel(env, tasks, train_tasks, arrays, seed) if quality == "relabelled" else arrays
@@ -1237,15 +1262,16 @@ def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts
     return None
 
 
-def _announce(
-    path: Path, settings: Settings, folder: Path, device: torch.device, workers: int | None, tasks: int, usual: int
-) -> None:
+def _announce(path: Path, settings: Settings, env: str, device: torch.device, workers: int | None, tasks: int) -> None:
+    row, folder = envs.family(env), path.parent
     if (folder / "behaviour.pt").exists():
         print(f"building {path}: rolling out the policies that are there", flush=True)
         return
     parts = "going on with" if any(folder.glob("behaviour-part*.pt")) else "building"
     cores = min(workers or envs.cores(), 64, math.ceil(tasks / settings.shard))
-    about = f", about {settings.core_minutes / cores:.0f} min on {cores} cores" if device.type == "cpu" else ""
+    share = tasks / (len(row.only) or row.train + row.test) * settings.steps / settings_for(env, device).steps
+    minutes = math.ceil(settings.core_minutes * share / cores)
+    about = f", about {minutes} min on {cores} cores" if device.type == "cpu" else ""
     print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
 
 
@@ -1454,6 +1480,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse_args(argv))
     pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
+    if gif and len(args["quality"]) > 1:
+        _fail(f"--render {gif}: one film; expected one --quality, found {len(args['quality'])}")
     try:
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)

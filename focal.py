@@ -152,6 +152,8 @@ def parse_args(argv=None):
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
+    if args.data and args.test_quality != args.quality:
+        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.sparse and "relabelled" in (args.quality, args.test_quality):
         fail("--sparse: the contexts of relabelled data are sparse by themselves; expected one or the other")
     args.encoder_steps = args.encoder_steps or max(1, args.steps // 5)

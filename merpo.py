@@ -140,6 +140,8 @@ def parse_args(argv=None):
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
+    if args.data and args.test_quality != args.quality:
+        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.single and args.test_start != "meta":
         fail(f"--test-start {args.test_start}: --single has no test tasks that adapt; expected one or the other")
     if args.single and (

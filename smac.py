@@ -131,6 +131,8 @@ def parse_args(argv=None):
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
     args.test_quality = args.test_quality or args.quality
+    if args.data and args.test_quality != args.quality:
+        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.from_nothing:  # PEARL
         pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
         for key, value in pearl.items():

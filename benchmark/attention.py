@@ -89,6 +89,8 @@ def main():
     for folder in parser.parse_args().runs:
         _, args, world, agent = load_run(folder)
         encoder = agent.encoder
+        if args.quality != "relabelled":
+            raise SystemExit(f"attention.py: {folder}: a run on {args.quality} data; expected relabelled")
         if not hasattr(getattr(encoder, "blocks", [None])[-1], "gate"):
             raise SystemExit(
                 f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
@@ -98,12 +100,12 @@ def main():
         zero, nonzero = weights_of(args, world, encoder, informative, silent)
         auc = area_under_curve(zero, nonzero)
         variance = variances(args, world, encoder, informative, silent)
-        lower = SPARSITY[variance[1] < variance[0]]
+        lower = ", ".join(f"{share:.2f}" for share in SPARSITY[variance[1] < variance[0]])
         rows.append({"attention": args.attention, "seed": args.seed, "auc": round(float(auc), 4)})
-        rows[-1] |= {"silent": round(silent.double().mean().item(), 3), "lower_from": lower.min() if len(lower) else ""}
+        rows[-1] |= {"silent": round(silent.double().mean().item(), 3), "lower_at": lower}
         for name, values in zip(("unweighted", "weighted"), variance, strict=True):
             rows[-1] |= {f"{name}_{share:.2f}": float(f"{x:.4g}") for share, x in zip(SPARSITY, values, strict=True)}
-        print({key: rows[-1][key] for key in ("attention", "seed", "auc", "silent", "lower_from")}, flush=True)
+        print({key: rows[-1][key] for key in ("attention", "seed", "auc", "silent", "lower_at")}, flush=True)
         if len(rows) == 1:
             draw(zero, nonzero, variance, auc)
     with open(ROOT / "results" / "focal_pp-attention.csv", "w", newline="") as file:

@@ -41,7 +41,8 @@ def main(argv=None):
         for column in args.columns:
             if found and column not in found[0]:
                 raise SystemExit(f"compare.py: {folder}: no column {column}; expected one of {', '.join(found[0])}")
-    paper.draw_curves(args.out, "", groups, args.columns)
+    stages = any("merpo" in folder.resolve().parts for folder in args.folders)
+    paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
     for label, runs in groups.items():
         for column in args.columns:
             last = [paper.np.mean([row[column] for row in paper.metrics(run)[-3:]]) for run in runs]

@@ -146,7 +146,7 @@ class Results:
         os.replace(self.args.out / f".{name}", self.args.out / name)
 
     def end(self, part, status, seconds):
-        self.ended[part.name] = {"status": status, "seconds": round(seconds, 1)}
+        self.ended[part.name] = {"status": status, "seconds": round(seconds, 1), "commands": list(part.commands)}
         self.write("parts.json", lambda file: json.dump(self.ended, file, indent=1))
         self.say(f"{part.name}: {status} after {seconds:.0f} s")
 
@@ -235,13 +235,16 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    deadline, results, folders = time.time() + 60 * args.minutes, Results(args), []
+    deadline, results, folders, undone = time.time() + 60 * args.minutes, Results(args), [], []
     for part in parts(args):
         if args.only and part.name not in args.only:
             continue
-        if results.ended.get(part.name, {}).get("status") == "done" and all(path.exists() for path in part.makes):
+        before = results.ended.get(part.name, {})
+        every = set(before.get("commands", [])) >= set(part.commands)
+        if before.get("status") == "done" and every and all(path.exists() for path in part.makes):
             results.say(f"{part.name}: done before")
             continue
+        undone += [part.name]
         left = deadline - time.time() - 2 * GRACE
         if left < (0 if args.tiny else 15):
             results.say(f"{part.name}: no time left")
@@ -252,9 +255,13 @@ def main(argv=None):
             began = time.time()
             status, runs = execute(part, min(part.limit, left), results, args)
             results.end(part, status, time.time() - began)
+            undone = undone[: -1 if status == "done" else None]
             folders += runs.values()
             results.pack(folders)
-    return 0 if all(end["status"] == "done" for end in results.ended.values()) else 1
+    undone += [name for name, end in results.ended.items() if end["status"] != "done" and name not in undone]
+    if undone:
+        results.say(f"not done: {', '.join(undone)}")
+    return 1 if undone else 0
 
 
 if __name__ == "__main__":

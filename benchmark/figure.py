@@ -18,6 +18,9 @@ def main():
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
     run = parser.parse_args().run.resolve()
     script, env = run.parts[-4:-2]
+    for name in ("curve.png", "embeddings.png", "metrics.csv"):
+        if not (run / name).exists():
+            raise SystemExit(f"figure.py: {run}: no {name} there; expected the folder of a run of an encoder's script")
     pictures = [imread(run / name) for name in ("curve.png", "embeddings.png")]
     height, widths = pictures[0].shape[0], [p.shape[1] * pictures[0].shape[0] / p.shape[0] for p in pictures]
     figure = Figure(figsize=(sum(widths) / 100, height / 100), dpi=100)

@@ -46,10 +46,13 @@ def play(act, world, seed):
     return torch.stack(rows, 1), torch.as_tensor(np.stack(counted, 1)), total
 
 
-def experience(first, second, size, generator):
-    """(B, size, D) rows drawn from two episodes, and not from what came after their ends."""
+def experience(first, second, generator, size=None):
+    """(B, size, D) rows drawn from two episodes, and not from what came after their ends; by default each once, with
+    drawn ones in the place of those after an end."""
     rows, counted = (torch.cat(pair, 1) for pair in zip(first[:2], second[:2], strict=True))
-    index = torch.multinomial(counted.float(), size, replacement=True, generator=generator)
+    index = torch.multinomial(counted.float(), size or rows.shape[1], replacement=True, generator=generator)
+    if size is None:
+        index = torch.where(counted, torch.arange(rows.shape[1]), index)
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
@@ -73,7 +76,7 @@ def evaluate(args, agent, world, context_of):
 
     first = play(on(known()), world, args.seed + 1)
     second = play(on(known()), world, args.seed + 2)
-    own = experience(first, second, args.context_size, generator)
+    own = experience(first, second, generator, args.context_size)
     own = F.pad(own, (0, width - own.shape[-1]))  # the rest of a row is the critic's
     total = play(on(agent.encoder(context_of(own, world.split, args), generator)[0]), world, args.seed)[2]
     return tuple(returns.reshape(-1, e)[n:] for returns in (total, first[2]))
@@ -89,7 +92,7 @@ def evaluate_merpo(args, agent, world):
         return torch.tanh(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
 
     first, second = (play(explore, world, args.seed + i) for i in (1, 2))
-    world.test_rows = experience(first, second, 2 * world.env.horizon, generator)
+    world.test_rows = experience(first, second, generator)
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
         agent.test_tasks = merpo.Tasks(args, world.test_rows, world.row.obs_dim, world.row.act_dim)

@@ -205,6 +205,7 @@ COLUMNS = {script: [*keys, "train_rms", "train_variance", "q_mean"] for script, 
 COLUMNS["smac"] = ["return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean"]
 COLUMNS["smac"] += ["train_return_mean", "train_offline_return_mean", "kl", "short_kl", "offline_kl", "q_mean"]
 COLUMNS["merpo"] = ["return_mean", "meta_return_mean", "q_mean", "lambda", "alpha", "beta", "d_behaviour", "d_meta"]
+STEPS = dict.fromkeys(SCRIPTS, "gradient steps") | {"merpo": "iterations of both stages"}
 SHOWN = {"return_mean", "meta_return_mean", "offline_return_mean", "train_esr", "train_variance", "q_mean"}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
 LABELS |= {"offline_return_mean": "return, offline context", "short_kl": "KL of online posteriors"}
@@ -217,13 +218,17 @@ def arguments():
     parser.add_argument("script", choices=list(SCRIPTS))
     parser.add_argument("figures", nargs="+", choices=[figure for _, figures in SCRIPTS.values() for figure in figures])
     parser.add_argument("--env", choices=list(envs.FAMILIES), help="this environment only")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="gradient steps of each run")
-    parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
+    parser.add_argument("--seeds", type=focal.whole, default=3)
+    parser.add_argument("--steps", type=focal.whole, help="gradient steps of each run")
+    parser.add_argument("--jobs", type=focal.whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
     args = parser.parse_args()
     for figure in set(args.figures) - set(SCRIPTS[args.script][1]):
         parser.error(f"{args.script} has no {figure}; expected {', '.join(SCRIPTS[args.script][1])}")
+    for figure in args.figures:
+        families = SCRIPTS[args.script][1][figure][0]
+        if args.env and args.env not in families:
+            parser.error(f"{figure} is not of --env {args.env}; expected {', '.join(families)}")
     return args
 
 
@@ -271,8 +276,11 @@ def is_done(script, words):
     """Whether a run has made its last step. Ends the program if it was made with what are other defaults by now."""
     module, folder = SCRIPTS[script][0], path_of(script, words)
     args, final = module.parse_args(words), folder / "final.json"
-    if not final.exists() or json.loads(final.read_text())["step"] != length(script, args):
+    if not final.exists():
         return False
+    made = json.loads(final.read_text())["step"], [row["step"] for row in metrics(folder)][-1:]
+    if made != (length(script, args), [length(script, args)]):
+        return False  # final.json alone may be of a run before, that this one has not caught up with
     now, then = json.loads(json.dumps(module.settings(args))), json.loads((folder / "args.json").read_text())
     for key in now.keys() & then.keys() - module.ELSEWHERE - {"variant"}:
         if now[key] != then[key]:
@@ -367,12 +375,10 @@ def draw(script, figure, env, runs, folders, suffix, rows):
     if runs[0].tested:
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
-        draw_curves(
-            path, title, groups, columns, "iterations of both stages" if script == "merpo" else "gradient steps"
-        )
+        draw_curves(path, title, groups, columns, STEPS[script])
 
 
-def draw_curves(path, title, groups, columns, step_of="gradient steps"):
+def draw_curves(path, title, groups, columns, step_of):
     """A panel for each column of metrics.csv, in it a curve for each {label: folders of its seeds}."""
     picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
@@ -430,6 +436,7 @@ def draw_tests(path, title, groups):
 
 
 def main():
+    os.chdir(ROOT)
     args = arguments()
     module, figures = SCRIPTS[args.script]
     runs = plan(args)

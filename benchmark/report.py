@@ -129,7 +129,11 @@ def draw(scores, path):
 
 def report(runs, datasets, same=()):
     """The README's part between the marks, and the scores {(script, protocol): (families, mean, low, high)}."""
-    ends = {row["env"]: [float(row[key]) if row[key] else None for key in ("random", "expert")] for row in datasets}
+    ends = {}  # of a family's datasets of several sizes, the first that has both
+    for row in datasets:
+        found = [float(row[key]) if row[key] else None for key in ("random", "expert")]
+        if None in ends.get(row["env"], [None]):
+            ends[row["env"]] = found
     groups = grouped(runs)
     scores = {}
     for script, protocol in dict.fromkeys((script, protocol) for script, _, protocol in groups):

@@ -42,9 +42,13 @@ def load_run(folder, scripts=("focal", "focal_pp"), **changes):
         raise SystemExit(f"{program}: --{key.replace('_', '-')}: {parts[-4]}.py has no such flag of its tests")
     try:
         saved = json.loads((folder / "args.json").read_text())
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = data.read(folder / "checkpoint.pt", "cpu")
     except OSError as error:
         raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
+    except Exception as error:
+        raise SystemExit(f"{program}: {folder}: a damaged run ({type(error).__name__}); run it again") from None
+    if saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]:
+        raise SystemExit(f"{program}: --test-quality: {folder} has its data from --data {saved['data']}")
     paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
     since = vars(module.parse_args(["--env", saved["env"]]))  # flags that the script did not have then, by default
     args = argparse.Namespace(**since | saved | paths | changes)
@@ -55,10 +59,14 @@ def load_run(folder, scripts=("focal", "focal_pp"), **changes):
         else:
             agent = module.Agent(args, *((world,) if module is merpo else (*world.split[:2], len(world.train_rows))))
         agent.load_state_dict(checkpoint["agent"])
+        learned_from = checkpoint["dataset"]
     except data.DataError as error:
         raise SystemExit(f"{program}: {error}") from None
     except (AttributeError, KeyError, RuntimeError):
         raise SystemExit(f"{program}: {folder}: a run of another version of the script; run it again") from None
+    same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of training and test tasks
+    if learned_from[same] != world.checksum[same]:
+        raise SystemExit(f"{program}: {folder}: its data have changed; expected {learned_from}, found {world.checksum}")
     return module, args, world, agent
 
 

@@ -33,14 +33,16 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
     parser.add_argument("--envs", nargs="+", choices=list(envs.FAMILIES), default=list(envs.FAMILIES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=envs.cores(), help="runs side by side, each with one thread")
+    parser.add_argument("--seeds", type=focal.whole, default=3)
+    parser.add_argument("--jobs", type=focal.whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the papers' sizes")
     parser.add_argument("--same-data", action="store_true", help="SMAC only, on the other scripts' data")
     parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
     parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
     parser.add_argument("--collect", action="store_true", help="run nothing, only write the table")
     args = parser.parse_args()
+    if args.same_data and args.scripts not in (list(SCRIPTS), ["smac"]):
+        parser.error("--same-data is of SMAC only; expected no other --scripts")
     if args.task is not None and not 0 <= args.task < len(plan(args)):
         parser.error(f"--task {args.task}: expected 0 to {len(plan(args)) - 1}")
     return args
@@ -89,7 +91,8 @@ def execute(script, words):
     """The run, and its agent under the online protocol where the script does not evaluate that itself."""
     paper.execute(script, words)
     folder = paper.folder_of(script, words)
-    if script != "smac" and (folder / "final.json").exists() and not (folder / "online.json").exists():
+    path, final = folder / "online.json", folder / "final.json"
+    if script != "smac" and final.exists() and not (path.exists() and path.stat().st_mtime > final.stat().st_mtime):
         command = [sys.executable, ROOT / "benchmark" / "online.py", folder]
         done = subprocess.run(command, cwd=ROOT, env=paper.os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -104,7 +107,11 @@ def place(row):
 def collect(runs, path):
     """Writes the runs that are done into the table, over their older rows; the rows of other runs stay."""
     found = [row for row in (describe(*run) for run in runs) if row]
-    rows = {place(row): row for row in (read(path) if path.exists() else []) + found}
+    rows = {place(row): row for row in (read(path) if path.exists() else [])}
+    for row in found:  # its online_last may be of another machine's online.py
+        before = rows.get(place(row), {})
+        same = before.get("offline_last") == str(row["offline_last"])
+        rows[place(row)] = ({"online_last": before["online_last"]} if same else {}) | row
     with open(path, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         table.writeheader()

@@ -42,8 +42,10 @@ def main(argv=None):
         data.save(args.out, arrays, {"env": args.env})
     except data.DataError as error:
         raise SystemExit(f"single.py: {error}") from None
-    count, returns = arrays["observations"].shape[1], ", ".join(f"{x:.1f}" for x in arrays["returns"])
-    print(f"{args.out}: {count} transitions of each task, return {returns}")
+    except OSError as error:
+        raise SystemExit(f"single.py: --out {args.out}: cannot write there ({error.strerror})") from None
+    returns = ", ".join(f"{x:.1f}" for x in arrays["returns"]) if "returns" in arrays else "not known"
+    print(f"{args.out}: {arrays['observations'].shape[1]} transitions of each task, return {returns}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SPARSE, WALKER, WIND
 from PIL import Image
+from test_focal import changed, load_arrays
 
 import data
 import envs
@@ -82,10 +83,32 @@ def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(paper, monkeyp
     assert len(done) == len(runs) and ["--meta-policy" in words for words in done] == [False] * 6 + [True] * 4
 
 
-def test_a_figure_of_another_script_is_refused(paper, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("focal table1", "focal has no table1"),
+        ("focal figure2 --env walker-params", "figure2 is not of --env walker-params; expected cheetah-vel"),
+        ("focal figure2 --jobs 0", "--jobs: expected a whole number above 0"),
+        ("focal figure2 --seeds 0", "--seeds: expected a whole number above 0"),
+    ],
+)
+def test_a_figure_that_there_is_not_is_refused(paper, monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit):
-        plan(paper, monkeypatch, "focal table1")
-    assert "focal has no table1" in capsys.readouterr().err
+        plan(paper, monkeypatch, words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_begun_anew_is_not_done(paper, monkeypatch, tmp_path):
+    """Though the final.json of the run before it still stands."""
+    words = f"--env {WIND} --small --steps 4 --run-dir {tmp_path}".split()
+    folder = paper.path_of("focal", words)
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(focal.settings(focal.parse_args(words))))
+    (folder / "final.json").write_text(json.dumps({"step": 4}))
+    for steps, done in (([1, 2], False), ([1, 2, 3, 4], True)):
+        with open(folder / "metrics.csv", "w") as file:
+            csv.writer(file).writerows([["step"], *([step] for step in steps)])
+        assert paper.is_done("focal", words) == done
 
 
 def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch, tmp_path):
@@ -182,6 +205,44 @@ def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, fi
         online.evaluate(args, agent, world, module.context_of)
 
 
+def test_the_third_episode_is_scored_on_a_context_of_the_first_two(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    online = script("online")
+    focal.main(f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split())
+    (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
+    _, args, world, agent = online.load_run(run)
+    episodes, taken, play, experience = [], [], online.play, online.experience
+
+    def play_and_number(act, world, seed):
+        episodes.append(play(act, world, seed))
+        return *episodes[-1][:2], np.full(world.env.num_envs, len(episodes))
+
+    monkeypatch.setattr(online, "play", play_and_number)
+    monkeypatch.setattr(online, "experience", lambda *rest: taken.extend(rest[:2]) or experience(*rest))
+    own, first = online.evaluate(args, agent, world, focal.context_of)
+    assert (own == 3).all() and (first == 1).all() and len(episodes) == 3
+    assert [x[0] is y[0] for x, y in zip(taken, episodes, strict=False)] == [True, True]
+
+
+def test_what_the_kills_are_checked_by_sees_a_difference(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    kill = script("kill")
+    whole = {"weights": [torch.ones(2), torch.zeros(1)], "step": 3}
+    for other in ({"weights": [torch.ones(2), torch.ones(1)], "step": 3}, whole | {"step": 4}, {"step": 3}):
+        assert kill.same(whole, {"weights": [torch.ones(2), torch.zeros(1)], "step": 3}) and not kill.same(whole, other)
+    (tmp_path / "final.json").write_text('{"step": 3}')
+    (tmp_path / "metrics.csv").write_text("step,seconds\n1,2\n")
+    (tmp_path / "mixed.npz").write_bytes(files[WIND].read_bytes())
+    (tmp_path / ".hidden").write_text("a temporary file")
+    assert kill.broken(tmp_path) == []
+    for name in ("final.json", "metrics.csv", "mixed.npz"):
+        path = tmp_path / name
+        text = path.read_bytes()
+        path.write_bytes(text[:-4])
+        assert [found.split()[0] for found in kill.broken(tmp_path)] == [name]
+        path.write_bytes(text)
+
+
 def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
     """Rows of the next episode, which a fallen walker begins, are not part of it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -205,7 +266,7 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
     ended = [row[keep][:, -1] for row, keep in zip(rows, counted, strict=True)]
     assert all(not d[:-1].any() for d in ended)  # terminals: the last row of those that fell, no time limit
     assert [bool(d[-1]) for d in ended] == [bool(n < world.env.horizon) for n in length]
-    drawn = online.experience((rows, counted), (rows, counted), 500, generator)
+    drawn = online.experience((rows, counted), (rows, counted), generator, 500)
     for row, keep, mine in zip(rows, counted, drawn, strict=True):
         assert {x.numpy().tobytes() for x in mine} <= {x.numpy().tobytes() for x in row[keep]}
 
@@ -214,7 +275,10 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
 def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module):
     monkeypatch.setattr(sys, "path", list(sys.path))
     retest, name = script("retest"), WIND if module is merpo else SPARSE
-    flags = f"--env {name} --small --data {files[name]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
+    folder = tmp_path / "datasets" / name / ("40+10-seed0" if name == WIND else "80+20-seed0")
+    for quality, shift in (("mixed", 0), ("random", 1)):
+        changed(files[name], folder / f"{quality}.npz", name, returns=np.full(6, -9.0 - shift))
+    flags = f"--env {name} --small --data-dir {tmp_path / 'datasets'} --steps 2 --eval-every 2 --run-dir {tmp_path}"
     module.main([*flags.split(), *(["--model-steps", "2", "--adapt-steps", "3"] if module is merpo else [])])
     (run,) = tmp_path.glob(f"{module.__name__}/{name}/*/seed0")
     retest.main([str(run)])
@@ -233,7 +297,29 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     monkeypatch.setattr(module, "World", lambda args, device: seen.append(args) or world(args, device))
     retest.main([str(run), "--test-quality", "random", "--eval-episodes", "2"])
     assert (seen[0].test_quality, seen[0].quality, seen[0].eval_episodes) == ("random", "mixed", 2)
-    assert (run / "retest" / "eval-episodes=2,test-quality=random.json").exists()
+    row = json.loads((run / "retest" / "eval-episodes=2,test-quality=random.json").read_text())
+    assert (as_trained["data_return"], row["data_return"]) == (-9, -10)
+    other = load_arrays(files[name])
+    other["rewards"] += 1
+    data.save(folder / "mixed.npz", other, {"env": name})
+    with pytest.raises(SystemExit, match="its data have changed"):
+        retest.main([str(run)])
+    (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="a damaged run"):
+        retest.main([str(run)])
+
+
+def test_a_file_of_ones_own_has_no_other_quality(monkeypatch, tmp_path, files, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split()
+    focal.main(words)
+    (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
+    with pytest.raises(SystemExit, match="--test-quality: .* has its data from --data"):
+        script("retest").main([str(run), "--test-quality", "random"])
+    for module in (focal, focal_pp, smac, merpo):
+        with pytest.raises(SystemExit):
+            module.parse_args([*words, "--test-quality", "random"])
+        assert "--test-quality random: --data has the test tasks' data too" in capsys.readouterr().err
 
 
 def watch_settling(monkeypatch):
@@ -304,7 +390,7 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
         expected = world.row.reward(np.tile(task, (2 * horizon, 1)), *(x.numpy() for x in step), None)
         np.testing.assert_allclose(reward[:, 0], expected, atol=1e-5)
     assert not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
-    assert len(a.flatten(0, 1).unique(dim=0)) > 20 * e  # sampled
+    assert len(a.flatten(0, 1).unique(dim=0)) == 2 * e * 2 * horizon  # sampled, and each transition once
     _, args, world, agent = online.load_run(run, ("merpo",))
     state = torch.get_rng_state()
     np.testing.assert_array_equal(online.evaluate_merpo(args, agent, world)[0], own)

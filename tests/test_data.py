@@ -447,7 +447,69 @@ def test_another_settings_is_refused(copied, here):
         text = str(error.value)
         assert all(str(x) in text for x in (copied / "behaviour.pt", key, value, TINY[key])) and "\n" not in text
         assert (copied / "behaviour.pt").read_bytes() == before and names(copied) == {"behaviour.pt"}
-    assert prepare(copied.parent.parent, core_minutes=7.0).exists()  # this one changes nothing
+    assert prepare(copied.parent.parent, core_minutes=7.0, trajectories=10).exists()  # these change no agent
+    with pytest.raises(data.DataError, match="mixed.npz: made with --trajectories 10, asked for 5; use another"):
+        prepare(copied.parent.parent)
+    assert prepare(copied.parent.parent, trajectories=None, discount=None).exists()  # whatever they are
+
+
+def test_settings_that_would_teach_nothing_are_refused():
+    for changes, flag in (({"steps": 400, "start": 400}, "--start"), ({"checkpoints": 1}, "--checkpoints")):
+        with pytest.raises(data.DataError, match=flag):
+            data.settings_for(WIND, CPU, **changes)
+    assert data.settings_for(WIND, CPU, steps=401, start=400).start == 400
+
+
+def test_settings_on_cuda():
+    """A family's own, where it has some, the larger sizes elsewhere."""
+    hopper, walker = (data.settings_for(env, torch.device("cuda")) for env in ("hopper-params", WALKER))
+    assert (hopper.tau, hopper.updates, hopper.hidden, hopper.steps) == (0.005, 8, 256, 400_000)
+    assert (walker.tau, walker.alpha, walker.hidden, walker.lr) == (0.01, 0.2, 256, 3e-4)
+
+
+def test_more_tasks_than_there_are_is_refused(tmp_path):
+    with pytest.raises(data.DataError, match="different tasks"):
+        data.prepare("sawyer", "mixed", data_dir=tmp_path, train=2500, test=10, device="cpu")
+
+
+def test_what_a_build_will_take_is_in_proportion(tmp_path, capsys):
+    for tasks, steps, minutes in ((25, 170_000, 40), (5, 170_000, 8), (25, 17_000, 4)):
+        settings = data.settings_for(WALKER, CPU, steps=steps, core_minutes=40.0)
+        data._announce(tmp_path / "mixed.npz", settings, WALKER, CPU, 1, tasks)
+        assert f"about {minutes} min on 1 cores" in capsys.readouterr().out
+
+
+def test_a_save_holds_what_was_met_and_no_more():
+    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0), steps=40_000)
+    for _ in range(3):
+        trainer.step()
+    replay = trainer.state_dict()["replay"]
+    assert replay.shape[1] == 3 and replay.untyped_storage().nbytes() == 4 * replay.numel()
+
+
+def test_a_film_is_of_one_quality(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--env", WIND, "--quality", "random", "expert", "--render", str(tmp_path / "x.gif")])
+    assert "expected one --quality, found 2" in capsys.readouterr().err
+
+
+def test_the_learning_rate_falls_to_a_tenth():
+    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0))
+    while not trainer.finished:
+        trainer.step()
+    assert trainer.optimiser.param_groups[0]["lr"].item() == pytest.approx(0.1 * TINY["lr"], rel=0.1)
+
+
+def test_shards_qualities_and_seeds_draw_each_their_own(folder, here):
+    policies = torch.load(prepare(folder).with_name("behaviour.pt"), weights_only=True)["policies"]
+    assert not torch.equal(policies[0, 0], policies[0, 3])  # the first tasks of the two shards, untrained
+    agents = {"policies": policies[:1].expand(5, -1, -1), "early": None}
+    tasks = envs.sample_tasks(WIND, 5, 3)
+    a, b, c, d = (
+        data.roll_out(WIND, tasks, quality, agents, tiny(), seed)["actions"]
+        for quality, seed in (("random", 3), ("expert", 3), ("mixed", 3), ("mixed", 4))
+    )
+    assert (a != b).mean() > 0.9 and (c != d).mean() > 0.9
 
 
 @pytest.mark.parametrize("way", ["empty", "cut", "noise", "not a dictionary", "without tasks", "other tasks"])
@@ -1005,7 +1067,9 @@ def test_relabelled_data_say_nothing_of_the_task_but_by_reward(folder, here):
     assert len(set(drawn)) == len(drawn) and set(drawn) <= pools[0] | pools[1] | pools[2]  # none from test tasks
     assert all(0.2 < np.mean([row in pool for row in drawn]) < 0.5 for pool in pools[:3])
     for task, goal in enumerate(dataset.tasks):
-        for i in range(0, len(drawn), 50):
+        near = np.flatnonzero(dataset.rewards[task] > -0.5)
+        assert len(near)
+        for i in {*range(0, len(drawn), 50), *near.tolist()}:
             r = -np.hypot(*(dataset.next_observations[task, i].numpy() - goal))
             assert dataset.rewards[task, i].item() == pytest.approx(r, abs=1e-6)
             wanted = (r + 0.5) / 0.5 if r > -0.5 else 0

@@ -608,7 +608,7 @@ def test_test_tasks_never_train(files, tmp_path, no_plots, short_trajectories):
     for key in a:
         assert torch.equal(a[key], b[key]) or key.startswith("test_tasks"), key
     assert metrics(plain)[-1]["return_mean"] != metrics(other)[-1]["return_mean"]
-    flags = "--test-trajectories 2 --adapt-lr 1e-4 --test-start behaviour --adapt-steps 2 --test-quality random"
+    flags = "--test-trajectories 2 --adapt-lr 1e-4 --test-start behaviour --adapt-steps 2"
     tested = checkpoint(run(tmp_path / "c", WIND, files[WIND], flags))["agent"]  # benchmark/retest.py relies on this
     assert all(torch.equal(a[key], tested[key]) for key in a if not key.startswith("test_tasks"))
 

@@ -310,9 +310,13 @@ def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeyp
     assert "focal: left out" in log and "awake" in log  # focal comes before its data
     assert cuda.main([*words, "--only", "focal", "wind data"]) == 1  # what failed before still counts
     assert "wind data: done before" in (out / "log.txt").read_text()
+    two = [*words[:-1], "2"]
+    cuda.main([*two, "--only", "wind data", "focal"])  # focal's second seed was not among those that were done
+    assert (out / "log.txt").read_text().count("focal: done after") == 2
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["part"], row["run"], row["step"]) for row in rows] == [("focal", "focal seed 0", k) for k in "12"]
+    expected = [("focal", f"focal seed {seed}", k) for seed in range(2) for k in "12"]
+    assert [(row["part"], row["run"], row["step"]) for row in rows] == expected
     assert all(float(row["return_mean"]) < 0 for row in rows)
     with tarfile.open(out / "logs.tar") as tar:
         assert {"logs/slow-sleeper.txt", "logs/broken-bad.txt"} <= set(tar.getnames())
@@ -325,10 +329,10 @@ def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
     monkeypatch.undo()
     cuda = script("cuda")
     assert (
-        cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 0
+        cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 1
     )
-    log = (tmp_path / "o" / "log.txt").read_text().splitlines()
-    assert len(log) == 9 and all("no time left" in line for line in log)
+    *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
+    assert len(log) == 9 and all("no time left" in line for line in log) and "not done: tests" in last
 
 
 def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):
