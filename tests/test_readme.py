@@ -1,5 +1,7 @@
 """The README's commands parse, its files exist, and shared promises hold."""
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -66,6 +68,28 @@ def test_the_ablation_is_one_more_line_and_two_commands(monkeypatch):
     d2 = torch.tensor([0.1, 0.25, 1.0])
     cost, square = (focal.LAWS[law](d2, 0.1) for law in ("inverse-fourth", "inverse-square"))
     assert (cost.diff() < 0).all() and abs(cost[1] / square[1] - 1) < 0.1  # alike near |d| = 0.5, as the others
+
+
+@pytest.mark.parametrize("command", re.findall(r"python (benchmark/\w+\.py[^`\n]*)", README.replace("\\\n", " ")))
+def test_benchmarks_take_their_flags(command, monkeypatch):
+    """And what a figure, a script or a family is called: everything that is checked before anything is done."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(*_):
+        raise Parsed
+
+    words = shlex.split(command, comments=True)
+    parse = argparse.ArgumentParser.parse_args
+    if words[0] not in ("benchmark/paper.py", "benchmark/run.py"):  # these check more than argparse does
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *rest: parse(*rest) and stop())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    monkeypatch.setattr(sys, "argv", words)
+    main = runpy.run_path(str(ROOT / words[0]))
+    with contextlib.suppress(Parsed):
+        main["arguments" if words[0] in ("benchmark/paper.py", "benchmark/run.py") else "main"]()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
