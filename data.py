@@ -1493,7 +1493,10 @@ def main(argv: list[str] | None = None) -> None:
             if pictures:
                 print(f"  {plot(path)}")
             if gif:
-                film(args["env"], quality, gif, path.parent, args["seed"])
+                try:
+                    film(args["env"], quality, gif, path.parent, args["seed"])
+                except RuntimeError as error:
+                    _fail(f"--render {gif}: {error}")
                 print(f"  {gif}")
     except DataError as error:
         _fail(error, error.code)

@@ -669,9 +669,11 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
     """(n, P) float64 parameters of n tasks; the first n of a longer list with the same seed are the same tasks.
 
     Tasks of one list are all different. Families with a fixed list of tasks return its first n whatever the seed;
-    ValueError if it is shorter.
+    ValueError if it is shorter, or where there are not so many different tasks.
     """
     row = family(name)
+    if n < 0:
+        raise ValueError(f"{name}: asked for {n} tasks")
     if row.only:
         if n > len(row.only):
             raise ValueError(f"{name} has {len(row.only)} tasks, asked for {n}")
@@ -699,7 +701,7 @@ class PointPhysics:
     def __init__(self, row: Family, tasks: Array, threads: int):
         self.row, self.tasks, self.drift = row, tasks, row.drift(tasks)
 
-    def initial(self, i: int, rng: np.random.Generator) -> Array:
+    def initial(self, i: int, seed: list[int]) -> Array:
         """The full state in which an episode of row i begins."""
         return np.zeros(3)
 
@@ -772,9 +774,9 @@ class MujocoPhysics:
         self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
-    def initial(self, i: int, rng: np.random.Generator) -> Array:
+    def initial(self, i: int, seed: list[int]) -> Array:
         """The full state in which an episode of row i begins."""
-        qpos, qvel = self.row.reset_noise(rng, self.base.nq, self.base.nv)
+        qpos, qvel = self.row.reset_noise(np.random.default_rng(seed), self.base.nq, self.base.nv)
         full = np.concatenate([[0.0], self.models[i].qpos0 + qpos, qvel])
         return full if self.workers is None else self._derive(full[None], np.zeros((1, self.base.nu)))[0]
 
@@ -814,8 +816,13 @@ class MujocoPhysics:
     def render(self, i: int, full: Array, trail: list[Array], size: int) -> Array:
         if self.renderer is None:
             self.base.vis.global_.offwidth = self.base.vis.global_.offheight = max(size, 480)
-            self.renderer = mujoco.Renderer(self.base, size, size)
-        model, data = self.models[i], mujoco.MjData(self.models[i])
+            try:
+                self.renderer = mujoco.Renderer(self.base, size, size)
+            except Exception as error:  # another kind for each back end
+                raise RuntimeError(f"no OpenGL for pictures of bodies ({error}); expected EGL or a display") from None
+        model = copy.copy(self.models[i])
+        data = mujoco.MjData(model)
+        mujoco.mj_setConst(model, data)  # else a camera tracks by the sums of the nominal masses
         mujoco.mj_setState(model, data, full[: self.size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         mujoco.mj_forward(model, data)
         self.renderer.update_scene(data, camera=0 if model.ncam else -1)
@@ -832,14 +839,16 @@ class MujocoPhysics:
 
 # ------------------------------------------------------------------------------------------------------ environments
 class TaskVectorEnv(gymnasium.vector.VectorEnv):
-    """One sub-environment for each row of `tasks`, all stepped together.
+    """One sub-environment for each row of `tasks` (B, P), all stepped together by `threads` threads (default: a thread
+    for each core). Episodes have `horizon` steps (default: the family's), pictures `render_size` pixels a side.
 
     With `autoreset` a sub-environment that ends is reset within the same step, alone (gymnasium's SAME_STEP): its row
     of the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where
     `info["_final_obs"]`, holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if
     the family has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
-    the others do never changes it. With `rewards` off it does not hold the family's reward functions at all: `step`
-    answers "not a number" for every reward, and no sparse one.
+    the others do never changes it. A step in which the physics blows up has reward 0, ends where it began and is
+    marked in `info["blew_up"]` (B,). With `rewards` off it does not hold the family's reward functions at all: every
+    other reward is "not a number", and there is no sparse one. ValueError for what is not a task, a seed, a horizon.
     """
 
     def __init__(
@@ -861,6 +870,12 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.tasks = np.ascontiguousarray(tasks, np.float64)
         if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
+        if not len(self.tasks) or not np.isfinite(self.tasks).all():
+            raise ValueError(f"{name}: expected at least one task, all finite, found {len(self.tasks)}")
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.autoreset = len(self.tasks), autoreset
@@ -881,19 +896,21 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self._seed = np.stack([np.full(self.num_envs, seed), np.arange(self.num_envs)], axis=1)
         self._episode = np.full(self.num_envs, -1)
         self._elapsed = np.zeros(self.num_envs, int)
-        self._full = np.stack([self.physics.initial(0, np.random.default_rng(0))] * self.num_envs)
+        self._full = np.stack([self.physics.initial(0, [0])] * self.num_envs)
         self._trail: list[Array] = []
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
         """New episodes everywhere, or where `options["reset_mask"]` (B,) says; a seed restarts their numbering too."""
         mask = (options or {}).get("reset_mask")
+        if mask is not None and np.shape(mask) != (self.num_envs,):
+            raise ValueError(f"reset_mask has shape {np.shape(mask)}, expected {(self.num_envs,)}")
         rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
         if seed is not None:
             one = np.ndim(seed) == 0
             self._seed[rows] = np.stack([np.broadcast_to(seed, self.num_envs), np.arange(self.num_envs) * one], 1)[rows]
             self._episode[rows] = -1
         self._reset_rows(rows)
-        self._trail = []
+        self._trail = [] if len(rows) == self.num_envs else self._trail
         return self.observe(), {}
 
     def observe(self) -> Array:
@@ -904,11 +921,11 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self._episode[rows] += 1
         self._elapsed[rows] = 0
         for i in rows:
-            rng = np.random.default_rng([*self._seed[i], self._episode[i], EPISODES])
-            self._full[i] = self.physics.initial(i, rng)
+            self._full[i] = self.physics.initial(i, [*self._seed[i], self._episode[i], EPISODES])
 
     def step(self, actions: Array):
-        """Steps every sub-environment with `actions` (B, m).
+        """Steps every sub-environment with `actions` (B, m). Returns observations (B, d) float64, rewards (B,) float64,
+        terminated and truncated (B,) bool, and info.
 
         ValueError if they have another shape, FloatingPointError if they are not finite: a policy that diverged.
         """
@@ -954,8 +971,11 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         return {k: getattr(self, k).copy() for k in ("_seed", "_episode", "_elapsed", "_full")}
 
     def load_state_dict(self, state: dict[str, Array]):
-        for key, value in state.items():
-            getattr(self, key)[:] = value
+        """ValueError if the state is of another number of sub-environments, or of another family."""
+        for key, now in self.state_dict().items():
+            if state[key].shape != now.shape:
+                raise ValueError(f"{key} has shape {state[key].shape}, expected {now.shape}")
+            getattr(self, key)[:] = state[key]
 
 
 def make(name: str, tasks: Array, seed: int = 0, **kwargs: Any) -> TaskVectorEnv:
@@ -972,6 +992,8 @@ class TaskEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, name: str, task: int | Array = 0, seed: int = 0, render_mode: str | None = None, **kwargs: Any):
+        if np.ndim(task) == 0 and task < 0:
+            raise ValueError(f"task must be a row of parameters or an index from 0, got {task}")
         row = sample_tasks(name, task + 1, seed)[task] if np.ndim(task) == 0 else np.asarray(task)
         self._vector = make(name, row[None], seed, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
         self.render_mode = render_mode
@@ -1033,7 +1055,12 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
     parser.add_argument("--tasks", type=int, default=4, help="tasks side by side")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks and the actions")
+    parser.error = lambda message: parser.exit(2, f"envs.py: {message}\n")
     args = parser.parse_args(argv)
+    if args.tasks < 1 or args.seed < 0:
+        parser.error(f"expected --tasks above 0 and --seed from 0, found {args.tasks} and {args.seed}")
+    if args.render and args.env is None:
+        parser.error(f"--render {args.render}: expected --env too")
     if args.env is None:
         print("\n".join(map(describe, FAMILIES)))
     elif args.render is None:
@@ -1046,7 +1073,9 @@ def main(argv: list[str] | None = None):
         try:
             film(vector, partial(row.script.act, vector.tasks) if row.script else policy, args.render)
         except OSError as error:
-            parser.exit(2, f"envs.py: --render {args.render}: cannot write there ({error.strerror})\n")
+            parser.error(f"--render {args.render}: cannot write there ({error.strerror})")
+        except RuntimeError as error:
+            parser.error(f"--render {args.render}: {error}")
         print(args.render)
 
 

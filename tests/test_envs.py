@@ -566,6 +566,102 @@ def test_reset_mask_restarts_only_these_rows(name):
     assert np.argwhere(rest[3].T).tolist() == [[0, 2], [1, 4], [2, 2]]
 
 
+@pytest.mark.parametrize("mask", [[1, 2], [True], np.ones((3, 1))])
+def test_a_reset_mask_is_a_truth_for_each_row(mask):
+    env = build("cheetah-vel")
+    env.reset()
+    with pytest.raises(ValueError, match=r"reset_mask has shape .*, expected \(3,\)"):
+        env.reset(options={"reset_mask": mask})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tasks": np.full((2, 1), np.nan)}, "all finite"),
+        ({"tasks": np.zeros((0, 1))}, "at least one task"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": None}, "seed must be a whole number from 0"),
+        ({"horizon": 0}, "horizon must be at least 1"),
+    ],
+)
+def test_what_is_no_task_no_seed_no_horizon_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make("cheetah-vel", **{"tasks": np.ones((2, 1)), "threads": 1} | changes)
+
+
+def test_fewer_than_no_tasks_are_refused():
+    for name in ("cheetah-fwd-back", "cheetah-vel"):
+        with pytest.raises(ValueError, match="asked for -1 tasks"):
+            envs.sample_tasks(name, -1, 0)
+    with pytest.raises(ValueError, match="an index from 0, got -1"):
+        envs.TaskEnv("cheetah-vel", task=-1)
+
+
+def test_a_state_of_other_rows_is_refused():
+    one, three = build("cheetah-vel", 1), build("cheetah-vel")
+    with pytest.raises(ValueError, match="expected"):
+        three.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("autoreset", [True, False])
+def test_the_way_of_resetting_is_announced(autoreset):
+    mode = build("point-robot-wind", autoreset=autoreset).metadata["autoreset_mode"]
+    assert mode == gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"]
+
+
+def test_without_opengl_a_picture_ends_in_one_line(monkeypatch, tmp_path, capsys):
+    def no_display(*_):
+        raise OSError("no display")
+
+    monkeypatch.setattr(envs.mujoco, "Renderer", no_display)
+    with pytest.raises(SystemExit) as end:
+        envs.main(["--env", "cheetah-vel", "--render", str(tmp_path / "x.gif"), "--tasks", "1"])
+    assert end.value.code == 2 and "no OpenGL for pictures of bodies (no display)" in capsys.readouterr().err
+
+
+def test_the_camera_follows_whatever_a_robot_weighs(has_gl):
+    """A walker of twice the masses looks the same where it stands the same."""
+    if not has_gl:
+        pytest.skip("no GL context")
+    tasks = np.ones((2, 65))
+    tasks[1, :8] = 2
+    env = envs.make("walker-params", tasks, threads=1, render_mode="rgb_array", render_size=64)
+    env.reset()
+    env._full[:, 1:] = 0
+    env._full[:, [1, 2]] = 8, 1.25
+    plain, heavy = env.render()
+    assert plain.std() > 0 and (plain == heavy).all()
+
+
+def test_a_trail_is_of_the_episode():
+    env = build("point-robot-wind", horizon=6, render_mode="rgb_array", render_size=32)
+    env.reset()
+    play(env, random_actions(env, 4))
+    before = env.render()[0]
+    env.reset(options={"reset_mask": [False, True, False]})
+    assert (env.render()[0] == before).all()  # the others keep theirs
+    play(env, random_actions(env, 20))
+    assert len(env._trail) <= 7
+    env.reset()
+    assert env._trail == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--env nowhere", "nowhere"),
+        ("--env cheetah-vel --render {0} --tasks 0", "expected --tasks above 0"),
+        ("--env cheetah-vel --render {0} --seed -1", "--seed from 0"),
+        ("--render {0}", "expected --env too"),
+    ],
+)
+def test_bad_words_end_in_one_line(tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        envs.main(words.format(tmp_path / "x.gif").split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("envs.py: ") and message in line
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_state_goes_on_exactly(name):
     env, other = build(name, horizon=12), build(name, seed=5, horizon=12)
@@ -604,7 +700,7 @@ def test_a_blow_up_ends_only_its_own_episode(name, huge, steps):
     obs, reward, terminated, truncated, info = env.step(actions[steps])
     for marked in (truncated, info["blew_up"], info["_final_obs"]):
         assert marked.tolist() == [False, True, False]
-    assert not terminated.any()
+    assert not terminated.any() and reward[1] == 0
     assert np.isfinite(obs).all() and np.isfinite(info["final_obs"]).all() and np.isfinite(reward).all()
     np.testing.assert_array_equal(info["final_obs"][1], last)
     np.testing.assert_array_equal(obs[[0, 2]], expected[0][steps][[0, 2]])
@@ -750,7 +846,7 @@ def test_the_command_line_lists_families_and_refuses_in_one_line(tmp_path, capsy
 
 
 # ------------------------------------------------------------------------------------- without rewards, and on tensors
-@pytest.mark.parametrize("name", ["sparse-point-robot", "walker-params", "ant-dir"])
+@pytest.mark.parametrize("name", ["sparse-point-robot", "walker-params", "ant-dir", "sawyer"])
 def test_an_environment_without_rewards_steps_alike_and_knows_none(name):
     tasks = envs.sample_tasks(name, 3, 0)
     open_book, closed = (
@@ -764,8 +860,8 @@ def test_an_environment_without_rewards_steps_alike_and_knows_none(name):
         assert np.array_equal(a[0], b[0]) and np.array_equal(a[2], b[2]) and np.array_equal(a[3], b[3])
         assert np.isfinite(a[1]).all() and np.isnan(b[1]).all() and "sparse_reward" not in b[4]
     row = envs.FAMILIES[name]
-    held = [getattr(closed.family, field) for field in ("reward", "sparse_reward", "optimum")]
-    assert row.reward not in held and row.sparse_reward not in [x for x in held if x] and held[1:] == [None, None]
+    held = [getattr(closed.family, field) for field in ("reward", "sparse_reward", "optimum", "script")]
+    assert row.reward not in held and held[1:] == [None, None, None]
 
 
 @pytest.mark.parametrize("name", list(envs.FAMILIES))
