@@ -23,7 +23,8 @@ episode. Your own data needs the same arrays (those marked * may be left out):
     tasks                            (T, P)    float64      task parameters, as in envs.py
     train_tasks, test_tasks          (n,)      int64        indices into the task axis
     sparse_rewards *                 (T, N)    float32      what the task encoder sees, where it is not `rewards`
-    returns *                        (T,)      float32      mean return of each task's episodes, over envs' horizon
+    returns *                        (T,)      float32      mean over each task's trajectories of the return of their
+                                                            first episodes (replay: of all), over envs' horizon
     meta *                           JSON text              environment, quality, settings, versions, checksum
 
     python data.py --env walker-params                      # builds (or finds) the mixed dataset and describes it
@@ -413,6 +414,7 @@ class Trainer:
             self.learn()
 
     def keep(self) -> None:
+        """Notes the policies of now, a row (T, parameters), where a checkpoint is due."""
         while len(self.policies) < len(self.marks) and self.marks[len(self.policies)] <= self.iteration:
             flat = [p.detach().reshape(self.n, -1) for p in self.agent.actor.parameters()]
             self.policies.append(torch.cat(flat, dim=1).cpu())  # (tasks, parameters)
@@ -422,12 +424,14 @@ class Trainer:
         return self.iteration >= self.iterations
 
     def result(self) -> dict[str, torch.Tensor]:
+        """Every kept policy (checkpoints, T, parameters), and the first transitions of each task. Diverged."""
         self.check_weights()
         self.keep()
         early = self.replay[:, : self.settings.replay // self.settings.envs].cpu().clone()
         return {"policies": torch.stack(self.policies), "early": early}
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here exactly. Diverged."""
         self.check_weights()
         return {
             "iteration": self.iteration,
@@ -938,6 +942,7 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
 
 
 def can_relabel(row: envs.Family) -> bool:
+    """Whether a transition's reward can be told from it and a task: point robots with goals."""
     return not row.xml and row.differs == "reward"
 
 
@@ -1000,6 +1005,7 @@ class Dataset:
 
 
 def checksum(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and contents; the order of the dictionary does not count."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -1014,7 +1020,7 @@ def _as_stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
-    """Writes a dataset whole or not at all, with its format and checksum beside `meta`."""
+    """Writes a dataset (arrays as at the top) whole or not at all, with its format and checksum beside `meta`. OSError."""
     arrays = _as_stored(arrays)
     text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1163,7 +1169,9 @@ def prepare(
 ) -> Path:
     """The path of the dataset of this quality; builds what is missing, one step after the other, and says so.
 
-    `behaviour` is "sac" or "scripted"; without it, the script of families that have one.
+    `behaviour` is "sac" or "scripted"; without it, the script of families that have one. `changes` are of `Settings`.
+    DataError, in one sentence, for what there is not or cannot be written, and where another setting made what is
+    there; Diverged if the agents do.
     """
     row = envs.family(env)
     own = "scripted" if row.script else "sac"
