@@ -1020,7 +1020,7 @@ def _as_stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
-    """Writes a dataset (arrays as at the top) whole or not at all, with its format and checksum beside `meta`. OSError."""
+    """Writes a dataset, arrays as at the top, whole or not at all, with format and checksum beside `meta`. OSError."""
     arrays = _as_stored(arrays)
     text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
