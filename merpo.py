@@ -58,8 +58,8 @@ TABLE = {
     "ant-fwd-back": TWO | {"lr": 8e-4, "actor_lr": 5e-4},
     "walker-params": {},
 }
-# Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits; their mean stands still. Stage
-# 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
+# Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits, and RAC loses what it learns.
+# Stage 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "beta_initial": 1,
     "eta": 0.0, "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
