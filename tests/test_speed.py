@@ -8,6 +8,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
     assert end.value.code == 2 and "no CUDA device was found" in capsys.readouterr().err
 
 
+def go_on(path, files, more):
+    """The folder of a longer run, from the checkpoint of the one at `path`, beside it."""
+    argv = [*test_focal.flags(WIND, files[WIND], more), "--run-dir", str(path.parents[3]), "--resume"]
+    longer = focal.prepare_run(focal.parse_args(argv))
+    shutil.copy(path / "checkpoint.pt", longer)
+    focal.main(argv)
+    return longer
+
+
 def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_path, monkeypatch):
     """What a run on CUDA stored as capturable is not so on the CPU, and the other way round."""
     monkeypatch.undo()
@@ -173,8 +183,7 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_pa
         assert state["param_groups"][0]["capturable"] is False
         state["param_groups"][0]["capturable"] = True
     torch.save(stored, path / "checkpoint.pt")
-    test_focal.run(tmp_path, WIND, files[WIND], "--steps 9 --resume")
-    stored = test_focal.checkpoint(path)
+    stored = test_focal.checkpoint(go_on(path, files, "--steps 9"))
     assert stored["step"] == 9
     assert not any(state["param_groups"][0]["capturable"] for state in stored["optimisers"].values())
 
@@ -229,8 +238,9 @@ def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path, monkeyp
         monkeypatch.setattr(focal, name, lambda *_: None)
     more = "--device cuda --encoder-steps 6 --eval-every 8"
     whole = test_focal.run(tmp_path / "whole", WIND, files[WIND], f"{more} --steps 24")
-    test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8")
-    parts = test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 24 --resume")
+    parts = go_on(
+        test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8"), files, f"{more} --steps 24"
+    )
     for x, y in zip(test_focal.metrics(whole)[1:], test_focal.metrics(parts)[1:], strict=True):
         for key in ("step", "critic_loss", "actor_loss", "q_mean"):
             assert x[key] == pytest.approx(y[key], rel=5e-2, abs=1e-3)
