@@ -1387,7 +1387,8 @@ def _plot_tasks(axes: Any, dataset: Dataset, row: envs.Family | None) -> None:
             path = obs[i, rows] if not row.xml else np.cumsum(obs[i][rows][:, row.velocity] * dt, axis=0)
             axes.plot(*path.T, "-" if last[i].sum() > 1 else ",", color=colour, linewidth=0.8)
         if row.goal:
-            axes.scatter(*row.goal(dataset.tasks[shown]).T, c=_colours(len(shown)), marker="*", s=50)
+            reach = np.abs(np.array([axes.get_xlim(), axes.get_ylim()])).max() if row.xml else 1
+            axes.scatter(*row.goal(dataset.tasks[shown]).T * reach, c=_colours(len(shown)), marker="*", s=50)
         axes.set(title="paths of last episodes, a colour a task", xlabel="x", ylabel="y", aspect="equal")
     else:
         tail = obs[:, -max(1, n // 5) :, row.velocity[0]]

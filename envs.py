@@ -98,9 +98,9 @@ class Family:
     sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     script: Script | None = None  # what the data are collected by, instead of SAC agents
+    goal: Callable | None = None  # (task (B, P)) -> (B, 2), for pictures: a point robot's goal, a body's direction
     # point robots
     drift: Callable | None = None  # (task (B, P)) -> (B, 2), added to every move
-    goal: Callable | None = None  # (task (B, P)) -> (B, 2)
     # MuJoCo
     velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
     xml: str = ""  # the name of one of gymnasium's files, or a model
@@ -245,10 +245,14 @@ def _observe_ant(state):
     return state[:, 2:].copy()
 
 
+def _heading(task):
+    """(B, 2): the wanted direction t, as a unit vector."""
+    return np.concatenate([np.cos(task), np.sin(task)], axis=1)
+
+
 def _ant_reward(task, state, action, next_state, dt):
     """r = (vx, vy) . (cos t, sin t) - 0.5 |a|^2 + 1."""
-    heading = np.concatenate([np.cos(task), np.sin(task)], axis=1)
-    along = (_plane_velocity(state, next_state, dt) * heading).sum(1)
+    along = (_plane_velocity(state, next_state, dt) * _heading(task)).sum(1)
     return along - 0.5 * np.square(action).sum(1) + 1
 
 
@@ -272,8 +276,7 @@ def _humanoid_reward(task, state, action, next_state, dt):
 
     The published reward divides by the timestep of the physics, a fifth of dt. Its contact cost is zero here.
     """
-    heading = np.concatenate([np.cos(task), np.sin(task)], axis=1)
-    along = ((next_state[:, -2:] - state[:, -2:]) * heading).sum(1) / (dt / 5)
+    along = ((next_state[:, -2:] - state[:, -2:]) * _heading(task)).sum(1) / (dt / 5)
     return 0.25 * along - 0.1 * np.square(0.4 * action).sum(1) + 5
 
 
@@ -614,10 +617,12 @@ FAMILIES: dict[str, Family] = {
     "ant-fwd-back": Family(
         papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE,
         train=2, test=2, differs="reward", only=((0.0,), (np.pi,)), reward=_ant_reward, sparse_threshold=3.0,
+        goal=_heading,
     ),
     "ant-dir": Family(
         papers="Ant Direction (SMAC)", **ANT, **EPISODE,
         train=100, test=20, differs="reward", sample=_any_direction, reward=_ant_reward,
+        goal=_heading,
     ),
     "walker-params": Family(
         papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE,
@@ -632,6 +637,7 @@ FAMILIES: dict[str, Family] = {
     "humanoid-dir": Family(
         papers="Humanoid (SMAC)", **HUMANOID, **EPISODE,
         train=50, test=5, differs="reward", sample=_any_direction, reward=_humanoid_reward,
+        goal=_heading,
     ),
     "sawyer": Family(
         papers="Sawyer Manipulation (SMAC)", **SAWYER, horizon=50, data_horizon=75, discount=0.99,

@@ -843,26 +843,40 @@ def plot_embeddings(run, args, z_train, z_test):
 
 def plot_shift(run, name, result, world):
     """KL(q(z | h) || prior) for histories from both sources (Figure 2), and, where tasks live in the plane, the paths
-    of the policy on both contexts (Figures 6 and 8); test tasks."""
+    of exploration and of the policy on both contexts (Figures 6, 8); test tasks, a colour each, stars where to."""
     from matplotlib.figure import Figure
 
     plane = not world.row.xml or len(world.row.velocity) == 2
-    figure = Figure(figsize=(9 if plane else 4.5, 3.8), layout="constrained")
-    left = figure.add_subplot(1, 2 if plane else 1, 1, xlabel="KL(q(z | h) || p(z))", ylabel="contexts of test tasks")
-    sources = ("offline_", "offline context", "tab:blue"), ("short_", "online context", "tab:orange")
-    kls = {key: result[key]["kl"][1].ravel() for key, _, _ in sources if key in result}
+    names = {"prior_": "exploration", "short_": "on online contexts", "offline_": "on offline contexts"}
+    found = {key: paths(result[key], world) for key in names if plane and key in result}
+    figure = Figure(figsize=(4.2 * (1 + len(found)), 3.8), layout="constrained")
+    left, *others = figure.subplots(1, 1 + len(found), squeeze=False)[0]
+    kls = {key: result[key]["kl"][1].ravel() for key in ("short_", "offline_") if key in result}
     bins = np.linspace(0, max(kl.max() for kl in kls.values()) * 1.02, 30)
-    for key, label, colour in sources:
-        if key in kls:
-            left.hist(kls[key], bins, color=colour, alpha=0.5, label=label)
+    for key, kl in kls.items():
+        left.hist(kl, bins, color="tab:orange" if key == "short_" else "tab:blue", alpha=0.5, label=names[key])
+    left.set(title=name, xlabel="KL(q(z | h) || p(z))", ylabel="contexts of test tasks")
     left.legend(fontsize="small")
-    if plane:
-        right = figure.add_subplot(1, 2, 2, xlabel="x", ylabel="y", aspect="equal")
-        for key, label, colour in (("prior_", "exploration", "tab:green"), *sources):
-            for i, path in enumerate(paths(result[key], world) if key in result else []):
-                right.plot(*path, color=colour, linewidth=0.7, alpha=0.8, label=label if i == 0 else None)
-        right.legend(fontsize="small")
-    data.write(run / f"shift-{name}.png", lambda file: figure.savefig(file, dpi=130))
+    for axes, (key, each) in zip(others, found.items(), strict=True):
+        plot_paths(axes, each, np.concatenate([path for paths in found.values() for path in paths], 1), world)
+        axes.set_title(names[key])
+    data.write(run / f"shift-{name}.png", lambda file: figure.savefig(file, dpi=110))
+
+
+def plot_paths(axes, found, points, world):
+    """The paths `found` of the test tasks on axes that show all `points` (2, n)."""
+    from matplotlib import colormaps
+
+    goal = world.row.goal(world.test_tasks).T if world.row.goal else np.full((2, len(found)), math.nan)
+    goal = goal * (np.abs(points).max() if world.row.xml else 1)  # a body's is a direction
+    colour = colormaps["turbo"](np.linspace(0.05, 0.95, len(found))[np.arctan2(*goal).argsort().argsort()])
+    for path, own in zip(found, colour, strict=True):
+        axes.plot(*path, color=own, linewidth=0.9)
+    axes.scatter(*goal, c=colour, marker="*", s=60, zorder=3)
+    points = np.concatenate([points, goal], 1)
+    low, high = np.nanmin(points, 1), np.nanmax(points, 1)
+    low, high = low - 0.05 * (high - low).max(), high + 0.05 * (high - low).max()
+    axes.set(xlabel="x", ylabel="y", aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
 
 
 def paths(values, world):

@@ -3,8 +3,9 @@
 python benchmark/attention.py runs/focal_pp/sparse-point-robot/*quality=relabelled/seed*
 
 Writes results/focal_pp-attention.csv, one row for each run, and a PNG of the first run: the distribution of W over
-transitions that no task rewards and over those that their task does, and the variance of a task's embedding against
-the share of transitions that no task rewards.
+transitions that no task rewards and over those that their task does; the variance of a task's embedding against the
+share of transitions that no task rewards; and that variance beside the distance between tasks, which is what decides
+whether a task can be told from another.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from retest import load_run
 
 import focal_pp
 
+WEIGHTS = "unweighted", "weighted"
 SPARSITY = np.linspace(0, 0.95, 20)
 CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
 
@@ -51,33 +53,36 @@ def weights_of(args, world, encoder, informative, silent):
 
 @torch.no_grad()
 def variances(args, world, encoder, informative, silent):
-    """Variance of a task's embedding over contexts with a given share of silent transitions: (2, len(SPARSITY)),
-    without and with the last block's weights."""
+    """Variance of a task's embedding over contexts with a given share of silent transitions, and that variance as a
+    share of z's: (2, 2, len(SPARSITY)), each without and with the last block's weights."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda pool, n: pool[torch.randint(len(pool), (CONTEXTS, n), generator=generator)]
     useless, result = silent.nonzero()[:, 0], []
     for share in SPARSITY:
-        n, each = round(share * SIZE), []
+        n, unweighted, weighted = round(share * SIZE), [], []
         for rows, useful in zip(world.train_rows, informative, strict=True):
             index = torch.cat([draw(useless, n), draw(useful.nonzero()[:, 0], SIZE - n)], 1)
             z, w = encoder.transitions(focal_pp.context_of(rows[index], world.split, args))
-            each.append([m.var(0).mean().item() for m in (z.mean(1), (w[..., None] * z).mean(1))])
-        result.append(np.mean(each, 0))
-    return np.array(result).T
+            unweighted.append(z.mean(1))
+            weighted.append((w[..., None] * z).mean(1))
+        parts = [focal_pp.separation(torch.stack(means)) for means in (unweighted, weighted)]
+        result.append([[variance for *_, variance in parts], [2 * variance / rms**2 for _, rms, variance in parts]])
+    return np.array(result).transpose(1, 2, 0)
 
 
-def draw(zero, nonzero, variance, auc):
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def draw(zero, nonzero, curves, auc):
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    left, *others = figure.subplots(1, 3)
     bins = np.linspace(0, max(zero.max(), nonzero.max()), 50)
     for values, label in ((zero, "no task rewards it"), (nonzero, "its task rewards it")):
         left.hist(values, bins, density=True, alpha=0.6, label=label)
     left.set(xlabel="weight W of a transition", ylabel="density", title=f"Figure 5c, AUC {auc:.3f}", yscale="log")
-    for values, label in zip(variance, ("unweighted", "weighted"), strict=True):
-        right.plot(SPARSITY, values, label=label)
-    right.set(xlabel="share of transitions no task rewards", ylabel="variance of a task's embedding", title="Figure 6")
-    right.set_yscale("log")
-    for axes in (left, right):
+    names = {"Figure 6": "variance of a task's embedding", "beside other tasks": "share of z's variance within a task"}
+    for axes, curve, (title, label) in zip(others, curves, names.items(), strict=True):
+        for values, weights in zip(curve, WEIGHTS, strict=True):
+            axes.plot(SPARSITY, values, label=weights)
+        axes.set(xlabel="share of transitions no task rewards", ylabel=label, title=title, yscale="log")
+    for axes in (left, *others):
         axes.legend(fontsize="small")
     figure.savefig(ROOT / "results" / "focal_pp-attention.png", dpi=110)
 
@@ -99,15 +104,18 @@ def main():
         informative, silent = reward != 0, (reward == 0).all(0)
         zero, nonzero = weights_of(args, world, encoder, informative, silent)
         auc = area_under_curve(zero, nonzero)
-        variance = variances(args, world, encoder, informative, silent)
-        lower = ", ".join(f"{share:.2f}" for share in SPARSITY[variance[1] < variance[0]])
+        curves = variances(args, world, encoder, informative, silent)
         rows.append({"attention": args.attention, "seed": args.seed, "auc": round(float(auc), 4)})
-        rows[-1] |= {"silent": round(silent.double().mean().item(), 3), "lower_at": lower}
-        for name, values in zip(("unweighted", "weighted"), variance, strict=True):
-            rows[-1] |= {f"{name}_{share:.2f}": float(f"{x:.4g}") for share, x in zip(SPARSITY, values, strict=True)}
-        print({key: rows[-1][key] for key in ("attention", "seed", "auc", "silent", "lower_at")}, flush=True)
+        rows[-1] |= {"silent": round(silent.double().mean().item(), 3)}
+        for key, (without, weighted) in zip(("lower_at", "share_lower_at"), curves, strict=True):
+            rows[-1][key] = ", ".join(f"{share:.2f}" for share in SPARSITY[weighted < without])
+        print(rows[-1], flush=True)
+        for prefix, curve in zip(("", "share_"), curves, strict=True):
+            for name, values in zip(WEIGHTS, curve, strict=True):
+                columns = [f"{prefix}{name}_{share:.2f}" for share in SPARSITY]
+                rows[-1] |= {column: float(f"{x:.4g}") for column, x in zip(columns, values, strict=True)}
         if len(rows) == 1:
-            draw(zero, nonzero, variance, auc)
+            draw(zero, nonzero, curves, auc)
     with open(ROOT / "results" / "focal_pp-attention.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         table.writeheader()

@@ -37,6 +37,40 @@ def paper():
     return script("paper")
 
 
+def test_the_variance_of_weighted_embeddings(monkeypatch):
+    """On transitions whose embeddings and weights are known: a goal and noise where rewarded, only noise where not."""
+    attention = script("attention")
+    monkeypatch.setattr(attention, "SPARSITY", np.array([0.25, 0.75]))
+    monkeypatch.setattr(attention, "CONTEXTS", 400)
+    generator = torch.Generator().manual_seed(0)
+    split, noise, goal = [3, 1, 1, 3, 1, 1, 1, 1], (0.2, 0.4), torch.eye(3) * 0.5
+    rewarded = torch.arange(2000) % 2 == 0
+    rows = torch.randn(3, 2000, sum(split), generator=generator)
+    rows[..., 4] = rewarded.float()  # the contexts' reward
+
+    rows[..., 3] = torch.arange(3.0)[:, None]  # the action tells the task
+
+    class Encoder:
+        def transitions(self, context):  # s is noise; weights are as 3 to 0.5
+            s, r = context[..., :3], context[..., -1:]
+            w = torch.where(r[..., 0] > 0, 3, 0.5)
+            z = torch.where(r > 0, goal[int(context[0, 0, 3])] + noise[0] * s, noise[1] * s)
+            return z, w / w.mean(1, keepdim=True)
+
+    args = type("Args", (), {"no_next_obs": False, "context_size": 64})
+    world = type("World", (), {"train_rows": rows, "split": split})
+    found = attention.variances(args, world, Encoder(), rewarded.expand(3, -1), ~rewarded)
+    for i, silent in enumerate((0.25, 0.75)):
+        for j, w in enumerate((1, 3)):
+            p = (
+                (1 - silent) * w / ((1 - silent) * w + silent * (w if w == 1 else 0.5))
+            )  # the share of weight on rewards
+            variance = (p**2 * noise[0] ** 2 / (1 - silent) + (1 - p) ** 2 * noise[1] ** 2 / silent) / attention.SIZE
+            between = 2 * variance + (p * 0.5) ** 2 * 2 / 3  # mean square distance of two tasks, for each dimension
+            assert found[0, j, i] == pytest.approx(variance, rel=0.15), (silent, w)
+            assert found[1, j, i] == pytest.approx(2 * variance / between, rel=0.15), (silent, w)
+
+
 def plan(paper, monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["paper.py", *words.split()])
     args = paper.arguments()

@@ -238,6 +238,8 @@ def test_direction_rewards_by_hand():
     after[:, :2] = 7.03, 6.96
     reward = envs.family("ant-dir").reward(angles[:, None], before, np.full((5, 8), 0.25), after, 0.05)
     np.testing.assert_allclose(reward, along - 0.25 + 1, atol=1e-12)
+    for name in ("ant-fwd-back", "ant-dir", "humanoid-dir"):  # what pictures show as wanted
+        np.testing.assert_allclose(envs.family(name).goal(angles[:, None]) @ [0.6, -0.8], along, atol=1e-12)
     before, after = np.full((5, 296), 7.0), np.full((5, 296), 8.0)
     after[:, -2:] = 7.03, 6.96
     reward = envs.family("humanoid-dir").reward(angles[:, None], before, np.full((5, 17), 0.5), after, 0.015)

@@ -10,6 +10,7 @@ import pytest
 import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from matplotlib.figure import Figure
 from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, random_tensors, weights
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
@@ -505,6 +506,26 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     )
     assert all(0 <= row["return_mean"] <= 20 for row in rows)  # the sparse return
     assert "online context" in capsys.readouterr().out
+
+
+def test_the_picture_of_paths(files, tmp_path, monkeypatch):
+    """A path of each test task in each panel, as it was walked, and a star of its colour where it should lead."""
+    monkeypatch.setattr(data, "write", lambda path, save: save(drawn.append))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, dpi: file(figure))
+    drawn, k = [], build(SPARSE, files[SPARSE])
+    result = smac.evaluate(k.args, k.agent, k.world)
+    smac.plot_shift(tmp_path, "offline-phase", result, k.world)
+    histogram, *panels = drawn[0].axes
+    assert len(histogram.patches) == 2 * 29 and len(panels) == 3
+    for key, axes in zip(("prior_", "short_", "offline_"), panels, strict=True):
+        (stars,) = axes.collections
+        np.testing.assert_allclose(stars.get_offsets(), k.world.test_tasks)
+        assert len(axes.lines) == len(k.world.test_tasks)
+        for i, line in enumerate(axes.lines):
+            rows = result[key]["path"][1][i, 0]
+            walked = rows[:, 5:7] * k.world.std + k.world.mean  # s, a, r, s', d
+            np.testing.assert_allclose(line.get_xydata(), walked)
+            np.testing.assert_allclose(line.get_color(), stars.get_facecolors()[i])
 
 
 @pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
