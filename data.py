@@ -72,6 +72,7 @@ QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 BEHAVIOURS = ("sac", "scripted")
 RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
+GRAPHS = True  # on CUDA: SAC's update is one graph; --no-graph: not so
 STALE = 600.0  # seconds after which a temporary file that does not change was left behind by a killed process
 PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
 GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
@@ -328,7 +329,8 @@ class Trainer:
         self.obs = self.vector.reset()[0]
         self.score = np.zeros(len(self.obs))  # running return of each sub-environment
         self.last_score = np.full(len(self.obs), np.nan)  # of the last episode that ended
-        self.learn = capture(self.learn_eagerly, self.generator) if device.type == "cuda" else self.learn_eagerly
+        captured = GRAPHS and device.type == "cuda"
+        self.learn = capture(self.learn_eagerly, self.generator) if captured else self.learn_eagerly
 
     def act(self) -> np.ndarray:
         """Sampled actions (n x envs, m)."""
@@ -1475,6 +1477,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test", type=int, help="number of test tasks; default: the papers'")
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where SAC learns")
+    parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not one graph")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
     parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
     parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
@@ -1487,8 +1490,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    global GRAPHS
     args = vars(parse_args(argv))
     pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
+    GRAPHS = not args.pop("no_graph")
     if gif and len(args["quality"]) > 1:
         _fail(f"--render {gif}: one film; expected one --quality, found {len(args['quality'])}")
     try:

@@ -10,9 +10,10 @@ Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets
         D is the dual form of KL with a discriminator g, which learns beside them
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
 
-    python focal_pp.py --env sparse-point-robot --small    # compare: diff focal.py focal_pp.py
+    python focal_pp.py --env sparse-point-robot --small    # one thread, 3 minutes, test return 11.9
 
-(On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09.) Where we differ from the paper:
+(On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Contexts and returns are sparse
+there; actor and critic learn from dense rewards.) Where we differ from the paper:
 - Observations are standardised; the encoder learns first and then stands still (see `encoder_rate`), since a policy
   cannot settle while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as Table 5b presupposes.
 - (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, with D at the data's next action.
@@ -44,7 +45,8 @@ import envs
 
 # ==================================================================================================== 1. arguments
 # Table 4 of the paper, and from its Table 2 the quality of the data, except on the point robots: our expert data come
-# from one checkpoint, the paper's from fourteen, and leave Q ignorant of actions that lead away from the goal.
+# from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
+# (alpha_max, for --tune-alpha, is the authors' code's.)
 TABLE = {
     "sparse-point-robot": {
         "reward_scale": 100, "beta": 1, "alpha": 0, "value_penalty": False, "meta_batch_size": 16, "latent": 5,
@@ -92,7 +94,7 @@ SMALL = {
     "ant-fwd-back": SMALL_TWO | {"eval_every": 2_000},
     "walker-params": SMALL_WALKER | {"eval_every": 2_000},
 }
-# FOCAL++'s Table 6, where it differs from FOCAL's Table 4; the tasks of a meta-batch are distinct.
+# FOCAL++'s Table 6 over FOCAL's Table 4. A meta-batch is of distinct tasks: two-task families have 2 x 512, not 4 x 256
 for name, row in TABLE.items():
     row |= {"beta": 1, "hidden": 256, "context_size": 512} | ({"latent": 20} if envs.family(name).xml else {})
     row |= {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3} if envs.family(name).xml else {}
@@ -104,6 +106,7 @@ for name, row in TABLE.items():
 
 # What does not change the result of a run, or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
+GROWS = {"steps", "variant"}  # may differ from those of the checkpoint that a run goes on from
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,12 +127,12 @@ def natural(text):
 
 
 def whole(text):
-    if not text.isascii() or not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 2^32, found {text!r}")
     return int(text)
 
 
-def positive(text):
+def number(text):
     try:
         if float(text) >= 0 and math.isfinite(float(text)):
             return float(text)
@@ -138,8 +141,14 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
 
 
+def positive(text):
+    if number(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return float(text)
+
+
 def share(text):
-    if positive(text) > 1:
+    if number(text) > 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
     return float(text)
 
@@ -160,9 +169,10 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
+    for key in ("quality", "test_quality", "data_seed"):
+        if args.data and getattr(args, key) != parser.get_default(key):
+            fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
-    if args.data and args.test_quality != args.quality:
-        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.sparse and "relabelled" in (args.quality, args.test_quality):
         fail("--sparse: the contexts of relabelled data are sparse by themselves; expected one or the other")
     args.encoder_steps = args.encoder_steps or max(1, args.steps // 5)
@@ -181,7 +191,7 @@ def variant(args, parser):
     parts = ["small" if args.small else "paper"]
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
-            parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
+            parts.append(f"{key.replace('_', '-')}={str(value).removesuffix('.npz') if key == 'data' else value}")
     name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
@@ -207,11 +217,11 @@ def shared_arguments(add):
     add("--meta-batch-size", type=whole, default=16, help="tasks in a gradient step")
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
     add("--context-size", type=whole, default=256, help="transitions in a context")
-    add("--lr", type=positive, default=1e-3, help="learning rate of actor and critic")
+    add("--lr", type=number, default=1e-3, help="learning rate of actor and critic")
     add("--final-lr", type=share, default=1.0, help="its share that is left at the last step; it falls linearly")
     add("--tau", type=share, default=0.005, help="rate of the slow target")
     add("--discount", type=share, default=0.99, help="discount factor")
-    add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
+    add("--reward-scale", type=number, default=5.0, help="multiplies rewards in the critic's target only")
 
 
 def algorithm_arguments(add):
@@ -221,30 +231,30 @@ def algorithm_arguments(add):
     add("--blocks", type=whole, default=3, help="its attention blocks")
     add("--attention", choices=["both", "batch", "seq", "none"], default="both", help="rows of Tables 1 and 2")
     add("--dropout", type=share, default=0.1, help="in the encoder while it learns")
-    add("--temperature", type=positive, default=0.5, help="tau of Eq. 8")
+    add("--temperature", type=positive, default=0.5, help="tau of FOCAL++'s Eq. 8")
     add("--momentum", type=share, default=0.9, help="m, of the key encoder")
-    add("--encoder-lr", type=positive, default=1e-3, help="learning rate of the task encoder")
+    add("--encoder-lr", type=number, default=1e-3, help="learning rate of the task encoder")
     add("--encoder-steps", type=whole, default=None,
         help="its rate falls to 0 by this step; default: steps / 5, or steps if the critic trains it")  # fmt: skip
     add("--no-next-obs", action="store_true", help="leave s' out of the context, as PEARL does")
     add("--encoder-loss", choices=["contrast", "dml", "bellman"], default="contrast", help="dml: FOCAL's")
-    add("--coupled", action="store_true", help="the critic's loss trains the encoder too (section 5.2.3)")
-    add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, Eq. 13 and Figure 2")
-    add("--beta", type=positive, default=1.0, help="their weight")
-    add("--eps", type=positive, default=0.1, help="epsilon of Eq. 13")
-    add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: the baseline Contextual BCQ (section 5.1)")
-    add("--alpha", type=positive, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
+    add("--coupled", action="store_true", help="the critic's loss trains the encoder too (FOCAL, section 5.2.3)")
+    add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, FOCAL's Eq. 13")
+    add("--beta", type=number, default=1.0, help="multiplies their weight in LAWS, Table 5b's")
+    add("--eps", type=positive, default=0.1, help="epsilon of FOCAL's Eq. 13")
+    add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: Contextual BCQ's, with --encoder-loss bellman")
+    add("--alpha", type=number, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
     add(
         "--tune-alpha",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let alpha seek the target divergence (FOCAL++)",
     )
-    add("--alpha-lr", type=positive, default=1.0, help="with --tune-alpha")
-    add("--alpha-max", type=positive, default=2e3, help="with --tune-alpha")
-    add("--target-divergence", type=positive, default=0.05, help="with --tune-alpha")
-    add("--value-penalty", action=argparse.BooleanOptionalAction, default=False, help="D in the target too, Eq. 7")
-    add("--discriminator-lr", type=positive, default=1e-4, help="learning rate of the discriminator g")
+    add("--alpha-lr", type=number, default=1.0, help="with --tune-alpha")
+    add("--alpha-max", type=number, default=2e3, help="with --tune-alpha")
+    add("--target-divergence", type=number, default=0.05, help="with --tune-alpha")
+    add("--value-penalty", action=argparse.BooleanOptionalAction, default=False, help="D in the target (FOCAL's Eq. 7)")
+    add("--discriminator-lr", type=number, default=1e-4, help="learning rate of the discriminator g")
     add("--discriminator-steps", type=whole, default=3, help="its gradient steps in an update")
 
 
@@ -263,7 +273,7 @@ class BatchedLinear(nn.Module):
 
 
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
-    """Three hidden layers, as every network of the paper."""
+    """Three hidden layers, with ReLU between."""
     layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
     return nn.Sequential(*layers, linear(hidden, d_out))
 
@@ -428,7 +438,8 @@ def contrast_loss(z_q, z_k, same, temperature):
 
 
 def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
-    """y of Eq. 27 with Eq. 7's value penalty; q_next (2, N) of the slow target, divergence_next (N,) or 0."""
+    """y of Eq. 27 with Eq. 7's value penalty and appendix F's entropy, whose weight is 1 here as in Eq. 28; q_next
+    (2, N) of the slow target, divergence_next (N,) or 0."""
     # reward_scale r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
     return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
 
@@ -540,7 +551,8 @@ class Agent(nn.Module):
 
     def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
-        values = torch.stack([values.get(name, torch.zeros_like(self.metrics[0])).float() for name in self.METRICS])
+        zero = torch.zeros_like(self.metrics[0])
+        values = torch.stack([values.get(name, zero).float() for name in self.METRICS])
         self.metrics += values
         self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
 
@@ -710,7 +722,8 @@ def make_update(args, agent, optimisers, batches):
 
 
 def encoder_rate(args, step):
-    """Its loss does not depend on the policy, but the policy depends on it: it learns first, then stands still."""
+    """Its loss does not depend on the policy, but the policy depends on it: it learns first, then stands still, and z
+    comes from a few contexts of each task that are kept (see `settle`)."""
     return (1 - step / args.encoder_steps).clamp_min(0)
 
 
@@ -791,7 +804,8 @@ def open_data(args, quality, device):
 def evaluate(args, agent, world):
     """Mean return of each task's episodes, and their embeddings: (n_train, E), (n_test, E), each with z (n, E, l).
 
-    Every task and episode is one batch. Contexts (Algorithm 2) and initial states are the same at every evaluation.
+    Every task and episode is one batch, with one z for a whole episode. Contexts (Algorithm 2, which draws one at every
+    step) and initial states are the same at every evaluation.
     """
     e, device = args.eval_episodes, world.train_rows.device
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -891,7 +905,7 @@ def plot_curve(run, args, rows, world):
 
 
 def plot_embeddings(run, args, z_train, z_test):
-    """Embeddings of several contexts of each task on their first principal components (Figures 4a and 7)."""
+    """Embeddings of several contexts of each task on their first principal components (FOCAL's Figures 4a, 7)."""
     from matplotlib.figure import Figure
 
     z_train, z_test = (F.pad(z, (0, max(0, 3 - z.shape[-1]))) for z in (z_train, z_test))  # three axes even for l = 1
@@ -940,7 +954,7 @@ def resume(run, args, agent, optimisers, world, device):
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
         found = then.get(key)
-        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+        if key not in ELSEWHERE | GROWS and (torch.is_tensor(found) or found != value):
             why = "" if then.get("steps") == args.steps else f"; its --steps were {then.get('steps')!r:.20}"
             fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}{why}")
     if dataset != world.checksum:
@@ -1003,8 +1017,9 @@ def main(argv=None):
     except FloatingPointError as error:
         fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
     except (MemoryError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
-        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+        words = "out of memory", "allocate", "MemoryError"
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
+        if not lines:
             raise
         fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
 
@@ -1012,7 +1027,7 @@ def main(argv=None):
 def train(args, run):
     device = data.choose_device(args.device)
     world = World(args, device)
-    torch.set_num_threads(args.threads or envs.cores())
+    torch.set_num_threads(min(args.threads, 1024) or envs.cores())
     torch.manual_seed(args.seed)
     agent = Agent(args, world.split[0], world.split[1], len(world.train_rows)).to(device)
     optimisers = make_optimisers(args, agent, device)

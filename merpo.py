@@ -86,6 +86,7 @@ for name in ("halfcheetah", "hopper", "walker2d"):
 
 # What does not change the result of a run, or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
+GROWS = {"steps", "variant"}  # may differ from those of the checkpoint that a run goes on from
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,12 +107,12 @@ def natural(text):
 
 
 def whole(text):
-    if not text.isascii() or not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 2^32, found {text!r}")
     return int(text)
 
 
-def positive(text):
+def number(text):
     try:
         if float(text) >= 0 and math.isfinite(float(text)):
             return float(text)
@@ -120,8 +121,14 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
 
 
+def positive(text):
+    if number(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return float(text)
+
+
 def share(text):
-    if positive(text) > 1:
+    if number(text) > 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
     return float(text)
 
@@ -139,9 +146,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
+    for key in ("quality", "test_quality", "data_seed"):
+        if args.data and getattr(args, key) != parser.get_default(key):
+            fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
-    if args.data and args.test_quality != args.quality:
-        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.single and args.test_start != "meta":
         fail(f"--test-start {args.test_start}: --single has no test tasks that adapt; expected one or the other")
     if args.single and (
@@ -172,7 +180,7 @@ def variant(args, parser):
     parts = ["small" if args.small else "paper"]
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
-            parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
+            parts.append(f"{key.replace('_', '-')}={str(value).removesuffix('.npz') if key == 'data' else value}")
     name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
@@ -197,30 +205,30 @@ def shared_arguments(add):
     add("--hidden", type=whole, default=300, help="width of policies and critics")
     add("--meta-batch-size", type=whole, default=8, help="tasks in a meta-iteration")
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
-    add("--lr", type=positive, default=1e-3, help="learning rate of task critics")
+    add("--lr", type=number, default=1e-3, help="learning rate of task critics")
     add("--tau", type=share, default=0.005, help="rate of the slow target")
     add("--discount", type=share, default=0.99, help="discount factor")
 
 
 def algorithm_arguments(add):
     add("--layers", type=whole, default=5, help="hidden layers of policies and critics")
-    add("--actor-lr", type=positive, default=1e-3, help="learning rate of task policies")
-    add("--outer-lr", type=positive, default=1e-3, help="learning rate of the meta-policy")
+    add("--actor-lr", type=number, default=1e-3, help="learning rate of task policies")
+    add("--outer-lr", type=number, default=1e-3, help="learning rate of the meta-policy")
     add("--final-lr", type=share, default=1.0, help="share of the rates left at the last meta-iteration, or test step")
     add("--outer-steps", type=whole, default=1, help="gradient steps on Eq. 10 in a meta-iteration")
     add("--meta-q-lr", type=share, default=1.0, help="xi_q, the plain outer step of meta-Q")
     add("--inner-steps", type=whole, default=10, help="J, steps of RAC in a meta-iteration")
     add("--adapt-steps", type=natural, default=100, help="steps of RAC on a test task")
-    add("--adapt-lr", type=positive, default=None, help="of its critic and policy; default: --lr and --actor-lr")
-    add("--ent", type=positive, default=0.2, help="temperature of the entropy in the critic's target")
+    add("--adapt-lr", type=number, default=None, help="of its critic and policy; default: --lr and --actor-lr")
+    add("--ent", type=number, default=0.2, help="temperature of the entropy in the critic's target")
     add("--alpha", type=mixture, default=0.4, help="weight of the behaviour in Eq. 9, 0 to 1, or adaptive (MerPO-Adp)")
-    add("--alpha-lr", type=positive, default=1e-4, help="of Eq. 11")
-    add("--beta-initial", type=positive, default=1.0, help="of the conservative term in Eq. 1")
-    add("--beta-lr", type=positive, default=1e-3, help="step of log beta; 0 with --single")
-    add("--threshold", type=positive, default=5.0, help="difference of Q above which beta rises")
-    add("--lambda-initial", type=positive, default=5.0, help="of the regularisers in Eq. 9")
-    add("--lambda-lr", type=positive, default=1.0, help="its plain step; 0 with --single")
-    add("--target-divergence", type=positive, default=0.05, help="above which lambda rises")
+    add("--alpha-lr", type=number, default=1e-4, help="of Eq. 11")
+    add("--beta-initial", type=number, default=1.0, help="of the conservative term in Eq. 1")
+    add("--beta-lr", type=number, default=1e-3, help="step of log beta; 0 with --single")
+    add("--threshold", type=number, default=5.0, help="difference of Q above which beta rises")
+    add("--lambda-initial", type=number, default=5.0, help="of the regularisers in Eq. 9")
+    add("--lambda-lr", type=number, default=1.0, help="its plain step; 0 with --single")
+    add("--target-divergence", type=number, default=0.05, help="above which lambda rises")
     add("--real-ratio", type=share, default=0.5, help="f, the share of data from D_n in a batch (Figure 9a)")
     add("--no-model", action="store_true", help="no rollouts at all: CQL within tasks (Figure 7b)")
     add("--rollout-length", type=whole, default=1, help="H, steps of a model rollout")
@@ -229,10 +237,10 @@ def algorithm_arguments(add):
     add("--model-hidden", type=whole, default=256, help="width of the dynamics models")
     add("--model-layers", type=whole, default=4, help="their hidden layers")
     add("--model-steps", type=whole, default=2_000, help="iterations of stage 1")
-    add("--model-lr", type=positive, default=5e-2, help="xi, the meta-model's plain outer step; not with --single")
-    add("--model-task-lr", type=positive, default=1e-4, help="learning rate of a task's models")
+    add("--model-lr", type=number, default=5e-2, help="xi, the meta-model's plain outer step; not with --single")
+    add("--model-task-lr", type=number, default=1e-4, help="learning rate of a task's models")
     add("--model-adapt-steps", type=whole, default=25, help="h, their steps")
-    add("--eta", type=positive, default=0.1, help="of the proximal term of Eqs. 3 and 4")
+    add("--eta", type=number, default=0.1, help="of the proximal term of Eqs. 3 and 4")
     add(
         "--trajectories", type=whole, default=None, help="of each training task to learn from; default: all (Figure 10)"
     )
@@ -483,7 +491,8 @@ class Agent(nn.Module):
 
     def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
-        values = torch.stack([values.get(name, torch.zeros_like(self.metrics[0])).float() for name in self.METRICS])
+        zero = torch.zeros_like(self.metrics[0])
+        values = torch.stack([values.get(name, zero).float() for name in self.METRICS])
         self.metrics += values
         self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
 
@@ -996,7 +1005,7 @@ def resume(run, args, agent, optimisers, world, device):
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
         found = then.get(key)
-        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+        if key not in ELSEWHERE | GROWS and (torch.is_tensor(found) or found != value):
             why = "" if then.get("steps") == args.steps else f"; its --steps were {then.get('steps')!r:.20}"
             fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}{why}")
     if dataset != world.checksum:
@@ -1059,8 +1068,9 @@ def main(argv=None):
     except FloatingPointError as error:
         fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
     except (MemoryError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
-        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+        words = "out of memory", "allocate", "MemoryError"
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
+        if not lines:
             raise
         fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
 
@@ -1068,7 +1078,7 @@ def main(argv=None):
 def train(args, run):
     device = data.choose_device(args.device)
     world = World(args, device)
-    torch.set_num_threads(args.threads or envs.cores())
+    torch.set_num_threads(min(args.threads, 1024) or envs.cores())
     torch.manual_seed(args.seed)
     agent = Agent(args, world).to(device)
     optimisers = make_optimisers(args, agent, device)

@@ -14,13 +14,15 @@ At meta-test time the agent explores for two episodes with z from the prior, the
     python smac.py --env cheetah-vel --small    # one thread, 13 minutes: -202 after the offline phase, -127 at the end
 
 Where we differ from the paper:
-- Data are the early replay of one SAC agent for each task, cut to the paper's sizes; the paper's is one PEARL run's
-  (`--from-nothing` runs that, `--save-replay` keeps its buffers as a dataset). One buffer serves contexts and RL; the
-  encoder's buffer is its last 400 offline rows and what is collected.
+- Data are the last rows of the early replay of one SAC agent for each task, in the paper's sizes (with `--small` on
+  MuJoCo those of half-trained policies); the paper's are one PEARL run's, on cheetah-vel its first. (`--from-nothing`
+  runs that, `--save-replay` keeps its buffers as a dataset.) One buffer serves contexts and RL; the encoder's buffer is
+  its last 400 offline rows and what is collected.
 - Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised. Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
-- `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target.
+- `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target; its KL has this script's
+  weight, not PEARL's 0.1, contexts come from all that was collected, and observations are as they are.
 What we learned: on near-expert data (s, a) alone predicts the reward and q collapses to the prior; what an encoder that
 stands still cannot read from the agent's own paths (point robots) no labelling brings back.
 """
@@ -48,10 +50,11 @@ import envs
 
 # ==================================================================================================== 1. arguments
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task); numbers of tasks as in the text.
-# Families that are not in the paper take the cheetah's row, point robots a discount for their shorter horizon.
+# Families that are not in the paper take the cheetah's row but for its contexts, point robots a discount for their
+# shorter horizon, a larger scale for their smaller rewards, and SAC's first rows, since it is an expert by the last.
 TABLE = {
-    "sparse-point-robot": {"data_size": 1600, "discount": 0.9, "reward_scale": 100},
-    "point-robot-wind": {"data_size": 1600, "discount": 0.9, "reward_scale": 100},
+    "sparse-point-robot": {"data_size": 1600, "data_until": 1600, "discount": 0.9, "reward_scale": 100},
+    "point-robot-wind": {"data_size": 1600, "data_until": 1600, "discount": 0.9, "reward_scale": 100},
     "cheetah-vel": {"data_size": 1600, "train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},
     "cheetah-fwd-back": {"data_size": 1600, "meta_batch_size": 2, "eval_episodes": 8},
     "ant-fwd-back": {"data_size": 1600, "meta_batch_size": 2, "eval_episodes": 8},
@@ -66,7 +69,7 @@ TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the s
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
-SMALL_POINT |= {"data_until": 1600, "online_steps": 40_000, "updates": 0.2}
+SMALL_POINT |= {"online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
 SMALL = {name: SMALL_MUJOCO if envs.family(name).xml else SMALL_POINT for name in TABLE}
@@ -77,6 +80,7 @@ SMALL["sawyer"] |= {"discount": 0.95, "tau": 0.02, "kl_weight": 0.0005, "eval_ep
 
 # What does not change the result of a run, or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads", "save_replay"}
+GROWS = {"variant"}  # may differ from that of the checkpoint that a run goes on from; its phases begin at their steps
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,12 +101,12 @@ def natural(text):
 
 
 def whole(text):
-    if not text.isascii() or not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 2^32, found {text!r}")
     return int(text)
 
 
-def positive(text):
+def number(text):
     try:
         if float(text) >= 0 and math.isfinite(float(text)):
             return float(text)
@@ -111,8 +115,14 @@ def positive(text):
     raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
 
 
+def positive(text):
+    if number(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return float(text)
+
+
 def share(text):
-    if positive(text) > 1:
+    if number(text) > 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
     return float(text)
 
@@ -130,21 +140,28 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
     args.variant = variant(args, parser)
+    for key in ("quality", "test_quality", "data_seed", "train_tasks", "test_tasks"):
+        if args.data and getattr(args, key) != parser.get_default(key):
+            fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
-    if args.data and args.test_quality != args.quality:
-        fail(f"--test-quality {args.test_quality}: --data has the test tasks' data too; expected one or the other")
     if args.from_nothing:  # PEARL
         pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
+        pearl |= {"steps": 0, "online_contexts": "all"}
+        pearl |= {key: parser.get_default(key) for key in ("quality", "data_size", "data_until")}  # there are no data
         for key, value in pearl.items():
             if getattr(args, key) not in (value, parser.get_default(key)):
                 fail(f"--{key.replace('_', '-')}: --from-nothing is PEARL; expected {value}, or nothing")
-        vars(args).update(pearl, steps=0, online_contexts="all")
+        vars(args).update(pearl)
     elif args.save_replay:
         fail("--save-replay: keeps what PEARL collects; expected --from-nothing too")
     if args.online_rewards == "none":
         args.online_steps = 0
     if args.steps + args.online_steps == 0:
-        fail("--steps 0 and no online steps: nothing to do; expected at least one of them above 0")
+        fail("--steps, --online-steps: nothing to do; expected at least one of them above 0")
+    if args.updates * args.online_steps >= 2**32:
+        fail(f"--updates {args.updates}: expected fewer than 2^32 gradient steps in all")
+    if args.save_replay and not args.save_replay.parent.is_dir():
+        fail(f"--save-replay {args.save_replay}: there is no such folder; expected one that exists")
     if args.from_nothing and args.online_envs < args.meta_batch_size:
         fail(f"--online-envs {args.online_envs}: no data for a meta-batch; expected at least {args.meta_batch_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -157,7 +174,7 @@ def variant(args, parser):
     parts = ["small" if args.small else "paper"]
     for key, value in vars(args).items():
         if key not in ELSEWHERE and value != parser.get_default(key):
-            parts.append(f"{key.replace('_', '-')}={Path(value).stem if key == 'data' else value}")
+            parts.append(f"{key.replace('_', '-')}={str(value).removesuffix('.npz') if key == 'data' else value}")
     name = ",".join(parts).replace("/", "_")
     return name if len(name) < 120 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
@@ -183,27 +200,27 @@ def shared_arguments(add):
     add("--meta-batch-size", type=whole, default=4, help="tasks in a gradient step")
     add("--batch-size", type=whole, default=256, help="transitions of each task in a gradient step")
     add("--context-size", type=whole, default=64, help="transitions in a context")
-    add("--lr", type=positive, default=3e-4, help="learning rate of every network")
+    add("--lr", type=number, default=3e-4, help="learning rate of every network")
     add("--final-lr", type=share, default=1.0, help="its share that is left at the last step; it falls linearly")
     add("--tau", type=share, default=0.005, help="rate of the slow target")
     add("--discount", type=share, default=0.99, help="discount factor")
-    add("--reward-scale", type=positive, default=5.0, help="multiplies rewards in the critic's target only")
+    add("--reward-scale", type=number, default=5.0, help="multiplies rewards in the critic's target only")
 
 
 def algorithm_arguments(add):
-    add("--train-tasks", type=whole, default=None, help="number of training tasks; default: the family's")
-    add("--test-tasks", type=whole, default=None, help="number of test tasks; default: the family's")
+    add("--train-tasks", type=whole, default=None, help="number of training tasks; None: the family's")
+    add("--test-tasks", type=whole, default=None, help="number of test tasks; None: the family's")
     add("--data-size", type=whole, default=1600, help="transitions of each task")
-    add("--data-until", type=whole, default=None, help="row of the dataset after which they end; default: the last")
+    add("--data-until", type=whole, default=None, help="row of the dataset after which they end; None: the last")
     add("--context-data", type=whole, default=400, help="of them, the last ones, contexts are drawn from these")
     add("--latent", type=whole, default=5, help="size of z")
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
     add("--encoder-loss", choices=["reward", "q", "reward+q"], default="reward",
         help="what trains the encoder offline; with q in it the critic's loss goes on online (Figure 7)")  # fmt: skip
-    add("--kl-weight", type=positive, default=1 / 256, help="of the KL in Eq. 3, beside a mean over h'")
+    add("--kl-weight", type=number, default=1 / 256, help="of the KL in Eq. 3, beside a mean over h'")
     add("--actor", choices=["awac", "sac", "bc"], default="awac", help="sac, bc: the paper's ablations")
     add("--awac-lambda", type=positive, default=100.0, help="temperature lambda of Eq. 2")
-    add("--pearl-weight", type=positive, default=1.0, help="lambda_pearl, of PEARL's actor loss in the online phase")
+    add("--pearl-weight", type=number, default=1.0, help="lambda_pearl, of PEARL's actor loss in the online phase")
     add("--online-rewards", choices=["decoder", "oracle", "none"], default="decoder", help="none: no online phase")
     add("--online-steps", type=natural, default=250_000, help="environment steps of the online phase")
     add("--online-envs", type=whole, default=25, help="trajectories collected side by side")
@@ -231,7 +248,7 @@ class BatchedLinear(nn.Module):
 
 
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
-    """Three hidden layers, as every network of the paper."""
+    """Three hidden layers, with ReLU between."""
     layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
     return nn.Sequential(*layers, linear(hidden, d_out))
 
@@ -427,7 +444,8 @@ class Agent(nn.Module):
 
     def record(self, **values):
         """Adds to the sums, and notes the first step at which a value was not finite, without looking at it."""
-        values = torch.stack([values.get(name, torch.zeros_like(self.metrics[0])).float() for name in self.METRICS])
+        zero = torch.zeros_like(self.metrics[0])
+        values = torch.stack([values.get(name, zero).float() for name in self.METRICS])
         self.metrics += values
         self.bad_step.copy_(torch.where(values.isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
 
@@ -596,7 +614,8 @@ class World:
             part = slice(until - args.data_size, until)
             for dataset in (train, test):
                 if part.start < 0 or part.stop > dataset.rewards.shape[1]:
-                    fail(f"--data-until: {dataset.rewards.shape[1]} rows a task, not {args.data_size} up to {until}")
+                    found = f"found {dataset.rewards.shape[1]} rows a task"
+                    fail(f"--data-size, --data-until: expected {args.data_size} rows up to row {until}, {found}")
             self.train_tasks, self.test_tasks = train.tasks[train.train_tasks], test.tasks[test.test_tasks]
             self.mean, self.std = standardisation(train.observations[train.train_tasks, part])
             self.train_rows = pack(train, train.train_tasks, self.mean, self.std, part)
@@ -820,7 +839,7 @@ def plot_curve(run, args, rows, world):
 
 
 def plot_embeddings(run, args, z_train, z_test):
-    """Embeddings of several contexts of each task on their first principal components (Figures 4a and 7)."""
+    """Embeddings of several contexts of each task on their first principal components (FOCAL's Figures 4a, 7)."""
     from matplotlib.figure import Figure
 
     z_train, z_test = (F.pad(z, (0, max(0, 3 - z.shape[-1]))) for z in (z_train, z_test))  # three axes even for l = 1
@@ -919,7 +938,7 @@ def resume(run, args, agent, optimisers, world, device):
         fail(f"{path}: not a checkpoint of this script ({type(error).__name__}); delete it to start anew")
     for key, value in settings(args).items():
         found = then.get(key)
-        if key not in ELSEWHERE | {"steps", "variant"} and (torch.is_tensor(found) or found != value):
+        if key not in ELSEWHERE | GROWS and (torch.is_tensor(found) or found != value):
             why = "" if then.get("steps") == args.steps else f"; its --steps were {then.get('steps')!r:.20}"
             fail(f"--{key.replace('_', '-')}: the checkpoint was made with {found!r:.80}, found {value!r}{why}")
     if dataset != world.checksum:
@@ -1032,8 +1051,9 @@ def main(argv=None):
     except FloatingPointError as error:
         fail(f"diverged: {error}; the last good checkpoint, if there is one, is kept in {run}", 3)
     except (MemoryError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() or ["MemoryError"] if "emory" in line]
-        if not any(words in line for words in ("out of memory", "allocate", "MemoryError") for line in lines):
+        words = "out of memory", "allocate", "MemoryError"
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
+        if not lines:
             raise
         fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
 
@@ -1041,7 +1061,7 @@ def main(argv=None):
 def train(args, run):
     device = data.choose_device(args.device)
     world = World(args, device)
-    torch.set_num_threads(args.threads or envs.cores())
+    torch.set_num_threads(min(args.threads, 1024) or envs.cores())
     torch.manual_seed(args.seed)
     agent, optimisers, update = build(args, world, device)
     learn, practise = update, lambda: update(online=True)
@@ -1078,6 +1098,8 @@ def train(args, run):
 def build(args, world, device):
     """The agent, its optimisers and its update, fresh."""
     row, n = world.row, len(world.train_tasks)
+    if args.meta_batch_size > n:
+        fail(f"--meta-batch-size {args.meta_batch_size}: expected at most {n}, the number of training tasks")
     own = args.online_tasks == "test" and args.online_rewards == "oracle"  # test tasks' true rewards: their own buffers
     buffers = n + (len(world.test_tasks) if own else 0)
     space = capacity(args, len(world.test_tasks) if own else n)

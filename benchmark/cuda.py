@@ -3,10 +3,11 @@
 python benchmark/cuda.py --out cuda-results --minutes 9
 
 The parts run in order of value, each at most as long as its limit, the seeds of a part side by side on the one device.
-Into --out go a few small files, written as results come: log.txt, speed.csv, results.csv (every evaluation of every
-run), pictures.tar, logs.tar and parts.json, how each part ended. The same command goes on where the last one ended,
-also on another machine if --out came along: what succeeded is not done again, but for data that are gone. Data and runs
-stay in --work.
+Into --out go a few small files, written as results come: log.txt, speed.csv, attention.csv (focal_pp.py's speed with
+PyTorch's plain attention), results.csv (every evaluation of every run), pictures.tar, logs.tar and parts.json, how each
+part ended. The same command goes on where the last one ended, also on another machine if --out came along: what
+succeeded is not done again, but for data that are gone; nor are tests and speeds that ended with failures, but for
+those that --only names. Data and runs stay in --work.
 """
 
 import argparse
@@ -37,6 +38,7 @@ class Part:
     name: str
     limit: float
     commands: dict[str, list[str]]
+    once: bool = False  # not again if it failed, only if it was cut short
     needs: list[Path] = field(default_factory=list)  # without these it is left out
     makes: list[Path] = field(default_factory=list)  # without these it is done again
     environment: dict[str, dict[str, str]] = field(default_factory=dict)  # of a command
@@ -53,30 +55,40 @@ def parts(args):
     def seeds(script, words):
         return {f"{script} seed {k}": steps(script, f"{words} --seed {k}") for k in range(args.seeds)}
 
-    def build(name, limit, path):
-        words = ["data.py", "--env", path.parent.parent.name, *place]
+    def build(name, limit, path, *more):
+        words = ["data.py", "--env", path.parent.parent.name, *place, *more]
         return Part(name, limit, {path.parent.parent.name: words}, makes=[path])
 
-    speed = ["benchmark/speed.py", "--out", str(args.out / "speed.csv"), "--seconds", "0.5"]
+    def speed(name, limit, *more):
+        words = ["benchmark/speed.py", "--out", str(args.out / f"{name}.csv"), "--seconds", "0.5", *more]
+        return Part(name, limit, {name: words}, once=True)
+
     few = "point-robot-wind --steps 4000 --eval-every 1000 --seed"
     exact = {f"{name} seed {k}": steps("focal", f"{few} {k}", name) for name in ("TF32", "float32") for k in range(2)}
     without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
-        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "--tb=short", "-rf", "-m", "cuda", "tests"]}),
-        Part("speed", 150, {"speed": speed}),
-        build("walker data", 280, walker),
-        Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), [walker]),
+        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "--tb=short", "-rf", "-m", "cuda", "tests"]}, once=True),
+        speed("speed", 150),
+        build("walker data", 400, walker),
+        build("walker data without graphs", 400, walker, "--no-graph"),  # left out where the data are there by now
+        Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), needs=[walker]),
+        speed("attention", 60, "--only", "focal_pp", "--size", "paper", "--plain-attention"),
         build("wind data", 60, wind),
-        Part("tf32", 90, exact, [wind], environment=without),
-        Part("focal_pp", 240, seeds("focal_pp", "walker-params --steps 20000 --eval-every 2000"), [walker]),
+        Part("tf32", 90, exact, needs=[wind], environment=without),
+        Part("focal_pp", 240, seeds("focal_pp", "walker-params --steps 20000 --eval-every 2000"), needs=[walker]),
         Part(
             "smac",
             240,
             seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
-            [walker],
+            needs=[walker],
         ),
-        Part("merpo", 240, seeds("merpo", "walker-params --steps 200 --eval-every 50 --model-steps 400"), [walker]),
+        Part(
+            "merpo",
+            240,
+            seeds("merpo", "walker-params --steps 200 --eval-every 100 --model-steps 400"),
+            needs=[walker],
+        ),
     ]
     return shrunk(plan, wind) if args.tiny else plan
 
@@ -86,7 +98,7 @@ TINY = {
     "benchmark/speed.py": "--only sac --size small --env point-robot-wind --seconds 0.01 --device cpu",
     "focal.py": "--encoder-hidden 8 --context-size 8 --eval-every 1",
     "focal_pp.py": "--encoder-hidden 16 --blocks 1 --context-size 8 --eval-every 1",
-    "smac.py": "--train-tasks 40 --test-tasks 10 --data-size 40 --online-steps 0 --eval-every 1",
+    "smac.py": "--train-tasks 40 --test-tasks 10 --data-size 40 --data-until 40 --online-steps 0 --eval-every 1",
     "merpo.py": "--model-steps 1 --rollouts 5 --layers 2 --model-hidden 8 --adapt-steps 1 --inner-steps 1",
 }
 TINY_RUN = "--hidden 8 --meta-batch-size 2 --batch-size 8 --eval-episodes 1 --threads 1 --steps 2"
@@ -241,8 +253,11 @@ def main(argv=None):
             continue
         before = results.ended.get(part.name, {})
         every = set(before.get("commands", [])) >= set(part.commands)
-        if before.get("status") == "done" and every and all(path.exists() for path in part.makes):
-            results.say(f"{part.name}: done before")
+        ended = part.once and not args.only and before.get("status", "").startswith("failed")
+        done = all(path.exists() for path in part.makes) if part.makes else before.get("status") == "done"
+        if every and (done or ended) or (part.makes and done):
+            results.say(f"{part.name}: {'done' if done else before['status']} before")
+            undone += [] if done else [part.name]
             continue
         undone += [part.name]
         left = deadline - time.time() - 2 * GRACE

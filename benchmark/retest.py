@@ -105,7 +105,7 @@ def arguments(argv=None):
     parser.add_argument("--test-trajectories", type=merpo.whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=merpo.whole, help="MerPO: steps of RAC on a test task")
-    parser.add_argument("--adapt-lr", type=merpo.positive, help="MerPO: learning rate of those steps")
+    parser.add_argument("--adapt-lr", type=merpo.number, help="MerPO: learning rate of those steps")
     parser.add_argument("--eval-episodes", type=merpo.whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)
     changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}

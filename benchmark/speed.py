@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -202,25 +203,36 @@ def table(args, write=lambda row: None):
     """Prints and returns all rows; `write` gets each as it comes."""
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
-    device, rows, split = data.choose_device(args.device), [], []
+    device, rows, split, failed = data.choose_device(args.device), [], [], []
+    for kind in ("mem_efficient", "flash", "cudnn") if args.plain_attention else ():
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     for size in args.size:
         for script in args.only:
-            with tempfile.TemporaryDirectory() as folder:
-                kinds = build(script, args.env, size, device, random_data(args.env, Path(folder)), args.flags.split())
-            for name, kind in kinds.items():
-                for threads in args.threads or [torch.get_num_threads()]:
-                    torch.set_num_threads(threads)
-                    row, parts = measure(script, name, size, device, kind, args.seconds)
-                    rows.append(row)
-                    split.append((script, name, size, threads, parts))
-                    show(row)
-                    write(row)
-            del kinds, kind
+            kinds = {}
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    file = random_data(args.env, Path(folder))
+                    kinds |= build(script, args.env, size, device, file, args.flags.split())
+                for name, kind in kinds.items():
+                    for threads in args.threads or [torch.get_num_threads()]:
+                        torch.set_num_threads(threads)
+                        row, parts = measure(script, name, size, device, kind, args.seconds)
+                        rows.append(row)
+                        split.append((script, name, size, threads, parts))
+                        show(row)
+                        write(row)
+            except RuntimeError:  # the others are worth measuring all the same
+                traceback.print_exc()
+                failed.append(f"{script}, {size}")
+            kinds.clear()
+            kind = None
             gc.collect()
     for script, name, size, threads, parts in split if device.type == "cpu" else []:
         text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
         print(f"{script}, {name}, {size}, {threads} threads: {text}")
+    if failed:
+        raise SystemExit(f"speed.py: not measured: {'; '.join(failed)}")
     return rows
 
 
@@ -235,6 +247,7 @@ def arguments(argv=None):
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time of one thread, where others compute too"
     )
+    parser.add_argument("--plain-attention", action="store_true", help="on CUDA: no fused kernel for it")
     parser.add_argument("--flags", default="", help="more flags for the scripts, as one string")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV as they come")
     args = parser.parse_args(argv)

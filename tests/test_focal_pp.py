@@ -232,8 +232,9 @@ def test_only_the_idea_differs_from_focal():
 
 
 @cuda
-def test_graph_replay_equals_eager_updates(files, tmp_path):
-    more = "--device cuda --steps 16 --encoder-steps 8 --eval-every 8 --dropout 0"
+@pytest.mark.parametrize("size", ["--dropout 0", "--encoder-hidden 128 --dropout 0.1"])  # fused kernels ask for widths
+def test_graph_replay_equals_eager_updates(files, tmp_path, size):
+    more = f"--device cuda --steps 16 --encoder-steps 8 --eval-every 8 {size}"
     eager = run(tmp_path / "eager", WALKER, files[WALKER], f"{more} --no-graph")
     graph = run(tmp_path / "graph", WALKER, files[WALKER], more)
     for x, y in zip(metrics(eager), metrics(graph), strict=True):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,14 +20,16 @@ import envs
 import smac
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3 --device cpu"
-TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --threads 1 --data-size 60 --context-data 40 --online-envs 3"
+TINY += " --eval-every 3 --eval-episodes 1 --threads 1 --context-data 40 --online-envs 3"
 ALL = {"encoder", "decoder", "critic", "target", "actor"}
 
 
 def flags(name, file, more=""):
     online = 2 * 3 * envs.family(name).horizon  # two iterations
     updates = 6 / (3 * envs.family(name).horizon)
-    words = f"--env {name} {'--data ' + str(file) if file else ''} {TINY} --online-steps {online} --updates {updates}"
+    until = "" if envs.family(name).xml else "--data-until 60"
+    file = f"--data {file} --data-size 60 {until} --steps 6" if file else ""
+    words = f"--env {name} {file} {TINY} --online-steps {online} --updates {updates}"
     return [*words.split(), *more.split()]
 
 
@@ -562,7 +565,7 @@ def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
         np.testing.assert_allclose(s2 - s, 0.1 * a + task, atol=1e-5)
         np.testing.assert_allclose(dataset.rewards[i], -np.linalg.norm(s2 - [1, 0], axis=1), atol=1e-4)
         assert dataset.episodes[i].tolist() == [t // 20 for t in range(80)]
-    more = "--data-size 80 --online-rewards none"
+    more = "--data-size 80 --data-until 80 --online-rewards none"
     assert metrics(run(tmp_path / "smac", WIND, file, more))[0]["offline_return_mean"] < 0
 
 
@@ -604,11 +607,12 @@ def test_the_data_are_cut(files):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--data-size 61", ["--data-until", "60", "61"]),
-        ("--data-until 90", ["--data-until", "60", "90"]),
+        ("--data-size 61", ["--data-size", "found 60 rows", "61 rows"]),
+        ("--data-until 90", ["--data-until", "found 60 rows", "row 90"]),
         ("--steps 0 --online-rewards none", ["--steps"]),
         ("--posterior-share 2", ["--posterior-share", "2"]),
         ("--actor td3", ["--actor", "td3"]),
+        ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
         ("--save-replay x.npz", ["--save-replay", "--from-nothing"]),
         ("--from-nothing --actor bc", ["--actor", "--from-nothing"]),
         ("--from-nothing --online-tasks test", ["--online-tasks", "--from-nothing"]),
@@ -620,6 +624,18 @@ def test_bad_input_ends_in_one_line(files, tmp_path, capsys, more, words):
     shown = capsys.readouterr()
     assert end.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
     assert shown.err.startswith("smac.py: ") and all(word in shown.err for word in words)
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, capsys, steps):
+    """Where its online phase began would not be where this one's does."""
+    stored = run(tmp_path, WIND, files[WIND]) / "checkpoint.pt"
+    argv = [*flags(WIND, files[WIND], f"--steps {steps} --resume"), "--run-dir", str(tmp_path)]
+    shutil.copy(stored, smac.prepare_run(smac.parse_args(argv)) / "checkpoint.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        smac.main(argv)
+    assert end.value.code == 2 and "--steps: the checkpoint was made with 6" in capsys.readouterr().err
 
 
 TABLE_1 = {
@@ -645,7 +661,8 @@ def test_it_learns_to_reach_the_goal_in_new_winds(tmp_path):
     policy = lambda obs, rng: np.clip(2 * ([1, 0] - obs) + 0.7 * rng.standard_normal(obs.shape), -1, 1)
     arrays = collect(WIND, list(range(10)), [10, 11, 12], 400, 20, policy)
     data.save(tmp_path / "d.npz", arrays, {"env": WIND})
-    sizes = "--hidden 64 --encoder-hidden 64 --batch-size 64 --context-size 64 --meta-batch-size 4 --data-size 400"
+    sizes = "--hidden 64 --encoder-hidden 64 --batch-size 64 --context-size 64 --meta-batch-size 4"
+    sizes += " --data-size 400 --data-until 400"
     k = build(WIND, tmp_path / "d.npz", f"{sizes} --eval-episodes 4 --lr 0.001")
     untrained = smac.evaluate(k.args, k.agent, k.world)
     for _ in range(600):

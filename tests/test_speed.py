@@ -335,6 +335,39 @@ def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeyp
     assert sum(path.is_file() for path in out.iterdir()) <= 8
 
 
+def test_what_failed_once_and_what_is_there_is_not_done_again(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda, made = script("cuda"), tmp_path / "made"
+    fails, makes = ["-c", "raise SystemExit(7)"], ["-c", f"open({str(made)!r}, 'w')"]
+    plan = [cuda.Part("fragile", 20.0, {"bad": fails}, once=True), cuda.Part("again", 20.0, {"bad": fails})]
+    plan += [cuda.Part("made", 20.0, {"good": makes}, makes=[made])]
+    plan += [cuda.Part("made otherwise", 20.0, {"bad": fails}, makes=[made])]
+    monkeypatch.setattr(cuda, "parts", lambda args: plan)
+    words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny"]
+    assert cuda.main(words) == cuda.main(words) == cuda.main([*words, "--only", "fragile"]) == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("fragile: failed: bad after") == 2 and log.count("fragile: failed: bad before") == 1
+    assert log.count("again: failed: bad after") == 2
+    assert log.count(" made: done after") == 1 and log.count("made otherwise: done before") == 2
+
+
+def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    speed = script("speed")
+    build = speed.build
+    monkeypatch.setattr(speed, "build", lambda name, *rest: build(name, *rest) if name == "sac" else broken())
+    words = f"--only focal sac --size small --env {WIND} --seconds 0.01 --device cpu --threads 1".split()
+
+    def broken():
+        raise RuntimeError("capture failed")
+
+    with pytest.raises(SystemExit) as end:
+        speed.main([*words, "--out", str(tmp_path / "speed.csv")])
+    assert "focal, small" in end.value.code and "capture failed" in capsys.readouterr().err
+    with open(tmp_path / "speed.csv") as file:
+        assert {row["script"] for row in csv.DictReader(file)} == {"sac"}
+
+
 def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
     monkeypatch.undo()
     cuda = script("cuda")
@@ -342,7 +375,7 @@ def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
         cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 1
     )
     *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
-    assert len(log) == 9 and all("no time left" in line for line in log) and "not done: tests" in last
+    assert len(log) == 11 and all("no time left" in line for line in log) and "not done: tests" in last
 
 
 def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):

@@ -40,8 +40,8 @@ CONTEXT = f"{SMALL} --encoder-hidden 16 --context-size 8 --latent 3"
 FLAGS = {
     focal: f"{CONTEXT} --steps 6 --eval-every 3 --encoder-steps 4 --alpha 50 --value-penalty",
     focal_pp: f"{CONTEXT} --steps 6 --eval-every 3 --encoder-steps 4 --alpha 50 --value-penalty",
-    smac: f"{CONTEXT} --steps 4 --eval-every 2 --data-size 60 --context-data 40 --online-envs 3 --online-steps 60"
-    " --updates 0.04",
+    smac: f"{CONTEXT} --steps 4 --eval-every 2 --data-size 60 --data-until 60 --context-data 40 --online-envs 3"
+    " --online-steps 60 --updates 0.04",
     merpo: f"{SMALL} --steps 4 --eval-every 2 --layers 2 --model-hidden 16 --model-layers 2 --model-steps 2"
     " --model-adapt-steps 3 --inner-steps 2 --adapt-steps 3 --rollouts 10 --rollout-buffer 40",
 }
@@ -707,6 +707,56 @@ def test_torch_alone_would_believe_a_changed_weight(resuming, capsys):
     path.write_bytes(raw)
     stored = torch.load(path, weights_only=True)["agent"]["actor.net.0.weight"]
     assert not torch.equal(stored, agent.actor.net[0].weight) and not resumed(resume, capsys, path)
+
+
+def one_line(capsys, script, *words):
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith(f"{script.__name__}.py: ")
+    assert all(word in shown.err for word in words), shown.err
+
+
+BAD = (
+    "--hidden 0, --hidden 99999999999999999999999, --batch-size -1, --meta-batch-size 2.5, --steps x, --seed 4294967296"
+)
+BAD = [*BAD.split(", "), "--lr nan", "--lr -1", "--tau 1.5", "--discount 2", "--device tpu", "--env nowhere"]
+OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--awac-lambda 0", "--updates 0"]}
+OWN[smac] += ["--updates 1e300", "--save-replay nowhere/x.npz --from-nothing"]
+OWN[smac] += [f"{flag} --from-nothing" for flag in ("--steps 5", "--quality expert", "--data-size 7")]
+OWN[smac] += [f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3")]
+
+
+@SCRIPTS
+def test_flags_that_make_no_sense_end_in_one_line(capsys, script):
+    of_data = [f"{flag} --data x.npz" for flag in ("--quality expert", "--test-quality expert", "--data-seed 1")]
+    for words in [*BAD, *of_data, *OWN.get(script, [])]:
+        with pytest.raises(SystemExit) as end:
+            script.parse_args(["--env", WIND, *words.split()])
+        assert end.value.code == 2, words
+        one_line(capsys, script, words.split()[0])
+
+
+@SCRIPTS
+def test_running_out_of_memory_ends_in_one_line(monkeypatch, tmp_path, capsys, script):
+    numpys = np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float))
+    torchs = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+    for error in (
+        MemoryError(),
+        numpys,
+        torchs,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    ):
+
+        def train(args, run, error=error):
+            raise error
+
+        monkeypatch.setattr(script, "train", train)
+        with pytest.raises(SystemExit) as end:
+            script.main(["--env", WIND, "--run-dir", str(tmp_path)])
+        assert end.value.code == 2
+        one_line(capsys, script, "out of memory")
+    monkeypatch.setattr(script, "train", lambda args, run: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        script.main(["--env", WIND, "--run-dir", str(tmp_path)])
 
 
 @SCRIPTS
