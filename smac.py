@@ -108,11 +108,11 @@ def whole(text):
 
 def number(text):
     try:
-        if float(text) >= 0 and math.isfinite(float(text)):
+        if 0 <= float(text) <= 1e30:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"expected a finite number, 0 or above, found {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e30, found {text!r}")
 
 
 def positive(text):

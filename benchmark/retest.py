@@ -5,7 +5,8 @@ python benchmark/retest.py runs/merpo/point-robot-wind/small/seed* --test-start 
 python benchmark/retest.py runs/smac/walker-params/small/seed* --eval-episodes 20
 
 The flags are the scripts' own, those that no training step sees. MerPO's test tasks adapt their models anew to the data
-that they are given. Prints a line for each run and writes retest/<flags>.json into its folder.
+that they are given; `clone_return_mean` is the return of policies fitted to the same data by maximum likelihood. Prints
+a line for each run and writes retest/<flags>.json into its folder.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def test(folder, changes):
     row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
     if module is merpo:
         merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
+        row["clone_return_mean"] = merpo.play(args, agent.test_tasks.behaviour, world).mean()
         returns = merpo.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
         if not merpo.STARTS[args.test_start][0]:

@@ -323,6 +323,11 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     if module is merpo:  # its test tasks adapt their models anew, from other random numbers
         assert as_trained["meta_return_mean"] == pytest.approx(final["meta_return_mean"], rel=1e-5)
         assert as_trained["return_mean"] == pytest.approx(as_trained["returns"]["3"], abs=1e-3)
+        _, args, world, agent = retest.load_run(run, ("merpo",))
+        torch.manual_seed(args.seed)
+        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
+        clones = merpo.play(args, agent.test_tasks.behaviour, world).mean()
+        assert as_trained["clone_return_mean"] == pytest.approx(clones, rel=1e-5)
         assert list(as_trained["returns"]) == ["0", "3"] and as_trained["returns"]["3"] != as_trained["returns"]["0"]
     else:
         assert as_trained["return_mean"] == pytest.approx(final["return_mean"], rel=1e-5)

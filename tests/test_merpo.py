@@ -141,6 +141,40 @@ def test_actor_loss():
     assert_gradients(lambda: merpo.actor_loss(q, log_pi, kl, lam, alpha), loop, [q, log_pi, kl])
 
 
+@pytest.mark.parametrize("name", [WIND, WALKER])
+def test_the_entropy_in_the_actors_loss(files, name):
+    """Its gradient beside the one without, at the same draws, is that of ent E[log pi]; there is none by default."""
+    gradients = {}
+    for more in ("", "--actor-entropy", "--ent 0", "--actor-entropy --ent 0"):
+        k = build(name, files[name], f"--ent 0.7 {more}")
+        s = k.tasks.draw(torch.arange(3), 8).split(k.world.split, -1)[0]
+        index, a_data = torch.arange(3), torch.zeros(3, 8, k.world.split[1])
+        torch.manual_seed(1)
+        k.inner.improve_policy(k.tasks, index, s, s, a_data, k.agent.meta_policy, Kept(k.inner.actor), False)
+        gradients[more] = [p.grad.clone() for p in k.inner.actor.parameters()]
+        if more == "":
+            torch.manual_seed(1)
+            expected = torch.autograd.grad(0.7 * k.inner.actor.sample(s)[1].mean(1).sum(), k.inner.actor.parameters())
+    added = [x - y for x, y in zip(gradients["--actor-entropy"], gradients[""], strict=True)]
+    for ours, theirs in zip(added, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(x, y) for x, y in zip(gradients["--ent 0"], gradients[""], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(gradients["--actor-entropy --ent 0"], gradients[""], strict=True))
+
+
+class Kept:
+    """An optimiser that leaves the weights as they are."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def zero_grad(self):
+        self.module.zero_grad()
+
+    def step(self):
+        pass
+
+
 def test_divergence_and_density():
     m1, s1, m2, s2, a = random_tensors((3, 4, 2), (3, 4, 2), (3, 4, 2), (3, 4, 2), (3, 4, 2))
     expected = kl_divergence(Normal(m1, s1.exp()), Normal(m2, s2.exp())).sum(-1)

@@ -725,6 +725,13 @@ OWN[smac] += [f"{flag} --from-nothing" for flag in ("--steps 5", "--quality expe
 OWN[smac] += [f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3")]
 
 
+OWN[merpo] = ["--lambda-initial 1e38", "--meta-policy runs", "--no-model --real-ratio 0.3", "--rollouts 4"]
+OWN[merpo] += ["--rollouts 20000", "--rollouts 6000 --rollout-length 2"]
+OWN[merpo] += [
+    f"--{flag} --env halfcheetah --single combo" for flag in ("outer-lr 1", "adapt-lr 1", "test-trajectories 3")
+]
+
+
 @SCRIPTS
 def test_flags_that_make_no_sense_end_in_one_line(capsys, script):
     of_data = [f"{flag} --data x.npz" for flag in ("--quality expert", "--test-quality expert", "--data-seed 1")]
@@ -732,7 +739,7 @@ def test_flags_that_make_no_sense_end_in_one_line(capsys, script):
         with pytest.raises(SystemExit) as end:
             script.parse_args(["--env", WIND, *words.split()])
         assert end.value.code == 2, words
-        one_line(capsys, script, words.split()[0])
+        one_line(capsys, script, "--real-ratio" if "--no-model" in words else words.split()[0])
 
 
 @SCRIPTS
