@@ -3,35 +3,48 @@
 for env in cheetah-vel ant-dir; do time python data.py --env $env --quality random medium expert mixed; done
 python benchmark/datasets.py            # a table of what is under datasets/, added to results/datasets.csv
 
-What the table held of other datasets, which need not be on this machine, it keeps.
+What the table held of other datasets, which need not be on this machine, it keeps. Settings of SAC that are not
+the small defaults are in its last column: data.py makes such data with these flags only.
 """
 
 import argparse
 import csv
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import envs
 
 QUALITIES = ("random", "medium", "expert", "mixed")
-COLUMNS = ["env", "tasks", "transitions", *QUALITIES, "megabytes"]
+COLUMNS = ["env", "tasks", "transitions", *QUALITIES, "megabytes", "settings"]
 
 
 def describe(env, folder):
-    """Mean over all tasks of the mean return over the family's horizon."""
+    """Mean over all tasks of the mean return over the family's horizon; and what else it takes to make the data."""
     row = {"env": env}
     for quality in QUALITIES:
         path = folder / f"{quality}.npz"
         if path.exists():
             with np.load(path) as file:
-                returns, shape = file["returns"], file["rewards"].shape
+                returns, shape, meta = file["returns"], file["rewards"].shape, json.loads(str(file["meta"]))
             row |= {quality: round(float(returns.mean()), 1), "tasks": shape[0], "transitions": shape[1]}
             row["megabytes"] = round(path.stat().st_size / 1e6)
+            row["settings"] = flags_of(env, meta.get("settings") or {})
     return row
+
+
+def flags_of(env, settings):
+    """The flags of data.py that stand for these settings of SAC, "" if they are the small defaults."""
+    default = dataclasses.asdict(data.settings_for(env, torch.device("cpu")))
+    other = [key for key in settings.keys() & default.keys() - {"core_minutes"} if settings[key] != default[key]]
+    return " ".join(f"{data.flag(key)} {settings[key]}" for key in sorted(other))
 
 
 def collect(root, path):

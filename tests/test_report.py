@@ -1,6 +1,7 @@
 """The work list, and the README's results: they are what report.py makes of the committed tables."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import re
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import WIND
+from test_focal import load_arrays
 
+import data
 import focal
 
 ROOT = Path(focal.__file__).resolve().parent
@@ -118,6 +123,19 @@ def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
     datasets.collect(tmp_path, path)
     seen = [(row["env"], row["tasks"], row["random"], row["medium"]) for row in datasets_of(path)]
     assert seen == [("cheetah-vel", "2", "", "5.0"), ("ant-dir", "2", "1.0", "5.0"), ("hopper", "1", "1.5", "2.5")]
+
+
+def test_the_table_of_datasets_names_settings_that_are_not_the_defaults(files, monkeypatch, tmp_path):
+    datasets = script("datasets", monkeypatch)
+    arrays = load_arrays(files[WIND]) | {"returns": np.zeros(6)}
+    own = dataclasses.asdict(data.settings_for(WIND, torch.device("cpu")))
+    for changes, expected in (
+        ({}, ""),
+        ({"core_minutes": 9.0}, ""),
+        ({"steps": 7, "lr": 0.5}, "--sac-lr 0.5 --sac-steps 7"),
+    ):
+        data.save(tmp_path / "mixed.npz", arrays, {"env": WIND, "settings": own | changes})
+        assert datasets.describe(WIND, tmp_path)["settings"] == expected
 
 
 def datasets_of(path):
