@@ -152,6 +152,23 @@ def parse_args(argv=None):
         if args.data and getattr(args, key) != parser.get_default(key):
             fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
+    check_single(args, parser)
+    args.alpha = 0.0 if args.single == "combo-3" else args.alpha
+    args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
+    if envs.family(args.env).differs == "nothing" and not args.single:
+        fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
+    if args.single and envs.family(args.env).differs != "nothing":
+        fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
+    if not args.no_model and not Tasks.KEPT <= args.rollouts <= args.rollout_buffer // args.rollout_length:
+        most = args.rollout_buffer // args.rollout_length
+        fail(f"--rollouts {args.rollouts}: expected {Tasks.KEPT} (one for each model) to {most} (what D_model holds)")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
+    return args
+
+
+def check_single(args, parser):
+    """Flags that go with --single, and those that do not."""
     if args.single and args.test_start != "meta":
         fail(f"--test-start {args.test_start}: --single has no test tasks that adapt; expected one or the other")
     if args.single and (
@@ -165,18 +182,6 @@ def parse_args(argv=None):
         fail("--meta-policy: is of one task; expected --single beside it")
     if args.no_model and args.real_ratio != parser.get_default("real_ratio"):
         fail("--real-ratio: with --no-model all is real; expected one or the other")
-    args.alpha = 0.0 if args.single == "combo-3" else args.alpha
-    args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
-    if envs.family(args.env).differs == "nothing" and not args.single:
-        fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
-    if args.single and envs.family(args.env).differs != "nothing":
-        fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
-    if not args.no_model and not Tasks.KEPT <= args.rollouts <= args.rollout_buffer // args.rollout_length:
-        most = args.rollout_buffer // args.rollout_length
-        fail(f"--rollouts {args.rollouts}: expected {Tasks.KEPT} (one for each model) to {most} (what D_model holds)")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
-    return args
 
 
 def mixture(text):
