@@ -176,8 +176,9 @@ def check_single(args, parser):
     ):
         fail(f"--alpha {args.alpha}: expected a number with --single rac, none with --single {args.single}")
     for key in ("model_lr", "outer_lr", "outer_steps", "meta_q_lr", "adapt_lr", "test_trajectories"):
-        if args.single and getattr(args, key) != parser.get_default(key):
-            fail(f"--{key.replace('_', '-')}: --single has no outer step and no new tasks; expected one or the other")
+        flag, value = f"--{key.replace('_', '-')}", getattr(args, key)
+        if args.single and value != parser.get_default(key):
+            fail(f"{flag} {value}: --single has no outer step and no new tasks; expected one or the other")
     if args.meta_policy and not args.single:
         fail("--meta-policy: is of one task; expected --single beside it")
     if args.no_model and args.real_ratio != parser.get_default("real_ratio"):
