@@ -162,7 +162,8 @@ def parse_args(argv=None):
     args.variant = variant(args, parser)
     for key in ("quality", "test_quality", "data_seed"):
         if args.data and getattr(args, key) != parser.get_default(key):
-            fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            fail(f"{flag}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
     if args.sparse and "relabelled" in (args.quality, args.test_quality):
         fail("--sparse: the contexts of relabelled data are sparse by themselves; expected one or the other")

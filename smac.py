@@ -142,7 +142,8 @@ def parse_args(argv=None):
     args.variant = variant(args, parser)
     for key in ("quality", "test_quality", "data_seed", "train_tasks", "test_tasks"):
         if args.data and getattr(args, key) != parser.get_default(key):
-            fail(f"--{key.replace('_', '-')}: --data has the data of all tasks; expected one or the other")
+            flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
+            fail(f"{flag}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
     if args.from_nothing:  # PEARL
         pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}

@@ -358,7 +358,7 @@ def test_a_file_of_ones_own_has_no_other_quality(monkeypatch, tmp_path, files, c
     for module in (focal, focal_pp, smac, merpo):
         with pytest.raises(SystemExit):
             module.parse_args([*words, "--test-quality", "random"])
-        assert "--test-quality random: --data has the test tasks' data too" in capsys.readouterr().err
+        assert "--test-quality random: --data has the data of all tasks" in capsys.readouterr().err
 
 
 def watch_settling(monkeypatch):
