@@ -145,16 +145,7 @@ def parse_args(argv=None):
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
             fail(f"{flag}: --data has the data of all tasks; expected one or the other")
     args.test_quality = args.test_quality or args.quality
-    if args.from_nothing:  # PEARL
-        pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
-        pearl |= {"steps": 0, "online_contexts": "all"}
-        pearl |= {key: parser.get_default(key) for key in ("quality", "data_size", "data_until")}  # there are no data
-        for key, value in pearl.items():
-            if getattr(args, key) not in (value, parser.get_default(key)):
-                fail(f"--{key.replace('_', '-')}: --from-nothing is PEARL; expected {value}, or nothing")
-        vars(args).update(pearl)
-    elif args.save_replay:
-        fail("--save-replay: keeps what PEARL collects; expected --from-nothing too")
+    check_pearl(args, parser)
     if args.online_rewards == "none":
         args.online_steps = 0
     if args.steps + args.online_steps == 0:
@@ -168,6 +159,20 @@ def parse_args(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
+
+
+def check_pearl(args, parser):
+    """What --from-nothing fixes, and what only it has."""
+    if args.from_nothing:  # PEARL
+        pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
+        pearl |= {"steps": 0, "online_contexts": "all"}
+        pearl |= {key: parser.get_default(key) for key in ("quality", "data_size", "data_until")}  # there are no data
+        for key, value in pearl.items():
+            if getattr(args, key) not in (value, parser.get_default(key)):
+                fail(f"--{key.replace('_', '-')}: --from-nothing is PEARL; expected {value}, or nothing")
+        vars(args).update(pearl)
+    elif args.save_replay:
+        fail("--save-replay: keeps what PEARL collects; expected --from-nothing too")
 
 
 def variant(args, parser):
