@@ -308,10 +308,15 @@ def test_a_folder_that_cannot_be_written(files, tmp_path, capsys, script):
 
 
 def test_a_replay_that_cannot_be_written(files, tmp_path, no_plots, capsys):
-    more = f"--online-steps 480 --train-tasks 3 --test-tasks 2 --from-nothing --save-replay {files[WIND]}/replay.npz"
-    argv = flags(smac, files, tmp_path, more)
-    i = argv.index("--data")
-    assert "cannot write there" in ended(smac, [*argv[:i], *argv[i + 2 :]], capsys, 2)
+    """Where there is no folder, before the run; where a folder has the file's name, after it."""
+    (tmp_path / "taken").mkdir()
+    argv = f"{FLAGS[smac]} --online-steps 480 --train-tasks 3 --test-tasks 2 --from-nothing --env {WIND}"
+    for flag in ("--steps 4", "--data-size 60", "--data-until 60"):
+        argv = argv.replace(flag, "")
+    argv = [*argv.split(), "--run-dir", str(tmp_path), "--save-replay"]
+    assert "no such folder" in ended(smac, [*argv, str(files[WIND] / "replay.npz")], capsys, 2)
+    assert not list(tmp_path.glob("smac/*"))
+    assert "cannot write there" in ended(smac, [*argv, str(tmp_path / "taken")], capsys, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence
