@@ -844,10 +844,14 @@ def plot_curve(run, args, rows, world):
     data.write(run / "curve.png", lambda file: figure.savefig(file, dpi=130))
 
 
-def plot_embeddings(run, args, z_train, z_test):
-    """Embeddings of several contexts of each task on their first principal components (FOCAL's Figures 4a, 7)."""
+def plot_embeddings(run, world, z_train, z_test):
+    """Embeddings of several contexts of each task on their first principal components (FOCAL's Figures 4a, 7); colour
+    is the task's parameters on theirs, so where z tells tasks apart like colours lie together."""
     from matplotlib.figure import Figure
 
+    tasks = world.env.tasks[:: len(world.env.tasks) // (len(z_train) + len(z_test))]
+    hue = (tasks - tasks.mean(0)) @ np.linalg.svd(tasks - tasks.mean(0), full_matrices=False)[2][0]
+    hues = hue[: len(z_train)], hue[len(z_train) :], hue[: len(z_train)]
     z_train, z_test = (F.pad(z, (0, max(0, 3 - z.shape[-1]))) for z in (z_train, z_test))  # three axes even for l = 1
     flat = torch.cat([z_train, z_test]).flatten(0, 1)
     centre = flat.mean(0)
@@ -856,11 +860,12 @@ def plot_embeddings(run, args, z_train, z_test):
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     left = figure.add_subplot(1, 3, 1, ylabel=f"second component ({share[1]:.0%})" if len(share) > 1 else "")
     panels = [left, figure.add_subplot(1, 3, 2, sharex=left, sharey=left), figure.add_subplot(1, 3, 3, projection="3d")]
-    for axes, z, title in zip(panels, (z_train, z_test, z_train), ("training", "test", "training"), strict=True):
-        point = (z.double() - centre) @ axes_3d[:3].T  # (n, E, 3)
-        colour, dimensions = np.arange(len(z)).repeat(z.shape[1]), 3 if axes is panels[2] else 2
-        axes.scatter(*point.flatten(0, 1).T[:dimensions], c=colour, cmap="turbo", s=14, linewidths=0)
-        axes.set(title=f"{len(z)} {title} tasks, one colour each")
+    titles = f"{len(z_train)} training tasks, by parameter", f"{len(z_test)} test tasks, same colours", "training tasks"
+    for axes, z, own, title in zip(panels, (z_train, z_test, z_train), hues, titles, strict=True):
+        point, dimensions = (z.double() - centre) @ axes_3d[:3].T, 3 if axes is panels[2] else 2  # (n, E, 3)
+        colour = {"c": own.repeat(z.shape[1]), "vmin": hue.min(), "vmax": hue.max(), "cmap": "turbo"}
+        axes.scatter(*point.flatten(0, 1).T[:dimensions], **colour, s=14, linewidths=0)
+        axes.set(title=title)
         if dimensions == 2:
             axes.set_xlabel(f"first component ({share[0]:.0%})")
     data.write(run / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
@@ -1092,7 +1097,7 @@ def train(args, run):
             last = step
             write_metrics(run, rows)
             plot_curve(run, args, rows, world)
-            plot_embeddings(run, args, *result["offline_" if "offline_" in result else ""]["z"])
+            plot_embeddings(run, world, *result["offline_" if "offline_" in result else ""]["z"])
             plot_shift(run, "offline-phase" if iteration < 0 else "online-phase", result, world)
             save(run, step, time.time() - began, args, agent, optimisers, rows, world)
             report(rows[-1], world, total)

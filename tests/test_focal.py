@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from matplotlib.axes import Axes
+from mpl_toolkits.mplot3d import Axes3D
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
@@ -728,6 +730,21 @@ def test_separation():
     assert esr == pytest.approx(np.mean(far)) and rms == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-5)
     assert variance == pytest.approx(np.mean([np.var(task.numpy(), axis=0, ddof=1) for task in z]), rel=1e-5)
     assert focal.separation(z[:, :1])[2] == 0
+
+
+def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
+    speed = np.array([3.0, 1.0, 2.5, 0.5, 2.0])  # three training tasks, two test tasks; z is the speed, three times
+    world = SimpleNamespace(env=SimpleNamespace(tasks=speed.repeat(4)[:, None]))  # four episodes of each
+    z, drawn = torch.tensor(speed)[:, None, None].expand(5, 6, 3), []  # from six contexts of each
+    monkeypatch.setattr(focal.data, "write", lambda *_: None)
+    for axes in (Axes, Axes3D):
+        monkeypatch.setattr(axes, "scatter", lambda self, x, *rest, **how: drawn.append((x.numpy(), how)))
+    focal.plot_embeddings(tmp_path, world, z[:3], z[3:])
+    sign = np.sign(drawn[0][1]["c"][0] * (speed[0] - speed.mean()))  # of a principal component there are two
+    for (x, how), own in zip(drawn, (speed[:3], speed[3:], speed[:3]), strict=True):
+        np.testing.assert_allclose(how["c"], sign * (own - speed.mean()).repeat(6), atol=1e-12)
+        np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(how["c"]), atol=1e-12)
+        assert how["vmax"] - how["vmin"] == pytest.approx(2.5)  # of all tasks in every panel
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs
