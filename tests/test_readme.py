@@ -1,4 +1,4 @@
-"""The README's commands parse, its files exist, and shared promises hold."""
+"""The commands of both READMEs parse, their files exist, and shared promises hold."""
 
 import argparse
 import contextlib
@@ -24,13 +24,15 @@ import smac
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FIGURES = (ROOT / "benchmark/README.md").read_text()
+PAGES = README + FIGURES
 SCRIPTS = {f"{module.__name__}.py": module for module in (focal, focal_pp, smac, merpo)}
 COMMANDS = [
     line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for block in re.findall(r"```bash\n(.*?)```", PAGES, re.S)
     for line in block.splitlines()
     if line.strip()
-] + re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", README)
+] + re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", PAGES)
 
 
 def parts(command):
@@ -70,7 +72,7 @@ def test_the_ablation_is_one_more_line_and_two_commands(monkeypatch):
     assert (cost.diff() < 0).all() and abs(cost[1] / square[1] - 1) < 0.1  # alike near |d| = 0.5, as the others
 
 
-@pytest.mark.parametrize("command", re.findall(r"python (benchmark/\w+\.py[^`\n]*)", README.replace("\\\n", " ")))
+@pytest.mark.parametrize("command", re.findall(r"python (benchmark/\w+\.py[^`\n]*)", PAGES.replace("\\\n", " ")))
 def test_benchmarks_take_their_flags(command, monkeypatch):
     """And what a figure, a script or a family is called: everything that is checked before anything is done."""
 
@@ -92,13 +94,25 @@ def test_benchmarks_take_their_flags(command, monkeypatch):
         main["arguments" if words[0] in ("benchmark/paper.py", "benchmark/run.py") else "main"]()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_links_exist(link):
-    if link.startswith("#"):  # a heading, as GitHub writes it
-        headings = re.findall(r"^#+ (.+)$", README, re.M)
-        assert link[1:] in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    else:
-        assert (ROOT / link).exists()
+def anchors(page):
+    """Of the headings, as GitHub writes them: the second of a name has a number."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.M):
+        name = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        same = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in found)
+        found.append(f"{name}-{same}" if same else name)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmark/README.md"])
+def test_links_exist(page):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text())
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data.py", "envs.py"])
