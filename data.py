@@ -141,7 +141,7 @@ SMALL = {
     "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 80.0},
     "cheetah-fwd-back": CHEETAH | ONE,
     "ant-fwd-back": WARM | ONE | {"steps": 400_000},
-    "ant-dir": WARM | {"steps": 300_000, "core_minutes": 216.0},
+    "ant-dir": WARM | {"steps": 300_000, "core_minutes": 480.0},
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
