@@ -182,8 +182,11 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
         own = {"tau": row["tau"]} if "tau" in row else {}
         row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
     settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
-    if settings.start >= settings.steps:  # nothing would be learned
-        raise DataError(f"--start: expected less than the {settings.steps} of --sac-steps, found {settings.start}")
+    if settings.envs > settings.steps:
+        raise DataError(f"--sac-envs: expected at most the {settings.steps} of --sac-steps, found {settings.envs}")
+    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # whole steps of all of them
+    if settings.start >= most:  # nothing would be learned
+        raise DataError(f"--start: expected less than {most} with these --sac-steps, found {settings.start}")
     return settings
 
 
@@ -577,14 +580,15 @@ class Progress:
         self.tty = sys.stdout.isatty()
         self.shown, self.samples = 0.0, []  # of (time, done), for the rate over the last minute
 
-    def show(self, done: int, note: str = "") -> None:
+    def show(self, done: int, restored: int = 0, note: str = "") -> None:
+        """So much is done; what an earlier process did of it, `restored`, says nothing about the rate."""
         now = time.time()
-        self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done)]
+        self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done - restored)]
         if done < self.total and now - self.shown < (1.0 if self.tty else 20.0):
             return
         self.shown = now
         (then, before), *_ = self.samples
-        rate = (done - before) / max(now - then, 1e-9)
+        rate = (done - restored - before) / max(now - then, 1e-9)
         left = f"{(self.total - done) / rate / 60:.1f} min left" if rate > 0 else "time left not known yet"
         line = f"{self.title}: {done / self.total:4.0%}, {rate:,.0f} {self.unit}/s, {left}{note}"
         print(f"\r{line:<110}" if self.tty else line, end="" if self.tty else "\n", flush=True)
@@ -593,7 +597,7 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
-_progress: Any = None  # in a worker: iterations done and mean return, two numbers for each shard
+_progress: Any = None  # in a worker, three numbers for each shard: iterations done, of them restored; mean return
 _stop: Any = None  # in a worker: 1 where the others are to stop
 
 
@@ -614,33 +618,34 @@ def _outlive_nobody(parent: int) -> None:
 
 def _train_shard(job: tuple) -> None:
     """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`."""
-    index, path, env, tasks, seed, settings, device, threads, parent = job
-    trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
+    index, path, env, tasks, seed, settings, device, threads = job
     label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
-    if path.exists():
-        saved = _load_checkpoint(path, label)
-        if "policies" in saved:
-            trainer.iteration = trainer.iterations
-        else:
-            try:
-                trainer.load_state_dict(saved["trainer"])
-            except Exception as error:
-                raise _damaged(path, error) from None
-    done = trainer.finished
-    saved_at = time.time()
+    saved = _load_checkpoint(path, label) if path.exists() else {}
+    if "policies" in saved:
+        _progress[3 * index] = _progress[3 * index + 1] = settings.steps // settings.envs
+        return
+    trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
+    if saved:
+        try:
+            trainer.load_state_dict(saved["trainer"])
+        except Exception as error:
+            raise _damaged(path, error) from None
+    _progress[3 * index] = _progress[3 * index + 1] = trainer.iteration
+    saved_at, pause = time.time(), SAVE_EVERY
     while not trainer.finished:
         trainer.step()
         if trainer.iteration % 32 == 0 or trainer.finished:
             scores = trainer.last_score[np.isfinite(trainer.last_score)]
-            _progress[2 * index : 2 * index + 2] = trainer.iteration, scores.mean() if len(scores) else math.nan
-        if (parent is not None and os.getppid() != parent) or (_stop is not None and _stop.value):
-            os._exit(1)  # the parent was killed, or stops: the last save stands
-        if time.time() - saved_at > SAVE_EVERY:
+            _progress[3 * index] = trainer.iteration
+            _progress[3 * index + 2] = scores.mean() if len(scores) else math.nan
+        if _stop is not None and _stop.value:
+            os._exit(1)  # the parent stops: the last save stands
+        if time.time() - saved_at > pause and not trainer.finished:
+            began = time.time()
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
-    if not done:
-        write(path, lambda file: torch.save(label | trainer.result(), file))
-    _progress[2 * index] = trainer.iterations
+            pause = max(SAVE_EVERY, 10 * (saved_at - began))  # gigabytes on CUDA: at most a tenth of the time
+    write(path, lambda file: torch.save(label | trainer.result(), file))
     trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
 
 
@@ -655,7 +660,7 @@ def _load_checkpoint(path: Path, label: dict) -> dict:
         same_tasks &= bool(saved["env"] == label["env"])
     except Exception as error:
         raise _damaged(path, error) from None
-    for key in then.keys() | label["settings"].keys():
+    for key in sorted(then.keys() | label["settings"].keys(), key=str):
         old, new = then.get(key), label["settings"].get(key)
         if key not in STAGE_2 and (not isinstance(old, int | float | None) or old != new):
             raise DataError(f"{path}: made with {key} = {old!r}, asked for {new}; delete it or use another --data-dir")
@@ -706,22 +711,20 @@ def build_behaviour(
     path = folder / "behaviour.pt"
     label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
     if path.exists():
+        whole = _load_checkpoint(path, label)
         for part in folder.glob("behaviour-part*.pt"):  # killed before it could remove them
-            part.unlink()
-        return _load_checkpoint(path, label)
+            part.unlink(missing_ok=True)
+        return whole
     on_cpu = device.type == "cpu"
     shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
     workers = min(workers or envs.cores(), len(shards)) if on_cpu else 1
     jobs = [
         (i, folder / f"behaviour-part{i}.pt", env, tasks[shard], 1_000_003 * seed + i, settings, str(device),
-         1 if on_cpu else envs.cores(), os.getpid() if on_cpu else None)
+         1 if on_cpu else envs.cores())
         for i, shard in enumerate(shards)
     ]  # fmt: skip
     _run_jobs(jobs, workers, env, settings)
-    parts = [
-        _load_checkpoint(job[1], {**label, "tasks": torch.from_numpy(tasks[s])})
-        for job, s in zip(jobs, shards, strict=True)
-    ]
+    parts = [_load_checkpoint(job[1], label | {"tasks": torch.from_numpy(job[3])}) for job in jobs]
     whole = label | {
         "policies": torch.cat([part["policies"] for part in parts], dim=1),
         "early": torch.cat([part["early"] for part in parts]),
@@ -737,13 +740,13 @@ def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> 
     tasks = [len(job[3]) for job in jobs]
     bar = Progress(f"SAC on {env}, {sum(tasks)} tasks", iterations * settings.envs * sum(tasks), "steps")
     context = multiprocessing.get_context("spawn")
-    progress = context.Array("d", [0.0, math.nan] * len(jobs), lock=False)
+    progress = context.Array("d", [0.0, 0.0, math.nan] * len(jobs), lock=False)
 
     def show():
-        done, score = np.array(progress[::2]), np.array(progress[1::2])
+        done, restored, score = (np.array(progress[i::3]) for i in range(3))
         known = np.isfinite(score)
         note = f", return {np.average(score[known], weights=np.array(tasks)[known]):.1f}" if known.any() else ""
-        bar.show(int((done * tasks).sum()) * settings.envs, note)
+        bar.show(*(int((x * tasks).sum()) * settings.envs for x in (done, restored)), note)
 
     if jobs[0][6] != "cpu":  # in this process; progress from a thread beside it
         _start_here(progress)
@@ -781,7 +784,12 @@ def _start_here(progress: Any) -> None:
 @contextlib.contextmanager
 def _every(seconds: float, call):
     stop = threading.Event()
-    thread = threading.Thread(target=lambda: [call() for _ in iter(lambda: stop.wait(seconds), True)], daemon=True)
+
+    def loop():
+        while not stop.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
         yield
@@ -803,7 +811,10 @@ def collect(
     def act(obs: np.ndarray) -> np.ndarray:
         x = torch.as_tensor(obs, dtype=torch.float32).view(count * k, s // k, row.obs_dim)
         noise = torch.randn(count * k, s // k, row.act_dim, generator=generator)
-        return sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
+        action = sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
+        if not np.isfinite(action).all():
+            raise Diverged(f"{env}: actions of SAC's policies are not finite; expected other settings, as --sac-lr")
+        return action
 
     return record(env, tasks, act, s, seed)
 
@@ -849,6 +860,8 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
     filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
     obs = vector.reset()[0]
+    bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps, "steps")
+    bar.shown = time.time()  # short work passes without a line
     for _ in range(2 * steps):
         action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
@@ -863,6 +876,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
         obs = following
         if filled.min() == steps:
             break
+        bar.show(min(int(filled.sum()), n * steps - 1))
     else:
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
@@ -951,8 +965,6 @@ def can_relabel(row: envs.Family) -> bool:
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
     """SAC's first transitions (T, iterations, envs, D), episode by episode, in the order in which they began."""
     row = envs.family(env)
-    if early.shape[1] == 0:
-        raise DataError("--replay: expected at least one step of every sub-environment")
     rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
     d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
     reported = rows[..., d + m]
@@ -1184,6 +1196,8 @@ def prepare(
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
     device = choose_device(device)
     settings = settings_for(env, device, **changes)
+    if quality == "replay" and settings.replay < settings.envs:
+        raise DataError(f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}")
     train, test = train or row.train, test or row.test
     suffix = "" if behaviour == own else f"-{behaviour}"
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
@@ -1247,7 +1261,8 @@ def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     """Saves a dataset with its tasks' returns, unless something in it is not finite or not in its range."""
     if "first_return" in arrays and "returns" not in arrays:
         arrays["returns"] = arrays["first_return"].mean(1)
-    problem = _value_problem(_as_stored(arrays))
+    stored = _as_stored(arrays)
+    problem = _shape_problem(stored, meta["env"]) or _value_problem(stored)
     if problem:
         raise DataError(f"{path}: not stored, {problem}")
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
@@ -1298,9 +1313,14 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return _episode_returns(*arrays, horizon)
 
 
+def _numbered(episodes: np.ndarray) -> np.ndarray:
+    """Episode numbers (T, N) of any kind, as from 0 and without gaps in every task."""
+    return (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)
+
+
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
-    episodes = (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)  # numbered from 0, without gaps
+    episodes = _numbered(episodes)
     count = int(episodes.max()) + 1
     key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
     first = np.full(t * count, t * n)
@@ -1346,11 +1366,11 @@ def plot(path: Path) -> Path:
 
 def successes(dataset: Dataset) -> np.ndarray:
     """(T, episodes) whether a behaviour that ends in a reward of 0 (and has less before) was ever achieved."""
-    t, n = dataset.rewards.shape
-    key = np.arange(t)[:, None] * n + dataset.episodes.cpu().numpy()
-    best = np.full(t * n, -np.inf)
-    np.maximum.at(best, key.ravel(), dataset.rewards.flatten().cpu().numpy())
-    return best.reshape(t, n)[:, : int(dataset.episodes.max()) + 1] == 0
+    episodes = _numbered(dataset.episodes.cpu().numpy())
+    task, i = np.nonzero(dataset.rewards.cpu().numpy() == 0)
+    achieved = np.zeros((len(episodes), episodes.max() + 1), bool)
+    achieved[task, episodes[task, i]] = True
+    return achieved
 
 
 def _plot_behaviours(left: Any, right: Any, dataset: Dataset, row: envs.Family) -> None:
@@ -1516,6 +1536,11 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error, error.code)
     except OSError as error:
         _fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error})")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error) and "allocate" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        _fail(f"out of memory ({reason:.100}); expected smaller sizes, as --sac-hidden, or fewer --workers")
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last save", 130)
 

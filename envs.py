@@ -876,8 +876,10 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.tasks = np.ascontiguousarray(tasks, np.float64)
         if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
-        if not len(self.tasks) or not np.isfinite(self.tasks).all():
-            raise ValueError(f"{name}: expected at least one task, all finite, found {len(self.tasks)}")
+        if not len(self.tasks):
+            raise ValueError(f"{name}: expected at least one task, found none")
+        if not np.isfinite(self.tasks).all():
+            raise ValueError(f"{name}: expected tasks whose parameters are finite")
         if not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
         if horizon is not None and horizon < 1:

@@ -11,6 +11,7 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,9 +295,9 @@ def prepare(folder, env=WIND, quality="mixed", seed=3, train=3, test=2, workers=
 
 def run_here(jobs, *_):
     """In place of processes."""
-    data._start_here([0.0] * 2 * len(jobs))
+    data._start_here([0.0] * 3 * len(jobs))
     for job in jobs:
-        data._train_shard((*job[:-1], None))
+        data._train_shard(job)
 
 
 @pytest.fixture(scope="module")
@@ -408,12 +409,12 @@ def test_a_killed_build_goes_on_with_more_workers(folder, here, tmp_path, monkey
 def part(tmp_path, monkeypatch):
     """A function that makes one part of a behaviour, two tasks, in this process."""
 
-    def train(parent=None, **changes):
+    def train(**changes):
         tasks = envs.sample_tasks(WIND, 2, 0)
-        data._train_shard((0, tmp_path / "part.pt", WIND, tasks, 5, tiny(**changes), "cpu", 1, parent))
+        data._train_shard((0, tmp_path / "part.pt", WIND, tasks, 5, tiny(**changes), "cpu", 1))
         return tmp_path / "part.pt"
 
-    monkeypatch.setattr(data, "_progress", [0.0, 0.0])
+    monkeypatch.setattr(data, "_progress", [0.0, 0.0, 0.0])
     return train
 
 
@@ -426,7 +427,28 @@ def test_a_finished_part_is_kept_and_its_settings_are_checked(part):
     assert path.stat().st_mtime_ns == stamp
 
 
-def test_a_part_stops_without_its_parent(part, tmp_path, monkeypatch):
+@pytest.mark.parametrize("often", [0, 1000])
+def test_a_part_whose_last_write_failed_is_completed(part, monkeypatch, often):
+    whole = data.read(part())["policies"]
+    part().unlink()
+    monkeypatch.setattr(data, "SAVE_EVERY", often)
+    with monkeypatch.context() as full, pytest.raises(OSError):
+        full.setattr(data.Trainer, "result", lambda _: data.read(Path("nowhere")))
+        part()
+    assert torch.equal(data.read(part())["policies"], whole)
+
+
+def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(data.time, "time", lambda: now[0])
+    bar = data.Progress("x", 1000, "steps")
+    for done, restored in ((0, 0), (500, 500), (540, 500)):
+        bar.show(done, restored)
+        now[0] += 20
+    assert capsys.readouterr().out.splitlines()[-1] == "x:  54%, 1 steps/s, 7.7 min left"
+
+
+def test_a_part_stops_when_the_others_do(part, tmp_path, monkeypatch):
     class Left(Exception):
         pass
 
@@ -434,9 +456,43 @@ def test_a_part_stops_without_its_parent(part, tmp_path, monkeypatch):
         raise Left
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(data, "_stop", SimpleNamespace(value=1))
     with pytest.raises(Left):
-        part(parent=-1)
+        part()
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("quality", "changes", "said"),
+    [
+        ("mixed", {"envs": 500}, "--sac-envs: expected at most the 400 of --sac-steps, found 500"),
+        ("mixed", {"envs": 150, "start": 350}, "--start: expected less than 301 with these --sac-steps, found 350"),
+        ("replay", {"replay": 3}, "--replay: expected at least the 4 of --sac-envs, found 3"),
+    ],
+)
+def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_path, quality, changes, said):
+    with pytest.raises(data.DataError, match=said):
+        prepare(tmp_path, quality=quality, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_policies_whose_actions_are_not_finite_have_diverged(copied, here):
+    behaviour = data.read(copied / "behaviour.pt")
+    tasks, policies = behaviour["tasks"].numpy(), behaviour["policies"].transpose(0, 1) * 1e30
+    with pytest.raises(data.Diverged, match="actions of SAC's policies are not finite"):
+        data.collect(WIND, tasks, policies, data.Settings(**behaviour["settings"]), 0)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_ends_in_one_line(monkeypatch, capsys, error):
+    def no_memory(**_):
+        raise error
+
+    monkeypatch.setattr(data, "prepare", no_memory)
+    with pytest.raises(SystemExit) as end:
+        data.main(["--env", WIND])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("data.py: out of memory (") and said.count("\n") == 1
 
 
 def test_another_settings_is_refused(copied, here):

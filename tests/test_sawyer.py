@@ -1,5 +1,6 @@
 """The Sawyer family: what a task is, the physics of its scene, the script and the data it collects."""
 
+import dataclasses
 import json
 from itertools import product
 
@@ -258,6 +259,8 @@ def test_what_is_collected(folder, capsys):
     found = data.successes(dataset)
     expected = (dataset.rewards.view(30, 4, 75) == 0).any(2).numpy()
     np.testing.assert_array_equal(found, expected)
+    other = dataclasses.replace(dataset, episodes=dataset.episodes * 7 + 3)  # numbered in another way
+    np.testing.assert_array_equal(data.successes(other), expected)
     assert 0.3 < found.mean() < 0.62  # the paper: 46%
     first = dataset.rewards.view(30, 4, 75)[..., :50].sum(-1).mean(-1)
     np.testing.assert_allclose(dataset.returns, first, rtol=1e-6)
