@@ -644,7 +644,7 @@ def _train_shard(job: tuple) -> None:
             began = time.time()
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
-            pause = max(SAVE_EVERY, 10 * (saved_at - began))  # gigabytes on CUDA: at most a tenth of the time
+            pause = SAVE_EVERY * max(1, (saved_at - began) / 6)  # gigabytes on CUDA: at most a tenth of the time
     write(path, lambda file: torch.save(label | trainer.result(), file))
     trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
 

@@ -1,23 +1,24 @@
 """FOCAL++: improved offline meta-RL with attention and contrastive learning (Li et al.; ICLR 2022; arXiv:2102.10774).
 
 Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are FOCAL's equations):
-    repeat: draw a meta-batch of tasks; for each task draw contexts c_i, c_j and an RL minibatch b_i from D_i
+    repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c_j and an RL minibatch b_i from D_i
         z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention weighs the transitions
         z_k = the same of c_j by the key encoder E_k                     phi_k <- m phi_k + (1 - m) phi, no gradient
         phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     its own task's z_k against other tasks'
         psi   <- descend the Bellman error given (s, z_i) (27)           z_i detached: it does not train the encoder
-        theta <- descend log pi - min Q + alpha D(pi, behaviour) (28)    behaviour regularisation (BRAC)
+        theta <- descend alpha D(pi, behaviour) - min Q (28) + log pi    behaviour regularisation (BRAC); entropy
         D is the dual form of KL with a discriminator g, which learns beside them
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
 
-    python focal_pp.py --env sparse-point-robot --small    # one thread, 3 minutes, test return 11.9
+    python focal_pp.py --env sparse-point-robot --small  # 3 minutes, return 11.9; compare: diff focal.py focal_pp.py
 
 (On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Contexts and returns are sparse
 there; actor and critic learn from dense rewards.) Where we differ from the paper:
 - Observations are standardised; the encoder learns first and then stands still (see `encoder_rate`), since a policy
-  cannot settle while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as Table 5b presupposes.
+  cannot settle while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as FOCAL's Table 5b presupposes.
 - (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, with D at the data's next action.
-- The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first.
+- The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first. Q has a twin;
+  the entropy has weight 1 in target and actor, as appendix F gives none; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see the table).
 """
@@ -44,7 +45,7 @@ import data
 import envs
 
 # ==================================================================================================== 1. arguments
-# Table 4 of the paper, and from its Table 2 the quality of the data, except on the point robots: our expert data come
+# FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max, for --tune-alpha, is the authors' code's.)
 TABLE = {
@@ -79,10 +80,10 @@ SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1, "threads": 1}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 10_000, "encoder_steps": 400}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
-# Table 4's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
+# FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
 SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
-# Table 4's alpha of 500 and 1e6, times one sample of D, drowns the target. A policy that learns faster than the
+# FOCAL's alpha of 500 and 1e6, times one sample of D, drowns the target. A policy that learns faster than the
 # discriminator outruns it: cheetah-fwd-back then stays at 200 to 700, ant-fwd-back below its data.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 4, "batch_size": 128, "alpha": 100}
 SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3, "discriminator_lr": 1e-3}
@@ -94,7 +95,7 @@ SMALL = {
     "ant-fwd-back": SMALL_TWO | {"eval_every": 2_000},
     "walker-params": SMALL_WALKER | {"eval_every": 2_000},
 }
-# FOCAL++'s Table 6 over FOCAL's Table 4. A meta-batch is of distinct tasks: two-task families have 2 x 512, not 4 x 256
+# FOCAL++'s Table 6 over FOCAL's Table 4. Ours: alpha is not tuned in SMALL; two tasks are 2 x 512, as they are distinct
 for name, row in TABLE.items():
     row |= {"beta": 1, "hidden": 256, "context_size": 512} | ({"latent": 20} if envs.family(name).xml else {})
     row |= {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3} if envs.family(name).xml else {}
@@ -104,7 +105,7 @@ for name, row in TABLE.items():
     SMALL[name] |= {"meta_batch_size": 2, "batch_size": 256} if envs.family(name).only else {}
 
 
-# What does not change the result of a run, or is in its path anyway.
+# What does not change the result of a run (but for rounding), or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
 GROWS = {"steps", "variant"}  # may differ from those of the checkpoint that a run goes on from
 
@@ -164,7 +165,7 @@ def parse_args(argv=None):
     algorithm_arguments(parser.add_argument)
     parser.set_defaults(**TABLE.get(known.env, {}) | (SMALL.get(known.env, {}) if known.small else {}))
     args = parser.parse_args(argv)
-    if bellman(args):  # its loss changes as long as the policy does
+    if critic_trains_encoder(args):  # its loss changes as long as the policy does
         parser.set_defaults(encoder_steps=args.steps)
         args = parser.parse_args(argv)
     args.test_quality = None if args.test_quality == args.quality else args.test_quality
@@ -182,8 +183,8 @@ def parse_args(argv=None):
     return args
 
 
-def bellman(args):
-    """Whether the critic's loss trains the encoder."""
+def critic_trains_encoder(args):
+    """In the ablations: by --coupled beside the encoder's own loss, by --encoder-loss bellman instead of it."""
     return args.coupled or args.encoder_loss == "bellman"
 
 
@@ -201,7 +202,7 @@ def shared_arguments(add):
     add("--env", default="walker-params", choices=list(TABLE), help="task family")
     add("--small", action="store_true", help="sizes for a machine without a GPU")
     add("--seed", type=natural, default=0, help="fixes everything the run draws")
-    add("--steps", type=whole, default=200_000, help="gradient steps")
+    add("--steps", type=whole, default=200_000, help="gradient steps; how many the papers take they do not say")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where the networks and the data are")
     add("--threads", type=natural, default=0, help="PyTorch's threads on the CPU; 0: one for each core")
     add("--data", type=Path, default=None, metavar="FILE", help="a dataset of your own (.npz, see data.py)")
@@ -241,7 +242,7 @@ def algorithm_arguments(add):
     add("--encoder-loss", choices=["contrast", "dml", "bellman"], default="contrast", help="dml: FOCAL's")
     add("--coupled", action="store_true", help="the critic's loss trains the encoder too (FOCAL, section 5.2.3)")
     add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, FOCAL's Eq. 13")
-    add("--beta", type=number, default=1.0, help="multiplies their weight in LAWS, Table 5b's")
+    add("--beta", type=number, default=1.0, help="multiplies their weight in LAWS, which is that of FOCAL's Table 5b")
     add("--eps", type=positive, default=0.1, help="epsilon of FOCAL's Eq. 13")
     add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: Contextual BCQ's, with --encoder-loss bellman")
     add("--alpha", type=number, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
@@ -384,7 +385,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E: transitions (M tasks, B, d) -> embeddings (M, l) in (-1, 1), a weighted mean over the context."""
+    """E: C transitions (M tasks, C, width) -> z (M, l) in (-1, 1), their weighted mean; and 0 (M,), as it has no KL."""
 
     def __init__(self, widths, args):
         super().__init__()
@@ -410,8 +411,8 @@ class Encoder(nn.Module):
 
 
 # ======================================================================================================= 4. losses
-# What a negative pair costs, given |d|^2. By Table 5b's weights the four are alike in size near |d| = 0.5. Positive
-# powers, which reward distance, are negative.
+# What a pair of different tasks costs, given |d|^2, with the weights of FOCAL's Table 5b, which make the four alike in
+# size near |d| = 0.5. All fall as the distance grows: inverse powers towards 0, powers, negated, without end.
 LAWS = {
     "inverse-square": lambda d2, eps: 1 / (d2 + eps),
     "inverse": lambda d2, eps: 2 / ((d2 + 1e-12).sqrt() + eps),
@@ -423,10 +424,10 @@ LAWS = {
 def dml_loss(z_i, z_j, same, beta, law, eps):
     """Distance metric loss over all pairs of a meta-batch; z_i, z_j (M, l) from independent contexts, same (M, M).
 
-    |d|^2 is the mean over the latent dimensions, as Table 5b's weights presuppose.
+    |d|^2 is the mean over the latent dimensions, as the weights in LAWS presuppose.
     """
     d2 = (z_i[:, None] - z_j[None]).square().mean(-1)  # (M, M)
-    # Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} beta / (|q_i - q_j|^n + eps)
+    # FOCAL's Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} w / (|q_i - q_j|^n + eps), w = beta times LAWS' weight
     return torch.where(same, d2, beta * LAWS[law](d2, eps)).mean()
 
 
@@ -438,42 +439,45 @@ def contrast_loss(z_q, z_k, same, temperature):
     return -logits.log_softmax(1).diagonal().sum()
 
 
-def critic_target(r, d, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
-    """y of Eq. 27 with Eq. 7's value penalty and appendix F's entropy, whose weight is 1 here as in Eq. 28; q_next
+def critic_target(r, done, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
+    """y of FOCAL's Eq. 27 with Eq. 7's value penalty and the entropy of appendix F, both as in `actor_loss`; q_next
     (2, N) of the slow target, divergence_next (N,) or 0."""
-    # reward_scale r + gamma (1 - d) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
-    return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
+    # reward_scale r + gamma (1 - done) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
+    return reward_scale * r + discount * (1 - done) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
 
 
-def bcq_target(r, d, q_next, reward_scale, discount):
+def bcq_target(r, done, q_next, reward_scale, discount):
     """y of BCQ: the best of the proposed actions by 3/4 of the lower and 1/4 of the higher twin; q_next (2, K, N)."""
     value = (0.75 * q_next.amin(0) + 0.25 * q_next.amax(0)).amax(0)
-    return reward_scale * r + discount * (1 - d) * value
+    return reward_scale * r + discount * (1 - done) * value
 
 
 def critic_loss(q, y):
-    """Eq. 27: (y - Q(s, z, a))^2, mean over rows, sum over the twins; q (2, N), y (N,)."""
+    """FOCAL's Eq. 27: (y - Q(s, z, a))^2, mean over rows, sum over the twins; q (2, N), y (N,)."""
     return (y - q).square().mean(1).sum()
 
 
 def actor_loss(log_pi, q, divergence, alpha):
-    """Eq. 28 with entropy (appendix F): log pi(a''|s, z) - min Q(s, z, a'') + alpha D(s); q (2, N)."""
+    """FOCAL's Eq. 28, -Q + alpha D, and the entropy of its appendix F, whose weight of 1 is ours (the scale of rewards
+    sets it): log pi(a''|s, z) - min Q(s, z, a'') + alpha D(s); q (2, N)."""
     return (log_pi - q.amin(0) + alpha * divergence).mean()
 
 
 def kl_dual(logit_pi, logit_data):
-    """D, one sample a row: log g(a_pi) + 1 - g(a_data), g = softplus(logit) (Nowozin et al. 2016)."""
+    """D = KL(pi || behaviour) = max over g > 0 of E_pi[log g(a)] + 1 - E_data[g(a)], at its maximum g = pi / behaviour
+    (Nowozin et al. 2016); here one sample of each expectation a row, g = softplus(logit)."""
     return torch.log(F.softplus(logit_pi) + 1e-8) + 1 - F.softplus(logit_data)
 
 
-def discriminator_loss(divergence, grad):
-    """-mean D + 5 mean max(|grad_a logit| - 1, 0)^2; grad (N, m) at actions between the policy's and the data's."""
-    return -divergence.mean() + 5 * (grad.norm(dim=-1) - 1).clamp_min(0).square().mean()
+def discriminator_loss(divergence, grad_a):
+    """-mean D + 5 mean max(|grad_a logit| - 1, 0)^2; grad_a (N, m) at actions between the policy's and the data's.
+    The penalty is of BRAC's code (Wu et al. 2019): a smooth g has a slope that tells the actor where the data are."""
+    return -divergence.mean() + 5 * (grad_a.norm(dim=-1) - 1).clamp_min(0).square().mean()
 
 
 def slope(net, x):
-    """The gradient (N, d) of net(x) by x (N, d), net of `mlp`. Its own gradient reaches only the weights: which units
-    are active does not change with x, and autograd's double backward would carry zeros through the whole network."""
+    """The gradient (N, d) by x (N, d) of net(x), a network that `mlp` made. Where its ReLUs are active is piecewise
+    constant in x, so a gradient of this gradient reaches the weights only; autograd would carry zeros to x as well."""
     active = []
     with torch.no_grad():
         for layer in net[:-1]:
@@ -545,7 +549,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def settled_embedding(self, task, batches):
-        """z (M, l). Where z is a sample its noise stays fresh: a few draws, kept, would tell tasks by themselves."""
+        """z (M, l). Where z is a sample it is drawn afresh: from 64 samples that are kept, the policy could recognise a
+        task by their noise."""
         if not isinstance(self.encoder, Encoder):
             return self.encoder(batches.contexts(task))[0]
         return self.settled[task, torch.randint(self.SETTLED, task.shape, device=task.device)]
@@ -599,14 +604,14 @@ class Batches:
         return self.rows.view(n * count, width).index_select(0, index.flatten()).view(len(task), size, width)
 
     def contexts(self, task):
-        """(M, B, d): s, a, r and s' of transitions, as the encoder sees them."""
+        """(M, C, width): s, a, s' and r of C transitions, as the encoder sees them."""
         return context_of(self.draw(task, self.args.context_size), self.split, self.args)
 
     def transitions(self, task):
-        """s, a, r, s', d and, for the value penalty, the data's next action and whether there is one; (M x B, ...)."""
+        """s, a, r, s', done and, for the value penalty, the data's next action and whether it has one; (M x B, ...)."""
         rows = self.draw(task, self.args.batch_size).flatten(0, 1)
-        s, a, _, s2, r, d, a2, has_next = rows.split(self.split, -1)
-        return s, a, r[:, 0], s2, d[:, 0], a2, has_next[:, 0]
+        s, a, _, s2, r, done, a2, has_next = rows.split(self.split, -1)
+        return s, a, r[:, 0], s2, done[:, 0], a2, has_next[:, 0]
 
 
 def context_of(rows, split, args):
@@ -643,9 +648,10 @@ def make_update(args, agent, optimisers, batches):
                 dml = dml_loss(z_i, z_j, same, args.beta, args.dml, args.eps)  # Eq. 13
                 log["encoder_loss"], loss = dml.detach(), loss + dml
             if torch.is_tensor(loss):  # the critic's loss may add to these gradients, or be all there is
-                loss.backward(retain_graph=bellman(args))
+                loss.backward(retain_graph=critic_trains_encoder(args))
         z = z_i.repeat_interleave(args.batch_size, 0)  # (M x B, l)
-        log |= learn_critic(b, z if bellman(args) else z.detach())  # the Bellman error stops at z
+        # (27) has z without a gradient: the Bellman error does not reach the encoder, but in the ablations
+        log |= learn_critic(b, z if critic_trains_encoder(args) else z.detach())
         if learn_encoder:
             optimisers["encoder"].param_groups[0]["lr"].copy_(args.encoder_lr * encoder_rate(args, agent.step))
             optimisers["encoder"].step()
@@ -658,18 +664,18 @@ def make_update(args, agent, optimisers, batches):
             agent.record(**log)
 
     def learn_critic(b, z):
-        s, a, r, s2, d, a2_data, has_next = b
+        s, a, r, s2, done, a2_data, has_next = b
         with torch.no_grad():
             if args.policy == "brac":
                 a2, log_pi2 = agent.actor.sample(s2, z)
                 penalty = args.value_penalty and agent.discriminator is not None
                 divergence2 = has_next * agent.divergence(s2, z, a2, a2_data) if penalty else 0  # Eq. 7
                 q2 = agent.target(s2, z, a2)
-                y = critic_target(r, d, q2, log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha)
+                y = critic_target(r, done, q2, log_pi2, divergence2, args.reward_scale, args.discount, agent.alpha)
             else:
                 a2 = agent.propose(s2, z, slow=True)
                 q2 = agent.target(s2.expand(len(a2), *s2.shape), z.expand(len(a2), *z.shape), a2)
-                y = bcq_target(r, d, q2, args.reward_scale, args.discount)
+                y = bcq_target(r, done, q2, args.reward_scale, args.discount)
         q = agent.critic(s, z, a)
         loss = critic_loss(q, y)  # Eq. 27
         step_down(optimisers["critic"], loss)
@@ -723,8 +729,8 @@ def make_update(args, agent, optimisers, batches):
 
 
 def encoder_rate(args, step):
-    """Its loss does not depend on the policy, but the policy depends on it: it learns first, then stands still, and z
-    comes from a few contexts of each task that are kept (see `settle`)."""
+    """The share of --encoder-lr at this step. The encoder's loss does not depend on the policy, but the policy depends
+    on z: so the encoder learns first, then stands still, and z comes from the contexts that `settle` keeps."""
     return (1 - step / args.encoder_steps).clamp_min(0)
 
 
@@ -766,8 +772,8 @@ def pack(dataset, tasks, mean, std):
     a = dataset.actions[tasks]
     s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
     columns = dataset.context_rewards[tasks], dataset.rewards[tasks], dataset.terminals[tasks], has_next
-    r_context, r, d, has_next = (column[..., None] for column in columns)
-    return torch.cat([s, a, r_context, s2, r, d, a.roll(-1, 1), has_next], -1)
+    r_context, r, done, has_next = (column[..., None] for column in columns)
+    return torch.cat([s, a, r_context, s2, r, done, a.roll(-1, 1), has_next], -1)
 
 
 class World:
@@ -776,7 +782,7 @@ class World:
     def __init__(self, args, device):
         train = open_data(args, args.quality, device)
         test = open_data(args, args.test_quality, device) if args.test_quality != args.quality else train
-        if args.sparse:  # in contexts only; R is fitted to the training tasks
+        if args.sparse:  # in contexts only; the goal radius R of FOCAL++'s Eq. 35 is fitted to the training tasks
             radius = data.sparsify(train)
             data.sparsify(test, radius)
         row, e = envs.family(args.env), args.eval_episodes
@@ -831,8 +837,8 @@ def evaluate(args, agent, world):
 
 
 def separation(z):
-    """ESR and RMS of Table 1 over all pairs of embeddings of different tasks; z (n, E, l). Also a task's variance
-    over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
+    """ESR and RMS of FOCAL's Table 1 over all pairs of embeddings of different tasks; z (n, E, l). Also a task's
+    variance over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
     n, e, latent = z.shape
     flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
     d2 = (flat[:, None] - flat[None]).square().sum(-1)[task[:, None] != task[None]]

@@ -86,7 +86,7 @@ for name in ("halfcheetah", "hopper", "walker2d"):
     SMALL[name] = SMALL_ALL | {"model_lr": 1.0, "steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4, "tau": 0.02}
 
 
-# What does not change the result of a run, or is in its path anyway.
+# What does not change the result of a run (but for rounding), or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads"}
 GROWS = {"steps", "variant"}  # may differ from those of the checkpoint that a run goes on from
 
@@ -277,7 +277,8 @@ def algorithm_arguments(add):
     )
 
 
-# test_start: (policy and critic start from the meta-policy and meta-Q, alpha if not --alpha, whether lambda is 0)
+# --test-start: whether policy and critic start from the meta-policy and meta-Q; alpha, if not --alpha; whether lambda
+# stays at 0 (`free`)
 STARTS = {
     "meta": (True, None, False),
     "meta-no-init": (False, None, False),
@@ -421,7 +422,7 @@ def meta_policy_loss(kl_meta, lam, alpha):
 
 
 # ======================================================================================================= 5. update
-def spread(target, source, shape, source_shape):
+def copy_networks(target, source, shape, source_shape):
     """Copies networks: the first axis of `target`, read as `shape`, takes that of `source`, read as `source_shape`."""
     for a, b in zip(target.parameters(), source.parameters(), strict=True):
         a.data.view(*shape, *a.shape[1:]).copy_(b.detach().view(*source_shape, *b.shape[1:]))
@@ -532,8 +533,8 @@ class Inner(nn.Module):
         pick(self.models, tasks.models, kept.flatten())
         pick(self.behaviour, tasks.behaviour, index)
         if agent is not None:
-            spread(self.actor, agent.meta_policy, (self.n,), (1,))
-            spread(self.critic, agent.meta_q, (2, self.n), (2, 1))
+            copy_networks(self.actor, agent.meta_policy, (self.n,), (1,))
+            copy_networks(self.critic, agent.meta_q, (2, self.n), (2, 1))
             forget(optimisers["actor"])
             forget(optimisers["critic"])
         self.target.load_state_dict(self.critic.state_dict())
@@ -546,11 +547,11 @@ class Inner(nn.Module):
         real = tasks.draw(index, args.batch_size)
         rho = real if args.no_model else tasks.imagined(index, args.batch_size)
         count = round((1.0 if args.no_model else args.real_ratio) * args.batch_size)
-        mixed = torch.cat([real[:, :count], rho[:, : args.batch_size - count]], 1)
+        d_f = torch.cat([real[:, :count], rho[:, : args.batch_size - count]], 1)
         s_data, a_data = real.split(world.split, -1)[:2]
         s_rho = rho.split(world.split, -1)[0]
         # line 4 of Algorithm 1, 13 of Algorithm 2: Eq. 1; in a batch f of D_n and 1 - f of D_model
-        log = self.evaluate_policy(tasks, index, s_rho, s_data, a_data, mixed, optimisers["critic"])
+        log = self.evaluate_policy(tasks, index, s_rho, s_data, a_data, d_f, optimisers["critic"])
         return log | self.improve_policy(tasks, index, s_rho, s_data, a_data, meta_policy, optimisers["actor"], free)
 
     @torch.no_grad()
@@ -571,12 +572,12 @@ class Inner(nn.Module):
             s = torch.where(d > 0, start, s2)
         return torch.cat(made, 1)
 
-    def evaluate_policy(self, tasks, index, s_rho, s_data, a_data, mixed, optimiser):
+    def evaluate_policy(self, tasks, index, s_rho, s_data, a_data, d_f, optimiser):
         args = self.args
-        s, a, r, s2, d = mixed.split(self.world.split, -1)
+        s, a, r, s2, done = d_f.split(self.world.split, -1)
         with torch.no_grad():
             a2, log_pi2 = self.actor.sample(s2)
-            y = critic_target(r[..., 0], d[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
+            y = critic_target(r[..., 0], done[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
             mean, log_std = (x.repeat_interleave(10, 1) for x in self.actor(s_rho))  # ten fresh actions for each state
             a_rho = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         parts = (s_rho.repeat_interleave(10, 1), a_rho), (s_data, a_data), (s, a)
@@ -584,14 +585,15 @@ class Inner(nn.Module):
         q_rho, q_data, q = values.split([part[0].shape[1] for part in parts], -1)
         with torch.no_grad():
             gap = (q_rho.mean(-1) - q_data.mean(-1)).mean(0)  # (T,)
-            beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
-            tasks.log_beta.index_copy_(0, index, beta)
-        loss = critic_loss(q_rho, q_data, q, y, beta.exp())  # Eq. 1
+            # appendix A.2.2, "Tune beta": up where the gap is above the threshold, else down
+            log_beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
+            tasks.log_beta.index_copy_(0, index, log_beta)
+        loss = critic_loss(q_rho, q_data, q, y, log_beta.exp())  # Eq. 1
         step_down(optimiser, loss)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), args.tau)
         log = {"critic_loss": loss.detach() / self.n, "q_mean": q.detach().mean(), "q_gap": gap.mean()}
-        return log | {"beta": beta.exp().mean()}
+        return log | {"beta": log_beta.exp().mean()}
 
     def improve_policy(self, tasks, index, s_rho, s_data, a_data, meta_policy, optimiser, free):
         # line 5 of Algorithm 1, 14 of Algorithm 2: Eq. 7, made computable by Eq. 9. At alpha = 0 it is Eq. 6 (COMBO-3)
@@ -614,6 +616,8 @@ class Inner(nn.Module):
         with torch.no_grad():
             d_behaviour = gaussian_divergence(self.behaviour(s_data), self.actor(s_data)).mean(-1).clamp_max(10)
             d_meta = d_meta.mean(-1).clamp_max(10)
+            # A.2.2, "Tune lambda": + lr (alpha D(pi_n, pi_beta) + (1 - alpha) D(pi_n, pi_c) - target); the first D is
+            # KL(pi_beta || pi_n), which Eq. 9 descends by log pi_n(data)
             lam = lam + args.lambda_lr * (alpha * d_behaviour + (1 - alpha) * d_meta - args.target_divergence)
             lam = lam.clamp(0, 10 * args.lambda_initial)
             tasks.lam.index_copy_(0, index, lam)
@@ -653,7 +657,7 @@ def step_down(optimiser, loss):
 
 def adapt_models(args, world, theta, phi, tasks, index, optimiser):
     """h steps of Eq. 3 (or 4): 7 models of each task (T,), from phi, on bootstrapped data; returns -log T (T x 7,)."""
-    spread(theta, phi, (len(index), Agent.MODELS), (1, Agent.MODELS))
+    copy_networks(theta, phi, (len(index), Agent.MODELS), (1, Agent.MODELS))
     forget(optimiser)
     return fit_models(args, world, theta, tasks, index, optimiser)
 
@@ -663,7 +667,7 @@ def fit_models(args, world, theta, tasks, index, optimiser):
     n, models = len(index), Agent.MODELS
     mine = torch.arange(models, device=index.device).repeat(n)[:, None]  # (T x 7, 1)
     task = index.repeat_interleave(models)[:, None]
-    weights, anchor = list(theta.parameters()), [p.detach().clone() for p in theta.parameters()]
+    weights, anchor = list(theta.parameters()), [p.detach().clone() for p in theta.parameters()]  # phi, as they start
     for _ in range(args.model_adapt_steps):
         i = torch.randint(tasks.bootstrap.shape[1], (n * models, args.batch_size), device=index.device)
         i = tasks.bootstrap[mine, i]
@@ -693,7 +697,7 @@ def settle_tasks(args, agent, world, tasks, device):
     d, m = world.row.obs_dim, world.row.act_dim
     theta = Models(n * Agent.MODELS, d, m, args.model_hidden, args.model_layers).to(device)
     optimiser = adam(theta, args.model_task_lr, device)
-    spread(theta, agent.meta_model, (n, Agent.MODELS), (1, Agent.MODELS))
+    copy_networks(theta, agent.meta_model, (n, Agent.MODELS), (1, Agent.MODELS))
     before = held_out_error(world, theta, tasks, index)
     if not args.single:  # its models are trained whole in stage 1
         adapt_models(args, world, theta, agent.meta_model, tasks, index, optimiser)
@@ -757,7 +761,7 @@ def make_updates(args, agent, optimisers, world):
             mean, log_std = agent.meta_policy(s.flatten(0, 1)[None])  # one network for all tasks' states
             kl = gaussian_divergence(policy, (mean.view_as(policy[0]), log_std.view_as(policy[0])))
             if args.adaptive and i == 0:
-                mix(index, kl.detach().mean(-1))
+                adapt_alpha(index, kl.detach().mean(-1))
             loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # line 17: Eq. 10
             step_down(optimisers["meta_policy"], loss)
         with torch.no_grad():
@@ -767,7 +771,7 @@ def make_updates(args, agent, optimisers, world):
         return {"meta_policy_loss": loss.detach()}
 
     @torch.no_grad()
-    def mix(index, d_meta):
+    def adapt_alpha(index, d_meta):
         real = tasks.draw(index, args.batch_size).split(world.split, -1)[0]
         d_behaviour = gaussian_divergence(inner.behaviour(real), inner.actor(real)).mean(-1)
         # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5], with
@@ -885,8 +889,9 @@ def play(args, policy, world):
 def evaluate(args, agent, world):
     """Every test task adapts, all as one batch: RAC from the meta-policy on its own data; then its policy is scored.
 
-    Returns {steps of RAC: returns (n_test, E)}, from the meta-policy itself (0) on. What is drawn is the same at every
-    evaluation and takes nothing from the run's own random numbers.
+    Returns {steps of RAC: returns (n_test, E)}, from the meta-policy itself (0) on; with --single, where nothing
+    adapts, {1: of the policy, 0: of the meta-policy}. What is drawn is the same at every evaluation, and nothing of it
+    is of the run's own random numbers.
     """
     device = world.mean.device
     if args.single:

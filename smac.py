@@ -11,14 +11,16 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
         w, theta as above, the actor also by PEARL's loss; h and h' now hold the labelled trajectories too
 At meta-test time the agent explores for two episodes with z from the prior, then acts on its posterior.
 
-    python smac.py --env cheetah-vel --small    # one thread, 13 minutes: -202 after the offline phase, -127 at the end
+    python smac.py --env cheetah-vel --small    # data 59 core-minutes, then 13: -202 offline, -127 in the end
 
 Where we differ from the paper:
 - Data are the last rows of the early replay of one SAC agent for each task, in the paper's sizes (with `--small` on
   MuJoCo those of half-trained policies); the paper's are one PEARL run's, on cheetah-vel its first. (`--from-nothing`
   runs that, `--save-replay` keeps its buffers as a dataset.) One buffer serves contexts and RL; the encoder's buffer is
   its last 400 offline rows and what is collected.
-- Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
+- Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'
+  (a test task's trajectory, `--online-tasks test`, by some training task's). An oracle is this script with true rewards
+  online, the paper's is PEARL with them. z is drawn once an episode (`--z-every step`: line 7's once a step).
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised. Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
 - `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target; its KL has this script's
@@ -49,7 +51,8 @@ import data
 import envs
 
 # ==================================================================================================== 1. arguments
-# Table 2 of the paper (the sizes of its datasets: transitions of each training task); numbers of tasks as in the text.
+# Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
+# On cheetah-vel the encoder's buffer stays offline (appendix C.2).
 # Families that are not in the paper take the cheetah's row but for its contexts, point robots a discount for their
 # shorter horizon, a larger scale for their smaller rewards, and SAC's first rows, since it is an expert by the last.
 TABLE = {
@@ -65,7 +68,8 @@ TABLE = {
     "sawyer": {"data_size": 3750, "context_data": 3750, "reward_scale": 1, "awac_lambda": 0.3, "pearl_weight": 0},
 }
 TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the script's data have no other quality
-# --small: what differs on a machine without a GPU. (Beside batches of 128, the KL has half of Eq. 3's weight.)
+# --small: what differs on a machine without a GPU. (Beside batches of 128, the KL has half of Eq. 3's weight; sawyer's
+# discount, target and KL were chosen on seed 0.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -78,7 +82,7 @@ SMALL["sawyer"] = SMALL_MUJOCO | {"quality": "mixed", "steps": 8_000, "online_st
 SMALL["sawyer"] |= {"discount": 0.95, "tau": 0.02, "kl_weight": 0.0005, "eval_episodes": 2}
 
 
-# What does not change the result of a run, or is in its path anyway.
+# What does not change the result of a run (but for rounding), or is in its path anyway.
 ELSEWHERE = {"env", "small", "seed", "device", "data_dir", "run_dir", "resume", "no_graph", "threads", "save_replay"}
 GROWS = {"variant"}  # may differ from that of the checkpoint that a run goes on from; its phases begin at their steps
 
@@ -223,7 +227,7 @@ def algorithm_arguments(add):
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
     add("--encoder-loss", choices=["reward", "q", "reward+q"], default="reward",
         help="what trains the encoder offline; with q in it the critic's loss goes on online (Figure 7)")  # fmt: skip
-    add("--kl-weight", type=number, default=1 / 256, help="of the KL in Eq. 3, beside a mean over h'")
+    add("--kl-weight", type=number, default=1 / 256, help="of the KL in Eq. 3, whose sum over 256 rows is a mean here")
     add("--actor", choices=["awac", "sac", "bc"], default="awac", help="sac, bc: the paper's ablations")
     add("--awac-lambda", type=positive, default=100.0, help="temperature lambda of Eq. 2")
     add("--pearl-weight", type=number, default=1.0, help="lambda_pearl, of PEARL's actor loss in the online phase")
@@ -345,10 +349,10 @@ def reward_loss(r, decoded):
     return (r - decoded).square().mean()
 
 
-def critic_target(r, d, q_next, reward_scale, discount):
+def critic_target(r, done, q_next, reward_scale, discount):
     """y of Eq. 1, without entropy; q_next (2, N) of the slow target at a' ~ pi(. | s', z)."""
-    # r + gamma (1 - d) min Qbar(s', a', z)
-    return reward_scale * r + discount * (1 - d) * q_next.amin(0)
+    # reward_scale r + gamma (1 - done) min Qbar(s', a', z), the lower of twins, where Eq. 1 has one Q
+    return reward_scale * r + discount * (1 - done) * q_next.amin(0)
 
 
 def critic_loss(q, y):
@@ -401,8 +405,8 @@ class Replay(nn.Module):
         self.filled.index_add_(0, task, torch.full_like(task, rows.shape[1]))
 
     def draw(self, task, size, held, part=None):
-        """(M, size, D) rows, drawn uniformly from the first held (n,) rows of each task's buffer, without the offline
-        rows older than the last `part`: what is left is the paper's buffer of the encoder."""
+        """(M, size, D) rows, drawn uniformly from the first held (n,) of each task's buffer; with `part` only from its
+        last so many offline rows and what was collected: the paper's buffer of the encoder."""
         first = torch.zeros_like(held) if part is None else (self.offline - part).clamp_min(0)
         share = torch.rand(len(task), size, device=task.device, dtype=torch.float64)
         index = (first[task, None] + share * (held - first)[task, None]).long()
@@ -423,7 +427,8 @@ class Agent(nn.Module):
         self.actor, self.critic = Actor(*sizes, args.hidden), Critic(*sizes, args.hidden)
         self.target = Critic(*sizes, args.hidden).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        self.labeller = copy.deepcopy(self.encoder).requires_grad_(False)  # the encoder at the end of the offline phase
+        # the encoder at the end of the offline phase: it labels, even where the encoder goes on learning (Figure 7)
+        self.labeller = copy.deepcopy(self.encoder).requires_grad_(False)
         self.replay = Replay(rows, tasks, capacity)
         self.split = [obs_dim, act_dim, 1, obs_dim, 1]  # widths of the parts of a row
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))
@@ -510,7 +515,7 @@ def make_update(args, agent, optimisers):
             loss.backward(retain_graph=by_q)
             optimisers["decoder"].step()
             log["reward_loss"] = loss.detach()
-        q = judge(s, a, r, s2, d, z if by_q else z.detach(), log)
+        q = critic_backward(s, a, r, s2, d, z if by_q else z.detach(), log)
         if by_reward or by_q:
             optimisers["encoder"].step()
         learn_actor(s, a, z.detach(), q, online, log)
@@ -519,8 +524,8 @@ def make_update(args, agent, optimisers):
             torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
             agent.record(**log)
 
-    def judge(s, a, r, s2, d, z, log):
-        """Q(s, a, z), and the gradient of the critic's loss for its step."""
+    def critic_backward(s, a, r, s2, d, z, log):
+        """Q(s, a, z), and the gradient of the critic's loss, with which it steps only after the actor."""
         with torch.no_grad():
             q2 = agent.target(s2, z, agent.actor.sample(s2, z)[0])
             y = critic_target(r, d, q2, args.reward_scale, args.discount)
@@ -748,7 +753,8 @@ def capacity(args, n):
 
 @torch.no_grad()
 def collect(args, agent, world, iteration):
-    """Lines 7 to 9: trajectories with z from the prior, labelled and appended to the buffers of their tasks.
+    """Lines 7 to 9: trajectories with z from the prior, labelled by the buffers of their tasks and appended to them (in
+    test tasks, whose buffers hold no rewards, by and to those of training tasks; an oracle's to their own).
 
     Unless rewards are the oracle's, the environment that acts here does not know any.
     """

@@ -579,7 +579,7 @@ def test_a_reset_mask_is_a_truth_for_each_row(mask):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tasks": np.full((2, 1), np.nan)}, "all finite"),
+        ({"tasks": np.full((2, 1), np.nan)}, "parameters are finite"),
         ({"tasks": np.zeros((0, 1))}, "at least one task"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": None}, "seed must be a whole number from 0"),

@@ -395,7 +395,7 @@ def test_beta_moves_towards_the_threshold(files, threshold, sign):
 
 def test_lambda_rises_with_the_divergence_and_stays_in_range(files):
     k = started(files, WIND, "--lambda-initial 2 --lambda-lr 3 --alpha 0.25 --actor-lr 0")
-    merpo.spread(k.inner.behaviour, k.agent.meta_policy, (3,), (1,))  # all policies are one: no divergence
+    merpo.copy_networks(k.inner.behaviour, k.agent.meta_policy, (3,), (1,))  # all policies are one: no divergence
     step(k)
     torch.testing.assert_close(k.tasks.lam, torch.tensor([1.85, 2.0, 1.85, 1.85]))
     for _ in range(20):
