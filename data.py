@@ -92,7 +92,8 @@ class Diverged(DataError):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cuda" or "cpu" stands for. On CUDA float32 matrix products are TF32 from then on."""
+    """The device that "auto", "cuda" or "cpu" stands for; DataError if it is not there. On CUDA float32 matrix products
+    are TF32 from then on."""
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: no CUDA device was found; expected one, or --device cpu")
@@ -173,7 +174,8 @@ def check_numbers(numbers: dict[str, Any]) -> None:
 
 
 def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
-    """The family's settings for this device, with `changes` (those that are not None) on top."""
+    """The family's settings for this device, with `changes` (those that are not None) on top; DataError, which names
+    the flag, where they are out of range or nothing would be learned."""
     check_numbers(changes)
     row = SMALL.get(env, {})
     if device.type == "cuda" and not envs.family(env).xml:
@@ -802,7 +804,8 @@ def _every(seconds: float, call):
 def collect(
     env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int
 ) -> dict[str, np.ndarray]:
-    """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions."""
+    """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
+    `record` returns. Diverged if an action is not finite."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
     actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
     generator = torch.Generator().manual_seed(seed)
@@ -1010,10 +1013,10 @@ class Dataset:
     next_observations: torch.Tensor  # (T, N, d)
     terminals: torch.Tensor  # (T, N)
     episodes: torch.Tensor  # (T, N)
-    context_rewards: torch.Tensor  # (T, N) sparse rewards where the family has them, else the rewards
+    context_rewards: torch.Tensor  # (T, N) sparse rewards where the file has them, else the rewards
     tasks: np.ndarray  # (T, P)
-    train_tasks: np.ndarray
-    test_tasks: np.ndarray
+    train_tasks: np.ndarray  # (n,) which of the T
+    test_tasks: np.ndarray  # (k,)
     returns: np.ndarray  # (T,), not a number where not known
     meta: dict
 
