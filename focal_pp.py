@@ -202,7 +202,7 @@ def shared_arguments(add):
     add("--env", default="walker-params", choices=list(TABLE), help="task family")
     add("--small", action="store_true", help="sizes for a machine without a GPU")
     add("--seed", type=natural, default=0, help="fixes everything the run draws")
-    add("--steps", type=whole, default=200_000, help="gradient steps; how many the papers take they do not say")
+    add("--steps", type=whole, default=200_000, help="gradient steps; the papers do not say how many")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where the networks and the data are")
     add("--threads", type=natural, default=0, help="PyTorch's threads on the CPU; 0: one for each core")
     add("--data", type=Path, default=None, metavar="FILE", help="a dataset of your own (.npz, see data.py)")
