@@ -922,15 +922,14 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     stream = 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
     if quality == "replay":
         return _replay(env, tasks, behaviour["early"])
+    spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)  # of `mixed`
     if quality == "mixed":
-        spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)
         return collect(env, tasks, policies[:, spread], settings, stream)
     chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
     if quality == "medium":
         returns = roll_out(env, tasks, "mixed", behaviour, settings, seed)["first_return"]
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
         half = (smooth[:, :1] + smooth[:, -1:]) / 2
-        spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)
         chosen = torch.from_numpy(spread[np.abs(smooth - half).argmin(1)])
     return collect(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
 

@@ -707,9 +707,9 @@ class PointPhysics:
     def __init__(self, row: Family, tasks: Array, threads: int):
         self.row, self.tasks, self.drift = row, tasks, row.drift(tasks)
 
-    def initial(self, i: int, seed: list[int]) -> Array:
-        """The full state in which an episode of row i begins."""
-        return np.zeros(3)
+    def initial(self, rows: Array, seeds: Array) -> Array:
+        """The full states in which episodes of these rows begin, see `MujocoPhysics.initial`."""
+        return np.zeros((len(rows), 3))
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
         """The next full state and which rows of it are sound."""
@@ -780,11 +780,13 @@ class MujocoPhysics:
         self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
-    def initial(self, i: int, seed: list[int]) -> Array:
-        """The full state in which an episode of row i begins."""
-        qpos, qvel = self.row.reset_noise(np.random.default_rng(seed), self.base.nq, self.base.nv)
-        full = np.concatenate([[0.0], self.models[i].qpos0 + qpos, qvel])
-        return full if self.workers is None else self._derive(full[None], np.zeros((1, self.base.nu)))[0]
+    def initial(self, rows: Array, seeds: Array) -> Array:
+        """The full states (k, size) in which episodes of these rows begin, each drawn from its own of seeds (k, 4)."""
+        full = np.zeros((len(rows), self.size))
+        for state, i, seed in zip(full, rows, seeds, strict=True):
+            qpos, qvel = self.row.reset_noise(np.random.default_rng(seed), self.base.nq, self.base.nv)
+            state[1:] = np.concatenate([self.models[i].qpos0 + qpos, qvel])
+        return full if self.workers is None else self._derive(rows, full, np.zeros((len(rows), self.base.nu)))
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
         """The next full state and which rows of it are sound.
@@ -798,17 +800,17 @@ class MujocoPhysics:
         )  # fmt: skip
         after = self.out[:, -1].copy()
         if self.workers is not None:
-            after = self._derive(after, self.control[:, -1])
+            after = self._derive(np.arange(len(after)), after, self.control[:, -1])
         on_time = np.abs(after[:, 0] - full[:, 0] - self.dt) < 0.5 * self.base.opt.timestep
         return after, on_time & np.isfinite(after).all(1)
 
-    def _derive(self, full: Array, control: Array) -> Array:
-        """Appends what the state does not hold: one mj_forward for each row, shared out among the threads."""
+    def _derive(self, rows: Array, full: Array, control: Array) -> Array:
+        """Appends to the states of these rows what they do not hold: one mj_forward each, shared out among threads."""
 
-        def forward(rows: Array, data: Any) -> list[Array]:
+        def forward(share: Array, data: Any) -> list[Array]:
             found = []
-            for i in rows:
-                model = self.models[i]
+            for i in share:
+                model = self.models[rows[i]]
                 mujoco.mj_setState(model, data, full[i], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
                 data.ctrl[:] = control[i]
                 mujoco.mj_forward(model, data)
@@ -904,7 +906,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self._seed = np.stack([np.full(self.num_envs, seed), np.arange(self.num_envs)], axis=1)
         self._episode = np.full(self.num_envs, -1)
         self._elapsed = np.zeros(self.num_envs, int)
-        self._full = np.stack([self.physics.initial(0, [0])] * self.num_envs)
+        self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
         self._trail: list[Array] = []
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
@@ -928,8 +930,9 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     def _reset_rows(self, rows: Array):
         self._episode[rows] += 1
         self._elapsed[rows] = 0
-        for i in rows:
-            self._full[i] = self.physics.initial(i, [*self._seed[i], self._episode[i], EPISODES])
+        seeds = np.column_stack([self._seed[rows], self._episode[rows], np.full(len(rows), EPISODES)])
+        if len(rows):
+            self._full[rows] = self.physics.initial(rows, seeds)
 
     def step(self, actions: Array):
         """Steps every sub-environment with `actions` (B, m). Returns observations (B, d) float64, rewards (B,) float64,

@@ -560,6 +560,7 @@ def test_reset_mask_restarts_only_these_rows(name):
     actions = 0.1 * random_actions(env, 7)
     expected = play(quiet, actions)
     before = play(env, actions[:2])[0]
+    np.testing.assert_array_equal(env.reset(options={"reset_mask": np.zeros(3, bool)})[0], before[-1])  # none at all
     obs, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(obs[[0, 2]], before[-1][[0, 2]])
     np.testing.assert_array_equal(obs[1], expected[0][4][1])
