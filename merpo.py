@@ -273,7 +273,7 @@ def algorithm_arguments(add):
         type=Path,
         default=None,
         metavar="RUN",
-        help="with --single: the last policy of such a run on the same data; default: random",
+        help="with --single: the last policy of such a run, on these data or others; default: random",
     )
 
 
@@ -1010,6 +1010,7 @@ def save(run, step, seconds, args, agent, optimisers, rows, world):
         "agent": agent.state_dict(),
         "optimisers": {key: optimiser.state_dict() for key, optimiser in optimisers.items()},
         "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "standardisation": [world.mean, world.std],  # of observations: all that the networks need besides
     }  # fmt: skip
     data.write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
@@ -1141,15 +1142,21 @@ def train(args, run):
 
 
 def load_policy(args, policy, world):
-    """The last policy of another run with --single (data, so standardisation, and sizes alike) is the meta-policy."""
+    """The last policy of another run with --single is the meta-policy. If that learned from other data, its first layer
+    is made to take observations that are standardised as here."""
     try:
-        checkpoint = data.read(args.meta_policy / "checkpoint.pt")
-        stored, dataset = checkpoint["agent"], checkpoint["dataset"]
+        checkpoint = data.read(args.meta_policy / "checkpoint.pt", world.mean.device)
+        stored, env = checkpoint["agent"], checkpoint["args"]["env"]
         policy.load_state_dict({key: stored[f"inner.actor.{key}"] for key in policy.state_dict()})
+        mean, std = checkpoint["standardisation"]
+        first = policy.net.layers[0]
+        with torch.no_grad():  # what it saw: (world.std s + world.mean - mean) / std
+            first.bias += (world.mean - mean) / std @ first.weight
+            first.weight *= (world.std / std)[:, None]
     except Exception as error:
         fail(f"--meta-policy {args.meta_policy}: not a run with --single of the same sizes ({type(error).__name__})")
-    if dataset[0] != world.checksum[0]:
-        fail(f"--meta-policy {args.meta_policy}: learned from {dataset[0]!r:.80}, expected from {world.checksum[0]}")
+    if env != args.env:
+        fail(f"--meta-policy {args.meta_policy}: of {env!r:.80}, expected of {args.env}")
 
 
 def report(row, world, total):

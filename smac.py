@@ -934,6 +934,7 @@ def save(run, step, seconds, args, agent, optimisers, rows, world):
         "agent": agent.state_dict(),
         "optimisers": {key: optimiser.state_dict() for key, optimiser in optimisers.items()},
         "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        "standardisation": [world.mean, world.std],  # of observations: all that the networks need besides
     }  # fmt: skip
     data.write(run / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 

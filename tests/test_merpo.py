@@ -667,11 +667,33 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     good = run(tmp_path / "b", "hopper", tmp_path / "d.npz",
         f"--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0 --meta-policy {path}")  # fmt: skip
     assert torch.equal(checkpoint(good)["agent"]["meta_policy.net.layers.0.weight"], b)
-    arrays["rewards"] = arrays["rewards"] + 1
-    data.save(tmp_path / "other.npz", arrays, {"env": "hopper"})  # whose observations might be scaled otherwise
+    stored = checkpoint(path)
+    stored["args"]["env"] = "walker2d"
+    torch.save(stored, path / "checkpoint.pt")
     with pytest.raises(SystemExit):
-        run(tmp_path / "c", "hopper", tmp_path / "other.npz", f"--single rac --meta-batch-size 1 --meta-policy {path}")
-    assert re.search("--meta-policy .*: learned from .*, expected from", capsys.readouterr().err)
+        merpo.main([*flags("hopper", tmp_path / "d.npz", f"--single rac --meta-policy {path}"), "--run-dir", str(path)])
+    assert re.search("--meta-policy .*: of 'walker2d', expected of hopper", capsys.readouterr().err)
+
+
+def test_a_meta_policy_from_other_data_does_the_same_in_the_same_state(tmp_path, no_plots):
+    """Though observations are standardised otherwise there."""
+    more = "--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0"
+    path = run(tmp_path / "a", "hopper", one_hopper(tmp_path), more)
+    arrays = test_focal.load_arrays(tmp_path / "d.npz")
+    scale = {key: 2 * arrays[key] + np.arange(11) for key in ("observations", "next_observations")}
+    data.save(tmp_path / "other.npz", arrays | scale, {"env": "hopper"})
+    k = build("hopper", tmp_path / "other.npz", f"{more} --meta-policy {path}")
+    merpo.load_policy(k.args, k.agent.meta_policy, k.world)
+    stored = checkpoint(path)
+    mean, std = stored["standardisation"]
+    assert not torch.allclose(mean, k.world.mean) and not torch.allclose(std, k.world.std)
+    s = torch.as_tensor(arrays["observations"])
+    there, here = (s - mean) / std, (s - k.world.mean) / k.world.std
+    policy = copy.deepcopy(k.agent.meta_policy)
+    policy.load_state_dict({key: stored["agent"][f"inner.actor.{key}"] for key in policy.state_dict()})
+    for a, b in zip(policy(there), k.agent.meta_policy(here), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert a.std(1).max() > 1e-3  # it depends on the state
 
 
 def test_the_models_of_one_task_learn_from_end_to_end(tmp_path):
