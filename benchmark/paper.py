@@ -155,7 +155,9 @@ SMAC = {
         BOTH,
     ),
 }
-GOOD = "--seed 0 --threads 1 --single rac"  # of this run of Figure 4 the last policy is the good meta-policy
+GOOD = "--seed 0 --threads 1 --single rac"  # of this run of Figures 4 and 5 the last policy is the good meta-policy
+META = {"random": "", "good": "--meta-policy GOOD"}
+SHARES = {0: "--single combo-3"} | {alpha: f"--single rac --alpha {alpha}" for alpha in (0.4, 0.7, 1)}
 ADAPTED = ["return_mean", "meta_return_mean", "q_mean"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
 MERPO = {
@@ -165,17 +167,21 @@ MERPO = {
         {"COMBO": "--single combo"}
         | {
             f"{name}, {kind} meta-policy": f"--single {name.lower()} {flags}"
-            for kind, flags in (("random", ""), ("good", "--meta-policy GOOD"))
+            for kind, flags in META.items()
             for name in ("COMBO-3", "RAC")
         },
         ["return_mean", "q_mean"],
     ),
-    "figure5": (  # with a random meta-policy; alpha = 0 is COMBO-3
+    "figure5": (  # a mean over meta-policies; alpha = 0 is COMBO-3
         ["halfcheetah", "hopper"],
         "",
-        {"alpha = 0": "--single combo-3", "alpha = 0.4": "--single rac"}
-        | {f"alpha = {alpha}": f"--single rac --alpha {alpha}" for alpha in (0.7, 1)},
-        ["return_mean", "q_mean"],
+        {
+            f"alpha = {alpha}, {quality} data, {kind} meta-policy": f"{share} --quality {quality} {flags}"
+            for quality in ("random", "medium", "expert")
+            for alpha, share in SHARES.items()
+            for kind, flags in META.items()
+        },
+        ["return_mean"],
     ),
     "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, [*ADAPTED[:2], "alpha"]),
     "figure7a": (FAMILIES[:2], "", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
@@ -199,6 +205,7 @@ MERPO = {
         ADAPTED,
     ),
 }
+AVERAGED = "merpo", "figure5"  # over meta-policies
 SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC), "merpo": (merpo, MERPO)}
 COLUMNS = dict.fromkeys(("focal", "focal_pp"), ["return_mean", "train_return_mean", "esr", "train_esr", "rms"])
 COLUMNS = {script: [*keys, "train_rms", "train_variance", "q_mean"] for script, keys in COLUMNS.items()}
@@ -372,7 +379,9 @@ def draw(script, figure, env, runs, folders, suffix, rows):
     }
     path = ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png"
     title = f"{script}, {figure} on {env}"
-    if runs[0].tested:
+    if (script, figure) == AVERAGED:
+        draw_shares(path, title, rows)
+    elif runs[0].tested:
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
         draw_curves(path, title, groups, columns, STEPS[script])
@@ -407,6 +416,35 @@ def draw_curves(path, title, groups, columns, step_of):
         *handles, loc="outside lower center", ncols=min(2 * len(columns) - 1, 4, len(groups)), fontsize="small"
     )
     picture.suptitle(title, fontsize="medium")
+    picture.savefig(path, dpi=110)
+
+
+def over_meta_policies(rows):
+    """{(alpha, quality of the data): returns (meta-policies, seeds)} of MerPO's Figure 5."""
+    groups = {}
+    for row in rows:
+        alpha, quality, kind = row["variant"].split(", ")
+        groups.setdefault((alpha, quality), {}).setdefault(kind, []).append(row["return_mean"])
+    return {key: np.array(list(kinds.values())) for key, kinds in groups.items()}
+
+
+def draw_shares(path, title, rows):
+    """A bar for each alpha and quality of the data: the mean over meta-policies, with the standard deviation of that
+    over seeds; triangles are the random meta-policy alone (down) and the good one (up)."""
+    picture, groups = Figure(figsize=(6.4, 3.6), layout="constrained"), over_meta_policies(rows)
+    axes = picture.add_subplot(title=title, ylabel="return")
+    alphas, qualities = (list(dict.fromkeys(column)) for column in zip(*groups, strict=True))
+    for (alpha, quality), returns in groups.items():
+        i, j = alphas.index(alpha), qualities.index(quality)
+        x, label = j + (i + 0.5) / (len(alphas) + 1) - 0.4, None if j else alpha
+        axes.bar(x, returns.mean(), 0.17, yerr=returns.mean(0).std(), color=f"C{i}", alpha=0.7, label=label)
+        for own, marker, meta in zip(returns, "v^", META, strict=True):
+            axes.plot(x, own.mean(), "k" + marker, markersize=4, label=None if i or j else f"{meta} meta-policy")
+    behaviour = {row["variant"].split(", ")[1]: row["data_return"] for row in rows}
+    for j, quality in enumerate(qualities):
+        axes.hlines(behaviour[quality], j - 0.4, j + 0.4, "k", "dotted", label=None if j else "the data")
+    axes.set_xticks(range(len(qualities)), qualities)
+    picture.legend(loc="outside right center", fontsize="small")
     picture.savefig(path, dpi=110)
 
 
@@ -465,6 +503,9 @@ def main():
             show = {key: np.array([row[key] for row in each], float) for key in keys}
             text = "  ".join(f"{key} {value.mean():.6g} ({value.std():.4g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")
+        for key, returns in over_meta_policies(rows).items() if (args.script, figure) == AVERAGED else ():
+            text = f"{returns.mean():.6g} ({returns.mean(0).std():.4g})"
+            print(f"{figure} {env:<18} {', '.join(key):<26} mean over meta-policies {text}")
 
 
 if __name__ == "__main__":

@@ -100,12 +100,16 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
 
 
 @pytest.mark.parametrize("size", ["", "--full", "--steps 7"])
-def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(paper, monkeypatch, tmp_path, size):
+@pytest.mark.parametrize("figure, plain, needing", [("figure4", 6, 4), ("figure5", 24, 24)])
+def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(
+    paper, monkeypatch, tmp_path, size, figure, plain, needing
+):
     """Runs that need it come after all others."""
-    args, runs = plan(paper, monkeypatch, f"merpo figure4 --env hopper --seeds 2 --jobs 1 {size}")
+    args, runs = plan(paper, monkeypatch, f"merpo {figure} --env hopper --seeds 2 --jobs 1 {size}")
     folders = {str(paper.path_of("merpo", run.words)): run for run in runs}
     needed = [run.words[run.words.index("--meta-policy") + 1] for run in runs if "--meta-policy" in run.words]
-    assert len(needed) == 4 and {folders[path].variant for path in needed} == {"RAC, random meta-policy"}
+    random = {"figure4": "RAC, random meta-policy", "figure5": "alpha = 0.4, medium data, random meta-policy"}
+    assert len(needed) == needing and {folders[path].variant for path in needed} == {random[figure]}
     assert {folders[path].seed for path in needed} == {0} and ("small" in needed[0]) == (size != "--full")
     done = []
     monkeypatch.setattr(paper, "build_data", lambda parsed: None)
@@ -114,7 +118,20 @@ def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(paper, monkeyp
     monkeypatch.setattr(paper, "summarise", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
         paper.main()
-    assert len(done) == len(runs) and ["--meta-policy" in words for words in done] == [False] * 6 + [True] * 4
+    assert len(done) == len(runs) and ["--meta-policy" in words for words in done] == [False] * plain + [True] * needing
+
+
+def test_returns_over_meta_policies(paper, monkeypatch, tmp_path):
+    _, runs = plan(paper, monkeypatch, "merpo figure5 --env hopper --seeds 3")
+    rows = [{"variant": run.variant, "seed": run.seed, "return_mean": float(i), "data_return": 7.0} for i, run in
+            enumerate(runs)]  # fmt: skip
+    means = paper.over_meta_policies(rows)
+    assert list(means)[:2] == [("alpha = 0", "random data"), ("alpha = 0.4", "random data")] and len(means) == 12
+    np.testing.assert_array_equal(means["alpha = 0.4", "random data"], [[6, 7, 8], [9, 10, 11]])
+    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    paper.draw("merpo", "figure5", "hopper", runs, [tmp_path] * len(runs), "", rows)
+    assert (tmp_path / "results" / "merpo-figure5-hopper.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
