@@ -11,7 +11,7 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
         w, theta as above, the actor also by PEARL's loss; h and h' now hold the labelled trajectories too
 At meta-test time the agent explores for two episodes with z from the prior, then acts on its posterior.
 
-    python smac.py --env cheetah-vel --small    # data 59 core-minutes, then 13: -202 offline, -127 in the end
+    python smac.py --env cheetah-vel --small    # data 59 core-minutes, then 12: -216 offline, -128 in the end
 
 Where we differ from the paper:
 - Data are the last rows of the early replay of one SAC agent for each task, in the paper's sizes (with `--small` on
