@@ -172,13 +172,13 @@ MERPO = {
         },
         ["return_mean", "q_mean"],
     ),
-    "figure5": (  # a mean over meta-policies; alpha = 0 is COMBO-3
+    "figure5": (  # a mean over meta-policies; alpha = 0 is COMBO-3, alpha = 1 the same with any meta-policy
         ["halfcheetah", "hopper"],
         "",
         {
-            f"alpha = {alpha}, {quality} data, {kind} meta-policy": f"{share} --quality {quality} {flags}"
+            f"alpha = {a}, {quality} data, {kind} meta-policy": f"{share} --quality {quality} {flags if a < 1 else ''}"
             for quality in ("random", "medium", "expert")
-            for alpha, share in SHARES.items()
+            for a, share in SHARES.items()
             for kind, flags in META.items()
         },
         ["return_mean"],

@@ -100,7 +100,7 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
 
 
 @pytest.mark.parametrize("size", ["", "--full", "--steps 7"])
-@pytest.mark.parametrize("figure, plain, needing", [("figure4", 6, 4), ("figure5", 24, 24)])
+@pytest.mark.parametrize("figure, plain, needing", [("figure4", 6, 4), ("figure5", 24, 18)])
 def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(
     paper, monkeypatch, tmp_path, size, figure, plain, needing
 ):
@@ -118,7 +118,7 @@ def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(
     monkeypatch.setattr(paper, "summarise", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
         paper.main()
-    assert len(done) == len(runs) and ["--meta-policy" in words for words in done] == [False] * plain + [True] * needing
+    assert ["--meta-policy" in words for words in done] == [False] * plain + [True] * needing
 
 
 def test_returns_over_meta_policies(paper, monkeypatch, tmp_path):
