@@ -542,6 +542,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
 def check_checkpoint(checkpoint: dict, agent: nn.Module, optimisers: dict) -> None:
     """ValueError unless everything in a run's checkpoint has the shapes and types of this run, and is finite."""
     step, rows, stored = checkpoint["step"], checkpoint["rows"], checkpoint["agent"]
+    parts = stored, checkpoint["random"], checkpoint["optimisers"], *checkpoint["optimisers"].values(), *rows
+    if not all(isinstance(part, dict) for part in parts):  # a tensor with a name for an index warns before it fails
+        raise ValueError
     good = kind([step, checkpoint["seconds"]]) == [int, float] and step > 0
     good &= bool(rows) and rows[-1]["step"] == step and all(list(row) == list(rows[0]) for row in rows)
     good &= all(isinstance(value, int | float) for row in rows for value in row.values())

@@ -1148,7 +1148,9 @@ def load_policy(args, policy, world):
         checkpoint = data.read(args.meta_policy / "checkpoint.pt", world.mean.device)
         stored, env = checkpoint["agent"], checkpoint["args"]["env"]
         policy.load_state_dict({key: stored[f"inner.actor.{key}"] for key in policy.state_dict()})
-        mean, std = checkpoint["standardisation"]
+        mean, std = scale = checkpoint["standardisation"]
+        if data.kind(scale) != data.kind([world.mean, world.std]) or not torch.stack(scale).isfinite().all():
+            raise ValueError
         first = policy.net.layers[0]
         with torch.no_grad():  # what it saw: (world.std s + world.mean - mean) / std
             first.bias += (world.mean - mean) / std @ first.weight

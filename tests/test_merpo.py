@@ -694,6 +694,10 @@ def test_a_meta_policy_from_other_data_does_the_same_in_the_same_state(tmp_path,
     for a, b in zip(policy(there), k.agent.meta_policy(here), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
         assert a.std(1).max() > 1e-3  # it depends on the state
+    for odd in ([mean, std * torch.nan], [mean, std[:1]], [mean]):
+        torch.save(stored | {"standardisation": odd}, path / "checkpoint.pt")
+        with pytest.raises(SystemExit):
+            merpo.load_policy(k.args, k.agent.meta_policy, k.world)
 
 
 def test_the_models_of_one_task_learn_from_end_to_end(tmp_path):

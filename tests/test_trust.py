@@ -683,7 +683,7 @@ def test_fuzz_contents_of_a_checkpoint(resuming, capsys, script):
             continue
         assert data.kind(dict(agent.state_dict())) == kind, place
         assert all(value.isfinite().all() for key, value in agent.state_dict().items() if key != "bad_step"), place
-        assert place[0] in ("args", "optimisers", "rows", "agent", "random", "seconds"), place
+        assert place[0] in ("args", "optimisers", "rows", "agent", "random", "seconds", "standardisation"), place
     assert refused > 0.5 * (FUZZ // 2)
 
 
