@@ -22,7 +22,9 @@ Where we differ from the paper:
   (a test task's trajectory, `--online-tasks test`, by some training task's). An oracle is this script with true rewards
   online, the paper's is PEARL with them. z is drawn once an episode (`--z-every step`: line 7's once a step).
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
-- Observations are standardised. Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
+- Observations are standardised and kept within ten standard deviations: half-trained humanoids hardly bend a knee, and
+  without the bound labels and Q went far too high once the agent did. (Elsewhere hardly a number reaches it.)
+- Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
 - `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target; its KL has this script's
   weight, not PEARL's 0.1, contexts come from all that was collected, and observations are as they are.
 What we learned: on near-expert data (s, a) alone predicts the reward and q collapses to the prior; what an encoder that
@@ -168,7 +170,8 @@ def parse_args(argv=None):
 def check_pearl(args, parser):
     """What --from-nothing fixes, and what only it has."""
     if args.from_nothing:  # PEARL
-        pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train", "data": None}
+        pearl = {"online_rewards": "oracle", "actor": "sac", "encoder_loss": "q", "online_tasks": "train"}
+        pearl |= {"obs_bound": 1e30, "data": None}
         pearl |= {"steps": 0, "online_contexts": "all"}
         pearl |= {key: parser.get_default(key) for key in ("quality", "data_size", "data_until")}  # there are no data
         for key, value in pearl.items():
@@ -239,6 +242,7 @@ def algorithm_arguments(add):
     add("--updates", type=positive, default=4.0, help="gradient steps for each environment step of the online phase")
     add("--z-every", choices=["episode", "step"], default="episode", help="when exploration draws z from the prior")
     add("--posterior-share", type=share, default=0.0, help="of the trajectories that act on the posterior instead")
+    add("--obs-bound", type=positive, default=10.0, help="observations are kept within so many standard deviations")
     add("--from-nothing", action="store_true", help="PEARL: no data and no offline phase, true rewards online")
     add("--save-replay", type=Path, default=None, metavar="FILE", help="write the buffers as a dataset (.npz)")
 
@@ -589,9 +593,9 @@ def standardisation(observations):
     return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
 
 
-def pack(dataset, tasks, mean, std, part):
-    """The rows of each task in the slice `part`, (n, N, D): s, a, r, s', d; observations standardised."""
-    s, s2 = ((obs[tasks, part] - mean) / std for obs in (dataset.observations, dataset.next_observations))
+def pack(dataset, tasks, scaled, part):
+    """The rows of each task in the slice `part`, (n, N, D): s, a, r, s', d; observations `scaled`."""
+    s, s2 = (scaled(obs[tasks, part]) for obs in (dataset.observations, dataset.next_observations))
     r, d = (column[tasks, part, None] for column in (dataset.rewards, dataset.terminals))
     return torch.cat([s, dataset.actions[tasks, part], r, s2, d], -1)
 
@@ -610,7 +614,7 @@ class World:
     def __init__(self, args, device):
         self.row = envs.family(args.env)
         row = self.row
-        self.behaviour, self.optimum, self.checksum = None, None, []
+        self.behaviour, self.optimum, self.checksum, self.bound = None, None, [], args.obs_bound
         if args.from_nothing:
             n, k = (len(row.only),) * 2 if row.only else (args.train_tasks or row.train, args.test_tasks or row.test)
             tasks = envs.sample_tasks(args.env, n if row.only else n + k, args.data_seed)
@@ -629,8 +633,8 @@ class World:
                     fail(f"--data-size, --data-until: expected {args.data_size} rows up to row {until}, {found}")
             self.train_tasks, self.test_tasks = train.tasks[train.train_tasks], test.tasks[test.test_tasks]
             self.mean, self.std = standardisation(train.observations[train.train_tasks, part])
-            self.train_rows = pack(train, train.train_tasks, self.mean, self.std, part)
-            self.test_rows = pack(test, test.test_tasks, self.mean, self.std, part)
+            self.train_rows = pack(train, train.train_tasks, self.scaled, part)
+            self.test_rows = pack(test, test.test_tasks, self.scaled, part)
             self.behaviour = data_return(test, test.test_tasks, part)
             self.checksum = [train.meta["checksum"], test.meta["checksum"]]
         self.seen = np.arange(min(len(self.train_tasks), len(self.test_tasks)))  # training tasks that are evaluated
@@ -638,6 +642,11 @@ class World:
         self.env = envs.make(args.env, tasks.repeat(args.eval_episodes, axis=0), seed=args.seed)
         if row.optimum:
             self.optimum = float(row.optimum(self.test_tasks, row.horizon).mean())
+
+    def scaled(self, obs):
+        """Observations (..., d) in standard deviations from the training tasks' mean, kept within --obs-bound."""
+        obs = (torch.as_tensor(obs, dtype=torch.float32).to(self.mean.device) - self.mean) / self.std
+        return obs.clamp(-self.bound, self.bound)
 
 
 def open_data(args, quality, device):
@@ -666,16 +675,15 @@ def play(agent, world, env, z, seed, explore=False, redraw="", kept=None):
     """
     device, obs = z.device, env.reset(seed=seed)[0]
     rows, counted, alive, total = [], [], np.ones(len(obs), bool), np.zeros(len(obs))
-    scaled = lambda x: (torch.as_tensor(x, dtype=torch.float32).to(device) - world.mean) / world.std
     sound = np.ones(len(obs), bool)
     for _ in range(env.horizon):
-        action = agent.act(scaled(obs), z, explore).cpu()
+        action = agent.act(world.scaled(obs), z, explore).cpu()
         following, reward, terminated, truncated, info = env.step(action.numpy())
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
         columns = (torch.as_tensor(x[:, None], dtype=torch.float32, device=device) for x in (reward, terminated))
         r, d = columns
-        rows.append(torch.cat([scaled(obs), action.to(device), r, scaled(after), d], -1))
+        rows.append(torch.cat([world.scaled(obs), action.to(device), r, world.scaled(after), d], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~ended

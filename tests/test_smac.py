@@ -604,6 +604,25 @@ def test_the_data_are_cut(files):
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_observations_are_kept_within_a_bound(files):
+    """Of the data, where the policy acts, and in what it collects; PEARL, which has no data, sees them as they are."""
+    k, free = (build(WIND, files[WIND], f"--obs-bound {bound}") for bound in (0.5, 1e30))
+    for rows, whole in ((k.world.train_rows, free.world.train_rows), (k.world.test_rows, free.world.test_rows)):
+        for part in (slice(0, 2), slice(5, 7)):  # s and s'
+            assert whole[..., part].abs().max() > 1
+            torch.testing.assert_close(rows[..., part], whole[..., part].clamp(-0.5, 0.5))
+    seen, act = [], k.agent.act
+    k.agent.act = lambda s, z, explore: seen.append(s) or act(s, z, explore)
+    rows = smac.play(k.agent, k.world, k.world.env, torch.zeros(k.world.env.num_envs, k.args.latent), 0)[0]
+    assert torch.equal(rows[..., :2], torch.stack(seen, 1))
+    for x in (rows[..., :2], rows[..., 5:7]):
+        assert x.abs().max() == 0.5
+    pearl = build(WIND, None, "--train-tasks 3 --test-tasks 2 --from-nothing")
+    far = 1e6 * torch.ones(1, 2)
+    assert torch.equal(pearl.world.scaled(far), far)
+    assert build(WIND, files[WIND]).world.scaled(far).tolist() == [[10.0, 10.0]]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -615,6 +634,7 @@ def test_the_data_are_cut(files):
         ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
         ("--save-replay x.npz", ["--save-replay", "--from-nothing"]),
         ("--from-nothing --actor bc", ["--actor", "--from-nothing"]),
+        ("--from-nothing --obs-bound 5", ["--obs-bound", "--from-nothing"]),
         ("--from-nothing --online-tasks test", ["--online-tasks", "--from-nothing"]),
     ],
 )
