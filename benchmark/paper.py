@@ -124,7 +124,7 @@ FOCAL_PP = {
 BOTH = ["return_mean", "offline_return_mean", "short_kl"]
 SMAC = {
     "figure5": (
-        ["sparse-point-robot", "cheetah-vel", "ant-dir", "walker-params", "hopper-params", "sawyer"],
+        ["sparse-point-robot", "cheetah-vel", "ant-dir", "walker-params", "hopper-params", "humanoid-dir", "sawyer"],
         "",
         {
             "SMAC": "",
