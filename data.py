@@ -468,13 +468,12 @@ class Trainer:
 
 def capture(fn, generator: torch.Generator):
     """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other."""
-    graph, calls = None, 0
+    graph, stream, calls = None, torch.cuda.Stream(), 0
 
     def replay():
         nonlocal graph, calls
         calls += 1
         if calls <= 3:  # warm-up on a side stream, as capture asks for
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 fn()

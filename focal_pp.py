@@ -736,13 +736,12 @@ def encoder_rate(args, step):
 
 def capture(fn):
     """`fn`, without arguments, as one CUDA graph; three warm-up calls run eagerly and are steps like any other."""
-    graph, calls = torch.cuda.CUDAGraph(), 0
+    graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
 
     def replay():
         nonlocal calls
         calls += 1
         if calls <= 3:  # on a side stream, as capture asks for
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 fn()

@@ -3,11 +3,12 @@
 python benchmark/cuda.py --out cuda-results --minutes 9
 
 The parts run in order of value, each at most as long as its limit, the seeds of a part side by side on the one device.
-Into --out go a few small files, written as results come: log.txt, speed.csv, attention.csv (focal_pp.py's speed with
-PyTorch's plain attention), results.csv (every evaluation of every run), pictures.tar, logs.tar and parts.json, how each
-part ended. The same command goes on where the last one ended, also on another machine if --out came along: what
-succeeded is not done again, but for data that are gone; nor are tests and speeds that ended with failures, but for
-those that --only names. Data and runs stay in --work.
+Into --out go a few small files, written as results come: log.txt, speed-<script>.csv, attention.csv (focal_pp.py's
+speed with PyTorch's plain attention), results.csv (every evaluation of every run), pictures.tar, logs.tar and
+parts.json, how each part ended. The same command goes on where the last one ended, also on another machine if --out
+came along: what succeeded is not done again, but for data that are gone and still needed; nor are tests and speeds that
+failed or ran past their own limit, but for those that --only names. Each script is tested and timed in a process of its
+own, as one whose capture fails spoils what follows. Data and runs stay in --work.
 """
 
 import argparse
@@ -28,6 +29,8 @@ COLUMNS = ["part", "run", "step", "seconds", "return_mean", "return_std", "train
 COLUMNS += ["meta_return_mean", "esr", "q_mean", "critic_loss", "actor_loss"]
 DATA = "walker-params/20+5-seed0", "point-robot-wind/40+10-seed0"
 SCRIPTS = "focal.py", "focal_pp.py", "smac.py", "merpo.py"
+TESTED = "focal", "focal_pp", "smac", "merpo", "speed"  # files of tests/ with tests of CUDA
+TIMED = "focal", "focal_pp", "smac", "merpo", "sac"
 GRACE = 3.0  # seconds that a command has to end once it is told to
 
 
@@ -38,9 +41,9 @@ class Part:
     name: str
     limit: float
     commands: dict[str, list[str]]
-    once: bool = False  # not again if it failed, only if it was cut short
+    once: bool = False  # not again if it failed or ran past its limit, only if no time was left
     needs: list[Path] = field(default_factory=list)  # without these it is left out
-    makes: list[Path] = field(default_factory=list)  # without these it is done again
+    makes: list[Path] = field(default_factory=list)  # without these it is done again, if they are needed
     environment: dict[str, dict[str, str]] = field(default_factory=dict)  # of a command
 
 
@@ -67,9 +70,10 @@ def parts(args):
     exact = {f"{name} seed {k}": steps("focal", f"{few} {k}", name) for name in ("TF32", "float32") for k in range(2)}
     without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
+    pytest = ["-m", "pytest", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider", "-m", "cuda"]
     plan = [
-        Part("tests", 150, {"pytest": ["-m", "pytest", "-q", "--tb=short", "-rf", "-m", "cuda", "tests"]}, once=True),
-        speed("speed", 150),
+        Part("tests", 150, {f"test_{name}": [*pytest, f"tests/test_{name}.py"] for name in TESTED}, once=True),
+        *(speed(f"speed-{name}", 60, "--only", name) for name in TIMED),
         build("walker data", 400, walker),
         build("walker data without graphs", 400, walker, "--no-graph"),  # left out where the data are there by now
         Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), needs=[walker]),
@@ -175,12 +179,17 @@ class Results:
 
 def folder_of(words):
     """Where a run writes, None if these are no script's words."""
-    sys.path.insert(0, str(ROOT))
     if words[0] not in SCRIPTS:
         return None
-    module = __import__(words[0].removesuffix(".py"))
+    module = imported(words[0])
     args = module.parse_args([word if word != "cuda" else "auto" for word in words[1:]])
     return args.run_dir / module.__name__ / args.env / args.variant / f"seed{args.seed}"
+
+
+def imported(script):
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return __import__(script.removesuffix(".py"))
 
 
 def stop(process):
@@ -221,12 +230,23 @@ def execute(part, limit, results, args):
     failed = [name for name, process in processes.items() if name not in late and process.returncode]
     for name in part.commands:
         text = (logs / f"{part.name}-{name}.txt".replace(" ", "-")).read_text(errors="replace").splitlines()
-        for line in text[-60 if name in failed or part.name in ("tests", "speed") else -6 :]:
+        for line in text[-60 if name in failed or part.once else -6 :]:
             results.say(f"  {name} | {line[-300:]}")
-    status = (
-        f"failed: {', '.join(failed)}" if failed else f"stopped at its limit: {', '.join(late)}" if late else "done"
-    )
-    return status, folders
+    if failed:
+        return f"failed: {', '.join(failed)}", folders
+    reached = "stopped at its limit" if limit == part.limit else "stopped, no time left"
+    return f"{reached}: {', '.join(late)}" if late else "done", folders
+
+
+def settled(part, results, again):
+    """How a part ended before, if there is nothing more to do for it; with `again` what failed is tried once more."""
+    if part.makes:
+        return "done" if all(path.exists() for path in part.makes) else None
+    before = results.ended.get(part.name, {"status": "", "commands": []})
+    if not set(before["commands"]) >= set(part.commands):
+        return None
+    final = ("done",) if again or not part.once else ("done", "failed", "stopped at its limit")
+    return before["status"] if before["status"].startswith(final) else None
 
 
 def arguments(argv=None):
@@ -248,16 +268,18 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     deadline, results, folders, undone = time.time() + 60 * args.minutes, Results(args), [], []
-    for part in parts(args):
-        if args.only and part.name not in args.only:
+    for script in SCRIPTS:
+        imported(script)  # takes seconds the first time: before anything is told how long it may take
+    plan = [part for part in parts(args) if part.name in (args.only or [part.name])]
+    wanted = {path: False for part in plan for path in part.needs}
+    wanted |= {path: True for part in plan if not settled(part, results, args.only) for path in part.needs}
+    for part in plan:
+        if before := settled(part, results, args.only):
+            results.say(f"{part.name}: {before} before")
+            undone += [] if before == "done" else [part.name]
             continue
-        before = results.ended.get(part.name, {})
-        every = set(before.get("commands", [])) >= set(part.commands)
-        ended = part.once and not args.only and before.get("status", "").startswith("failed")
-        done = all(path.exists() for path in part.makes) if part.makes else before.get("status") == "done"
-        if every and (done or ended) or (part.makes and done):
-            results.say(f"{part.name}: {'done' if done else before['status']} before")
-            undone += [] if done else [part.name]
+        if part.makes and not any(wanted.get(path, True) for path in part.makes):
+            results.say(f"{part.name}: nothing left needs it")
             continue
         undone += [part.name]
         left = deadline - time.time() - 2 * GRACE

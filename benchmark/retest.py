@@ -52,7 +52,7 @@ def load_run(folder, scripts=("focal", "focal_pp"), **changes):
         raise SystemExit(f"{program}: --test-quality: {folder} has its data from --data {saved['data']}")
     paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
     since = vars(module.parse_args(["--env", saved["env"]]))  # flags that the script did not have then, by default
-    args = argparse.Namespace(**since | saved | paths | changes)
+    args = argparse.Namespace(**since | saved | paths | changes | {"device": "cpu"})
     try:
         world = module.World(args, torch.device("cpu"))
         if module is smac:

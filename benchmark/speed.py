@@ -165,7 +165,8 @@ def measure(script, name, size, device, kind, limit):
     """One row of the table, and the shares of the networks."""
     steps, update, capture, optimisers = kind
     rate = matmul_rate(device)
-    if device.type == "cuda":  # from here on, so without that product's own matrices
+    if device.type == "cuda":  # from here on, so without that product's own matrices and other rows' workspaces
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     update()

@@ -7,12 +7,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import envs
 
 TRAIN, TEST = [0, 2, 3, 5], [4, 1]
 WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """But for tests of CUDA, `--device auto` is the CPU on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("cuda"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
 
 
 def collect(name, train, test, count, length, policy=None, seed=0):

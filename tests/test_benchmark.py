@@ -333,6 +333,8 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     flags = f"--env {name} --small --data-dir {tmp_path / 'datasets'} --steps 2 --eval-every 2 --run-dir {tmp_path}"
     module.main([*flags.split(), *(["--model-steps", "2", "--adapt-steps", "3"] if module is merpo else [])])
     (run,) = tmp_path.glob(f"{module.__name__}/{name}/*/seed0")
+    settings = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(settings | {"device": "cuda"}))  # as if trained there; this is the CPU
     retest.main([str(run)])
     as_trained = json.loads((run / "retest" / "as-trained.json").read_text())
     final = json.loads((run / "final.json").read_text())

@@ -351,6 +351,46 @@ def test_what_failed_once_and_what_is_there_is_not_done_again(monkeypatch, tmp_p
     assert log.count(" made: done after") == 1 and log.count("made otherwise: done before") == 2
 
 
+def test_what_ran_past_its_own_limit_is_not_begun_again_but_what_had_no_time_left_is(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda = script("cuda")
+    monkeypatch.setattr(cuda, "GRACE", 0.5)
+    sleeps = ["-c", "import time; time.sleep(60)"]
+    plan = [cuda.Part("hangs", 0.5, {"a": sleeps}, once=True), cuda.Part("cut", 60.0, {"b": sleeps}, once=True)]
+    plan += [cuda.Part("slow", 0.5, {"c": sleeps})]
+    monkeypatch.setattr(cuda, "parts", lambda args: plan)
+    words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny"]
+    for _ in range(2):
+        assert cuda.main([*words, "--minutes", "0.06", "--only", "hangs", "cut"]) == 1
+        assert cuda.main([*words, "--minutes", "0.06"]) == 1
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("hangs: stopped at its limit: a after") == 2  # where it is named, not else
+    assert log.count("hangs: stopped at its limit: a before") == 2
+    assert log.count("cut: stopped, no time left: b after") == 4 and "cut: stopped, no time left: b before" not in log
+    assert log.count("slow: ") >= 2 and "slow: stopped at its limit: c before" not in log
+
+
+def test_data_that_nothing_left_needs_are_not_built(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    cuda, made = script("cuda"), tmp_path / "made"
+    makes, reads = [["-c", f"open({str(made)!r}, {mode!r})"] for mode in "wr"]
+    plan = [cuda.Part("data", 20.0, {"a": makes}, makes=[made]), cuda.Part("reader", 20.0, {"b": reads}, needs=[made])]
+    monkeypatch.setattr(cuda, "parts", lambda args: plan)
+    words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny"]
+    assert cuda.main(words) == 0
+    made.unlink()  # as on another machine
+    assert cuda.main(words) == 0 and not made.exists()
+    assert "data: nothing left needs it" in (tmp_path / "out" / "log.txt").read_text()
+    plan += [cuda.Part("another reader", 20.0, {"c": reads}, needs=[made])]
+    assert cuda.main(words) == 0 and made.exists()
+
+
+def test_every_test_of_cuda_is_run_there():
+    cuda, marked = script("cuda"), re.compile(r"^@(test_focal\.)?cuda$", re.M)
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())}
+    assert files == {f"test_{name}" for name in cuda.TESTED}
+
+
 def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.undo()
     speed = script("speed")
@@ -375,7 +415,7 @@ def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
         cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 1
     )
     *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
-    assert len(log) == 11 and all("no time left" in line for line in log) and "not done: tests" in last
+    assert len(log) == 15 and all("no time left" in line for line in log) and "not done: tests" in last
 
 
 def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):
