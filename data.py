@@ -189,6 +189,9 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # whole steps of all of them
     if settings.start >= most:  # nothing would be learned
         raise DataError(f"--start: expected less than {most} with these --sac-steps, found {settings.start}")
+    if settings.nstep > settings.steps // settings.envs:
+        found = f"{settings.steps // settings.envs} steps of each environment, found {settings.nstep}"
+        raise DataError(f"--nstep: expected at most the {found}")
     return settings
 
 
@@ -924,12 +927,14 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     stream = 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
     if quality == "replay":
         return _replay(env, tasks, behaviour["early"])
-    spread = np.linspace(0, policies.shape[1] - 1, settings.trajectories).round().astype(int)  # of `mixed`
+    count = max(settings.trajectories, Settings.trajectories if quality == "medium" else 0)
+    spread = np.linspace(0, policies.shape[1] - 1, count).round().astype(int)  # of `mixed`
     if quality == "mixed":
         return collect(env, tasks, policies[:, spread], settings, stream)
     chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
-    if quality == "medium":
-        returns = roll_out(env, tasks, "mixed", behaviour, settings, seed)["first_return"]
+    if quality == "medium":  # chosen among no fewer policies, however few of its trajectories are wanted
+        probe = dataclasses.replace(settings, trajectories=count)
+        returns = roll_out(env, tasks, "mixed", behaviour, probe, seed)["first_return"]
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
         half = (smooth[:, :1] + smooth[:, -1:]) / 2
         chosen = torch.from_numpy(spread[np.abs(smooth - half).argmin(1)])
@@ -1053,6 +1058,8 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
     if problem:
         raise DataError(f"{path}: {problem}")
     meta.setdefault("checksum", checksum(arrays))
+    if env is not None:
+        meta.setdefault("env", env)
     tensor = {name: torch.from_numpy(arrays[name]).to(device) for name in REQUIRED if REQUIRED[name][0] > 1}
     tensor.pop("tasks")
     context = arrays.get("sparse_rewards")
@@ -1131,7 +1138,7 @@ def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str 
             return f"{name} is {found}, expected {np.dtype(dtype)} with {ndim}"
     if "checksum" in meta and checksum(arrays) != meta["checksum"]:
         return "the checksum does not match: the file was changed or damaged"
-    return _shape_problem(arrays, env) or _value_problem(arrays)
+    return _shape_problem(arrays, env) or _value_problem(arrays, env)
 
 
 def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
@@ -1153,7 +1160,7 @@ def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
     return None
 
 
-def _value_problem(arrays: dict[str, np.ndarray]) -> str | None:
+def _value_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and name != "returns" and not np.isfinite(array).all():
             return f"{name} holds values that are not finite"
@@ -1170,6 +1177,8 @@ def _value_problem(arrays: dict[str, np.ndarray]) -> str | None:
     overlap = set(train.tolist()) & set(test.tolist())
     if overlap and set(train.tolist()) != set(test.tolist()):
         return f"tasks {sorted(overlap)} are both training and test tasks"
+    if env is not None and not (known := envs.is_task(env, arrays["tasks"])).all():
+        return f"task {known.argmin()} has parameters that no task of {env} can have"
     return None
 
 
@@ -1202,6 +1211,8 @@ def prepare(
     settings = settings_for(env, device, **changes)
     if quality == "replay" and settings.replay < settings.envs:
         raise DataError(f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}")
+    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
+        raise DataError(f"--trajectories: {quality} data are of several policies; expected at least 2, found 1")
     train, test = train or row.train, test or row.test
     suffix = "" if behaviour == own else f"-{behaviour}"
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
@@ -1266,7 +1277,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     if "first_return" in arrays and "returns" not in arrays:
         arrays["returns"] = arrays["first_return"].mean(1)
     stored = _as_stored(arrays)
-    problem = _shape_problem(stored, meta["env"]) or _value_problem(stored)
+    problem = _shape_problem(stored, meta["env"]) or _value_problem(stored, meta["env"])
     if problem:
         raise DataError(f"{path}: not stored, {problem}")
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}

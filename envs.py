@@ -91,6 +91,7 @@ class Family:
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
     sample: Callable | None = None  # (rng, n) -> (n, P)
+    valid: Callable | None = None  # (task (B, P)) -> (B,) bool, where not any numbers are parameters of a task
     only: tuple = ()  # instead: the only tasks there are, rows of parameters; all are training and test tasks at once
     terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
     out_of_range: Callable = _never  # (state) -> (B,) bool: termination that observations cannot show
@@ -557,6 +558,12 @@ def _another_behaviour(rng, task):
     return _ask_for(rng, task.copy(), _behaviours(task) + [CARRY] * int(task[OBJECT]))
 
 
+def _is_scene(task):
+    number, most = task[:, : TARGET.start], (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
+    least = -1 * (np.arange(TARGET.start) == SIDE)
+    return ((number == number.round()) & (number >= least) & (number <= most)).all(1)
+
+
 # ---------------------------------------------------------------------------------------------- the table of families
 # What the families with one body have in common; noise on the initial state is gymnasium's.
 CHEETAH = {
@@ -641,7 +648,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "sawyer": Family(
         papers="Sawyer Manipulation (SMAC)", **SAWYER, horizon=50, data_horizon=75, discount=0.99,
-        train=50, test=10, differs="layout and reward", sample=_scenes, reward=_sawyer_reward,
+        train=50, test=10, differs="layout and reward", sample=_scenes, valid=_is_scene, reward=_sawyer_reward,
     ),
     # Single tasks, with gymnasium's own rewards, for MerPO's section 5.1; their one parameter means nothing.
     "halfcheetah": Family(
@@ -693,6 +700,12 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
             raise ValueError(f"{name}: found {i} different tasks, asked for {n}")
         rows[task.tobytes()] = task
     return np.concatenate(list(rows.values())) if rows else row.sample(np.random.default_rng(), 0)
+
+
+def is_task(name: str, tasks: Array) -> Array:
+    """(n,) bool: whether each row, (P,), has finite numbers that a task of this family can have."""
+    row, finite = family(name), np.isfinite(tasks).all(1)
+    return finite & row.valid(tasks) if row.valid else finite
 
 
 # ----------------------------------------------------------------------------------------------------------- physics
@@ -880,12 +893,12 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
         if not len(self.tasks):
             raise ValueError(f"{name}: expected at least one task, found none")
-        if not np.isfinite(self.tasks).all():
-            raise ValueError(f"{name}: expected tasks whose parameters are finite")
+        if not is_task(name, self.tasks).all():
+            raise ValueError(f"{name}: task {is_task(name, self.tasks).argmin()} has numbers that no task can have")
         if not isinstance(seed, int | np.integer) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        if horizon is not None and (not isinstance(horizon, int | np.integer) or horizon < 1):
+            raise ValueError(f"horizon must be a whole number from 1, got {horizon}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.autoreset = len(self.tasks), autoreset

@@ -4,7 +4,7 @@ Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets
     repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c_j and an RL minibatch b_i from D_i
         z_i = mean of q_phi over c_i                                     deterministic task embedding in (-1, 1)^l
         phi   <- descend the distance metric loss over all pairs (13)    pulls a task together, pushes tasks apart
-        psi   <- descend the Bellman error given (s, z_i) (27)           z_i detached: it does not train the encoder
+        psi   <- descend the Bellman error of Q_psi(s, z_i, a) (27)      z_i detached: it does not train the encoder
         theta <- descend alpha D(pi, behaviour) - min Q (28) + log pi    behaviour regularisation (BRAC); entropy
         D is the dual form of KL with a discriminator g, which learns beside them
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
@@ -15,9 +15,9 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 there; actor and critic learn from dense rewards.) Where we differ from the paper:
 - Observations are standardised; the encoder learns first and then stands still (see `encoder_rate`), since a policy
   cannot settle while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as FOCAL's Table 5b presupposes.
-- (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, with D at the data's next action.
+- (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
 - The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first. Q has a twin;
-  the entropy has weight 1 in target and actor, as appendix F gives none; g, in D, has a penalty on its slope.
+  the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see the table).
 """
@@ -159,7 +159,7 @@ def parse_args(argv=None):
     if critic_trains_encoder(args):  # its loss changes as long as the policy does
         parser.set_defaults(encoder_steps=args.steps)
         args = parser.parse_args(argv)
-    args.test_quality = None if args.test_quality == args.quality else args.test_quality
+    args.test_quality = None if args.test_quality == args.quality else args.test_quality  # else it were in the name
     args.variant = variant(args, parser)
     for key in ("quality", "test_quality", "data_seed"):
         if args.data and getattr(args, key) != parser.get_default(key):
@@ -168,7 +168,7 @@ def parse_args(argv=None):
     args.test_quality = args.test_quality or args.quality
     if args.sparse and "relabelled" in (args.quality, args.test_quality):
         fail("--sparse: the contexts of relabelled data are sparse by themselves; expected one or the other")
-    args.encoder_steps = args.encoder_steps or max(1, args.steps // 5)
+    args.encoder_steps = args.encoder_steps or max(2, args.steps // 5)  # at the last one its rate is 0
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; expected one, or --device cpu")
     return args
@@ -200,7 +200,7 @@ def shared_arguments(add):
     add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
     add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
     add("--quality", choices=data.QUALITIES, default="mixed", help="quality of the training tasks' data")
-    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
+    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; unless given: --quality")
     add("--eval-every", type=whole, default=10_000, help="gradient steps between evaluations")
     add("--eval-episodes", type=whole, default=4, help="episodes of each task in an evaluation")
     add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")
@@ -218,31 +218,31 @@ def shared_arguments(add):
 
 
 def algorithm_arguments(add):
-    add("--sparse", action="store_true", help="sparse rewards in contexts (FOCAL++, Eq. 35); dense ones elsewhere")
+    add("--sparse", action="store_true", help="FOCAL++'s sparse rewards (Eq. 35) in contexts; dense ones to learn from")
     add("--latent", type=whole, default=20, help="size l of the task embedding")
     add("--encoder", choices=["deterministic", "probabilistic"], default="deterministic", help="see its class")
     add("--encoder-hidden", type=whole, default=200, help="width of the task encoder")
     add("--encoder-lr", type=number, default=1e-3, help="learning rate of the task encoder")
     add("--encoder-steps", type=whole, default=None,
-        help="its rate falls to 0 by this step; default: steps / 5, or steps if the critic trains it")  # fmt: skip
+        help="its rate falls to 0 by this step; unless given: steps / 5, or steps if the critic trains it")  # fmt: skip
     add("--no-next-obs", action="store_true", help="leave s' out of the context, as PEARL does")
     add("--encoder-loss", choices=["dml", "bellman"], default="dml", help="bellman: the critic's instead, as in PEARL")
     add("--coupled", action="store_true", help="the critic's loss trains the encoder too (FOCAL, section 5.2.3)")
     add("--kl-weight", type=number, default=0.1, help="of KL(q(z|c), N(0, I)), with a probabilistic encoder")
-    add("--dml", choices=list(LAWS), default="inverse-square", help="law of the negative pairs, FOCAL's Eq. 13")
+    add("--dml", choices=list(LAWS), default="inverse-square", help="law of Eq. 13's negative pairs, of loss dml")
     add("--beta", type=number, default=1.0, help="multiplies their weight in LAWS, which is that of FOCAL's Table 5b")
     add("--eps", type=positive, default=0.1, help="epsilon of FOCAL's Eq. 13")
     add("--policy", choices=["brac", "bcq"], default="brac", help="bcq: Contextual BCQ's, with --encoder-loss bellman")
-    add("--alpha", type=number, default=50.0, help="behaviour regularisation strength; 0: no discriminator")
+    add("--alpha", type=number, default=50.0, help="of brac's regularisation; 0 without --tune-alpha: no discriminator")
     add(
         "--tune-alpha",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let alpha seek the target divergence (FOCAL++)",
     )
-    add("--alpha-lr", type=number, default=1.0, help="with --tune-alpha")
-    add("--alpha-max", type=number, default=2e3, help="with --tune-alpha")
-    add("--target-divergence", type=number, default=0.05, help="with --tune-alpha")
+    add("--alpha-lr", type=number, default=1.0, help="with --tune-alpha, its plain step")
+    add("--alpha-max", type=number, default=2e3, help="with --tune-alpha, its bound")
+    add("--target-divergence", type=number, default=0.05, help="with --tune-alpha, above which alpha rises")
     add("--value-penalty", action=argparse.BooleanOptionalAction, default=False, help="D in the target (FOCAL's Eq. 7)")
     add("--discriminator-lr", type=number, default=1e-4, help="learning rate of the discriminator g")
     add("--discriminator-steps", type=whole, default=3, help="its gradient steps in an update")
@@ -370,7 +370,7 @@ class ProbabilisticEncoder(nn.Module):
 
 # ======================================================================================================= 4. losses
 # What a pair of different tasks costs, given |d|^2, with the weights of FOCAL's Table 5b, which make the four alike in
-# size near |d| = 0.5. All fall as the distance grows: inverse powers towards 0, powers, negated, without end.
+# size near |d| = 0.5. All fall as the distance grows: inverse powers towards 0, the others without bound.
 LAWS = {
     "inverse-square": lambda d2, eps: 1 / (d2 + eps),
     "inverse": lambda d2, eps: 2 / ((d2 + 1e-12).sqrt() + eps),
@@ -390,7 +390,7 @@ def dml_loss(z_i, z_j, same, beta, law, eps):
 
 
 def critic_target(r, done, q_next, log_pi_next, divergence_next, reward_scale, discount, alpha):
-    """y of FOCAL's Eq. 27 with Eq. 7's value penalty and the entropy of appendix F, both as in `actor_loss`; q_next
+    """y of FOCAL's Eq. 27 with Eq. 7's value penalty and the entropy of appendix F, weighted as in `actor_loss`; q_next
     (2, N) of the slow target, divergence_next (N,) or 0."""
     # reward_scale r + gamma (1 - done) (min Qbar(s', z, a') - log pi(a'|s', z) - alpha D(s'))
     return reward_scale * r + discount * (1 - done) * (q_next.amin(0) - log_pi_next - alpha * divergence_next)
@@ -467,6 +467,7 @@ class Agent(nn.Module):
 
     @property
     def judges(self):
+        """What scores actions, and stands still while the actor learns from it."""
         return nn.ModuleList([self.critic] + ([self.discriminator] if self.discriminator is not None else []))
 
     def act(self, s, z, generator):
@@ -539,7 +540,7 @@ class Batches:
 
     def __init__(self, args, rows, split):
         self.args, self.rows, self.split = args, rows, split  # (n tasks, N, D), widths of the parts of a row
-        self.replace = args.meta_batch_size > len(rows)  # two-task families draw tasks with replacement
+        self.replace = args.meta_batch_size > len(rows)  # of fewer tasks than M each is drawn several times
 
     def tasks(self):
         n, m = len(self.rows), self.args.meta_batch_size
@@ -570,7 +571,7 @@ def context_of(rows, split, args):
 
 
 def make_update(args, agent, optimisers, batches):
-    """update(): one gradient step of every network. It never waits for the device, so CUDA can replay it whole."""
+    """update(): one gradient step of every network (of g: several). It never waits, so CUDA can replay it whole."""
 
     def update(learn_encoder=True):
         agent.step += 1
@@ -578,7 +579,7 @@ def make_update(args, agent, optimisers, batches):
             for name in ("critic", "actor"):
                 rate = 1 - (1 - args.final_lr) * (agent.step / args.steps).clamp_max(1)
                 optimisers[name].param_groups[0]["lr"].copy_(args.lr * rate)
-        # Algorithm 1, lines 9 to 14: M tasks, for each an RL minibatch b_i and independent contexts c_i, c_j
+        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i of its own draw
         task = batches.tasks()
         b, log = batches.transitions(task), {"alpha": agent.alpha}
         if not learn_encoder:
@@ -595,7 +596,7 @@ def make_update(args, agent, optimisers, batches):
             if torch.is_tensor(loss):  # the critic's loss may add to these gradients, or be all there is
                 loss.backward(retain_graph=critic_trains_encoder(args))
         z = z_i.repeat_interleave(args.batch_size, 0)  # (M x B, l)
-        # (27) has z without a gradient: the Bellman error does not reach the encoder, but in the ablations
+        # (27) has z without a gradient: the Bellman error does not reach the encoder, except in the ablations
         log |= learn_critic(b, z if critic_trains_encoder(args) else z.detach())
         if learn_encoder:
             optimisers["encoder"].param_groups[0]["lr"].copy_(args.encoder_lr * encoder_rate(args, agent.step))
@@ -723,6 +724,8 @@ class World:
     def __init__(self, args, device):
         train = open_data(args, args.quality, device)
         test = open_data(args, args.test_quality, device) if args.test_quality != args.quality else train
+        if args.sparse and "relabelled" in (train.meta.get("quality"), test.meta.get("quality")):  # from --data
+            raise data.DataError("--sparse: the contexts of relabelled data are sparse by themselves; leave it out")
         if args.sparse:  # in contexts only; the goal radius R of FOCAL++'s Eq. 35 is fitted to the training tasks
             radius = data.sparsify(train)
             data.sparsify(test, radius)
@@ -782,9 +785,10 @@ def separation(z):
     variance over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
     n, e, latent = z.shape
     flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
-    d2 = (flat[:, None] - flat[None]).square().sum(-1)[task[:, None] != task[None]]
-    separated = (d2.sqrt() > math.sqrt(2 * latent / 3)).double().mean().item()
-    return separated, (d2.mean() / latent).sqrt().item(), z.var(1, correction=0).mean().item() * e / max(1, e - 1)
+    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[task[:, None] != task[None]]
+    far = math.sqrt(2 * latent / 3)  # root mean square distance of two uniform points of (-1, 1)^l
+    esr, rms = (distance > far).double().mean().item(), (distance.square().mean() / latent).sqrt().item()
+    return esr, rms, z.var(1, correction=0).mean().item() * e / max(1, e - 1)  # unbiased; 0 of one context
 
 
 # ================================================================================================ 7. plots and files

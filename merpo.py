@@ -17,6 +17,7 @@ A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on 
 Choices where the paper is silent:
 - Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
 - Seven meta-models on bootstrapped data; a policy fitted to each task's data stands for the behaviour in lambda, (11).
+- The states of rho in (1) are those at which D_model's transitions begin: with H = 1, all in D_n.
 - Each of the five models makes an equal share of the rollouts. log beta moves by its rate up or down (Adam on a
   scalar does little else); lambda is clipped at ten times its initial value, its divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
@@ -83,7 +84,7 @@ for name in ("sparse-point-robot", "point-robot-wind"):
     SMALL[name] = SMALL_ALL | {"model_steps": 200, "lambda_initial": 0.05, "beta_initial": 0.05, "ent": 0.01}
     SMALL[name] |= {"final_lr": 0.1}
 for name in ("halfcheetah", "hopper", "walker2d"):
-    SMALL[name] = SMALL_ALL | {"model_lr": 1.0, "steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4, "tau": 0.02}
+    SMALL[name] = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4, "tau": 0.02}
 
 
 # What does not change the result of a run (but for rounding), or is in its path anyway.
@@ -152,14 +153,12 @@ def parse_args(argv=None):
         if args.data and getattr(args, key) != parser.get_default(key):
             flag = f"--{key.replace('_', '-')} {getattr(args, key)}"
             fail(f"{flag}: --data has the data of all tasks; expected one or the other")
-    args.test_quality = args.test_quality or args.quality
     check_single(args, parser)
+    args.test_quality = args.test_quality or args.quality
+    if not args.adapt_steps and not STARTS[args.test_start][0]:
+        fail(f"--adapt-steps 0: --test-start {args.test_start} has no policy before its first step; expected 1 or more")
     args.alpha = 0.0 if args.single == "combo-3" else args.alpha
     args.adaptive, args.alpha = args.alpha == "adaptive", 0.4 if args.alpha == "adaptive" else args.alpha
-    if envs.family(args.env).differs == "nothing" and not args.single:
-        fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
-    if args.single and envs.family(args.env).differs != "nothing":
-        fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
     if not args.no_model and not Tasks.KEPT <= args.rollouts <= args.rollout_buffer // args.rollout_length:
         most = args.rollout_buffer // args.rollout_length
         fail(f"--rollouts {args.rollouts}: expected {Tasks.KEPT} (one for each model) to {most} (what D_model holds)")
@@ -170,13 +169,18 @@ def parse_args(argv=None):
 
 def check_single(args, parser):
     """Flags that go with --single, and those that do not."""
+    if envs.family(args.env).differs == "nothing" and not args.single:
+        fail(f"--env {args.env}: has one task; expected --single combo, combo-3 or rac beside it")
+    if args.single and envs.family(args.env).differs != "nothing":
+        fail(f"--single {args.single}: expected an environment of one task, found {args.env}")
     if args.single and args.test_start != "meta":
         fail(f"--test-start {args.test_start}: --single has no test tasks that adapt; expected one or the other")
     if args.single and (
         args.alpha == "adaptive" or (args.single != "rac" and args.alpha != parser.get_default("alpha"))
     ):
         fail(f"--alpha {args.alpha}: expected a number with --single rac, none with --single {args.single}")
-    for key in ("model_lr", "outer_lr", "outer_steps", "meta_q_lr", "adapt_lr", "test_trajectories"):
+    stage_2 = "model_lr", "outer_lr", "outer_steps", "meta_q_lr"
+    for key in (*stage_2, "adapt_steps", "adapt_lr", "test_quality", "test_trajectories"):
         flag, value = f"--{key.replace('_', '-')}", getattr(args, key)
         if args.single and value != parser.get_default(key):
             fail(f"{flag} {value}: --single has no outer step and no new tasks; expected one or the other")
@@ -211,7 +215,7 @@ def shared_arguments(add):
     add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
     add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
     add("--quality", choices=data.QUALITIES, default="mixed", help="quality of the training tasks' data")
-    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
+    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; unless given: --quality")
     add("--eval-every", type=whole, default=100, help="iterations between evaluations")
     add("--eval-episodes", type=whole, default=4, help="episodes of each task in an evaluation")
     add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")
@@ -234,7 +238,7 @@ def algorithm_arguments(add):
     add("--meta-q-lr", type=share, default=1.0, help="xi_q, the plain outer step of meta-Q")
     add("--inner-steps", type=whole, default=10, help="J, steps of RAC in a meta-iteration")
     add("--adapt-steps", type=natural, default=100, help="steps of RAC on a test task")
-    add("--adapt-lr", type=number, default=None, help="of its critic and policy; default: --lr and --actor-lr")
+    add("--adapt-lr", type=number, default=None, help="of its critic and policy; unless given: --lr and --actor-lr")
     add("--ent", type=number, default=0.2, help="temperature of the entropy in the critic's target")
     add("--actor-entropy", action="store_true", help="the same in Eq. 9, as in SAC; the paper has it in the target")
     add("--alpha", type=mixture, default=0.4, help="weight of the behaviour in Eq. 9, 0 to 1, or adaptive (MerPO-Adp)")
@@ -252,15 +256,14 @@ def algorithm_arguments(add):
     add("--rollout-buffer", type=whole, default=10_000, help="transitions that D_model holds")
     add("--model-hidden", type=whole, default=256, help="width of the dynamics models")
     add("--model-layers", type=whole, default=4, help="their hidden layers")
-    add("--model-steps", type=whole, default=2_000, help="iterations of stage 1; the same")
+    add("--model-steps", type=whole, default=2_000, help="iterations of stage 1; the paper does not say how many")
     add("--model-lr", type=number, default=5e-2, help="xi, the meta-model's plain outer step; not with --single")
     add("--model-task-lr", type=number, default=1e-4, help="learning rate of a task's models")
     add("--model-adapt-steps", type=whole, default=25, help="h, their steps")
     add("--eta", type=number, default=0.1, help="of the proximal term of Eqs. 3 and 4")
-    add(
-        "--trajectories", type=whole, default=None, help="of each training task to learn from; default: all (Figure 10)"
-    )
-    add("--test-trajectories", type=whole, default=None, help="of each test task's")
+    few = "task's to learn from, blocks of as many steps as one has that does not end early; unless given: all"
+    add("--trajectories", type=whole, default=None, help=f"of each training {few}")
+    add("--test-trajectories", type=whole, default=None, help=f"of each test {few} (Figure 10)")
     add("--test-start", choices=list(STARTS), default="meta", help="how a test task begins (Figures 7c and 9b)")
     add(
         "--single",
@@ -811,23 +814,24 @@ def standardisation(observations):
     return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
 
 
-def pack(dataset, tasks, mean, std, trajectories, length):
-    """Rows (n, N, D): s, a, r, s', d; observations standardised; all, or so many `trajectories`, spread over them, of
-    `length` rows each."""
-    s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
-    r, d = (column[tasks][..., None] for column in (dataset.rewards, dataset.terminals))
-    rows = torch.cat([s, dataset.actions[tasks], r, s2, d], -1)
+def pack(dataset, tasks, rows, mean, std):
+    """(n, N, D), of these rows (N,) of tasks (n,): s, a, r, s', d; observations standardised."""
+    s, s2 = ((obs[tasks][:, rows] - mean) / std for obs in (dataset.observations, dataset.next_observations))
+    r, d = (column[tasks][:, rows, None] for column in (dataset.rewards, dataset.terminals))
+    return torch.cat([s, dataset.actions[tasks][:, rows], r, s2, d], -1)
+
+
+def choose_rows(count, trajectories, length):
+    """All of a task's `count` rows, or those of so many `trajectories`, of `length` rows each, spread over them."""
+    rows = torch.arange(count)
     if trajectories is None:
         return rows
-    if rows.shape[1] % length:
-        fail(
-            f"--trajectories, --test-trajectories: expected trajectories of {length} steps, found {rows.shape[1]} rows"
-        )
-    parts = rows.unflatten(1, (-1, length))
-    if trajectories > parts.shape[1]:
-        fail(f"--trajectories, --test-trajectories: the data hold {parts.shape[1]} of each task, found {trajectories}")
-    chosen = torch.linspace(0, parts.shape[1] - 1, trajectories).round().long()
-    return parts[:, chosen].flatten(1, 2)
+    if count % length:
+        fail(f"--trajectories, --test-trajectories: expected trajectories of {length} steps, found {count} rows")
+    parts = rows.unflatten(0, (-1, length))
+    if trajectories > len(parts):
+        fail(f"--trajectories, --test-trajectories: the data hold {len(parts)} of each task, found {trajectories}")
+    return parts[torch.linspace(0, len(parts) - 1, trajectories).round().long()].flatten()
 
 
 class World:
@@ -841,10 +845,11 @@ class World:
             fail(f"--single {args.single}: the data hold {len(train.train_tasks)} training tasks; expected one")
         d, m = self.row.obs_dim, self.row.act_dim
         self.split = [d, m, 1, d, 1]
-        self.mean, self.std = standardisation(train.observations[train.train_tasks])
-        scale, length = (self.mean, self.std), self.row.data_horizon
-        self.train_rows = pack(train, train.train_tasks, *scale, args.trajectories, length)
-        self.test_rows = pack(test, test.test_tasks, *scale, args.test_trajectories, length)
+        rows = choose_rows(train.rewards.shape[1], args.trajectories, self.row.data_horizon)
+        test_rows = choose_rows(test.rewards.shape[1], args.test_trajectories, self.row.data_horizon)
+        self.mean, self.std = standardisation(train.observations[train.train_tasks][:, rows])
+        self.train_rows = pack(train, train.train_tasks, rows, self.mean, self.std)
+        self.test_rows = pack(test, test.test_tasks, test_rows, self.mean, self.std)
         if min(self.train_rows.shape[1], self.test_rows.shape[1]) < 2:
             fail("--trajectories, --test-trajectories: one transition of a task; expected at least two")
         s, _, r, s2, _ = self.train_rows.split(self.split, -1)

@@ -203,7 +203,7 @@ def shared_arguments(add):
     add("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept and built")
     add("--data-seed", type=natural, default=0, help="seed of the tasks and of their datasets")
     add("--quality", choices=data.QUALITIES, default="replay", help="quality of the training tasks' data")
-    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; default: --quality")
+    add("--test-quality", choices=data.QUALITIES, default=None, help="of the test tasks' data; unless given: --quality")
     add("--eval-every", type=whole, default=10_000, help="gradient steps between evaluations")
     add("--eval-episodes", type=whole, default=1, help="meta-episodes of each task in an evaluation")
     add("--run-dir", type=Path, default=Path("runs"), help="where runs are kept")

@@ -580,11 +580,13 @@ def test_a_reset_mask_is_a_truth_for_each_row(mask):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tasks": np.full((2, 1), np.nan)}, "parameters are finite"),
+        ({"tasks": np.array([[1.0], [np.nan]])}, "task 1 has numbers that no task can have"),
         ({"tasks": np.zeros((0, 1))}, "at least one task"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": None}, "seed must be a whole number from 0"),
-        ({"horizon": 0}, "horizon must be at least 1"),
+        ({"horizon": 0}, "horizon must be a whole number from 1"),
+        ({"horizon": 1.5}, "horizon must be a whole number from 1"),
+        ({"horizon": np.nan}, "horizon must be a whole number from 1"),
     ],
 )
 def test_what_is_no_task_no_seed_no_horizon_is_refused(changes, message):

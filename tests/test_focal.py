@@ -823,6 +823,19 @@ def test_sparse_contexts_are_made_once(capsys):
     assert "--sparse: the contexts of relabelled data are sparse by themselves" in capsys.readouterr().err
 
 
+def test_relabelled_contexts_from_a_file_of_ones_own_are_made_once_too(files, tmp_path, capsys):
+    data.save(tmp_path / "d.npz", load_arrays(files[SPARSE]), {"env": SPARSE, "quality": "relabelled"})
+    with pytest.raises(SystemExit):
+        focal.main([*flags(SPARSE, tmp_path / "d.npz", "--sparse"), "--run-dir", str(tmp_path)])
+    assert "--sparse: the contexts of relabelled data are sparse by themselves" in capsys.readouterr().err
+
+
+def test_the_shortest_run_has_a_step_of_the_encoder():
+    args = focal.parse_args(["--env", WIND, "--steps", "3"])
+    rates = [focal.encoder_rate(args, torch.tensor(float(step))).item() for step in (1, 2, 3)]
+    assert rates == [0.5, 0, 0]
+
+
 def test_the_metrics_are_means_since_the_last_evaluation(files, tmp_path, no_plots):
     rows = metrics(run(tmp_path, WIND, files[WIND], "--alpha 3 --tune-alpha --steps 8"))
     k, sums = build(WIND, files[WIND], "--alpha 3 --tune-alpha --steps 8"), []
@@ -1106,6 +1119,9 @@ TABLE_4 = {  # reward scale, beta, alpha, value penalty, meta-batch, latent size
     "ant-fwd-back": (5, 1, 1e6, True, 4, 20, 0.99),
     "walker-params": (5, 10, 50, False, 16, 20, 0.99),
 }
+SIZES = {"hidden": 300, "encoder_hidden": 200, "batch_size": 256, "context_size": 256, "tau": 0.005, "final_lr": 1}
+SIZES |= {"lr": 1e-3, "encoder_lr": 1e-3, "discriminator_lr": 1e-4, "encoder": "deterministic", "eps": 0.1}
+EXPERT = {"cheetah-vel"}  # of Table 2's expert data, those that are taken as such here
 NAMES = "reward_scale", "beta", "alpha", "value_penalty", "meta_batch_size", "latent", "discount"
 
 
@@ -1114,6 +1130,8 @@ def test_the_papers_settings(name):
     args = focal.parse_args(["--env", name])
     assert tuple(getattr(args, key) for key in NAMES) == TABLE_4[name]
     assert set(focal.TABLE) == set(TABLE_4) and args.test_quality == args.quality
+    assert args.quality == ("expert" if name in EXPERT else "mixed")
+    assert {key: getattr(args, key) for key in SIZES} == SIZES
     given = "--latent 7 --alpha 3 --discount 0.5 --value-penalty --beta 4 --meta-batch-size 2 --reward-scale 9"
     for text in (f"--env {name} {given}", f"{given} --small --env {name}"):
         args = focal.parse_args(text.split())

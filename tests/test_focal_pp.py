@@ -147,6 +147,44 @@ def test_dropout_only_while_the_encoder_learns(files):
         assert torch.equal(encoder(context)[0], encoder(context)[0])
 
 
+def naive_attention(x, block, heads=8):
+    """One task's tokens attend to those of their own transition: x (B, tokens, h)."""
+    size = x.shape[-1] // heads
+    out = torch.zeros_like(x)
+    for b in range(len(x)):
+        q, k, v = (x[b] @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            out[b, :, part] = (q[:, part] @ k[:, part].T / math.sqrt(size)).softmax(-1) @ v[:, part]
+    return out @ block.out.weight.T + block.out.bias
+
+
+def test_a_block_and_the_encoder_against_plain_loops():
+    args = focal_pp.parse_args(["--env", WIND, "--encoder-hidden", "16", "--latent", "3", "--blocks", "2"])
+    encoder = disturbed(focal_pp.Encoder([2, 2, 2, 1], args))
+    (context,) = test_focal.random_tensors((2, 5, 7))
+    with torch.no_grad():
+        z, w = encoder.transitions(context)
+        for task in range(2):
+            x, start = torch.empty(5, 4, 16, dtype=torch.double), 0
+            for i, (width, embed) in enumerate(zip([2, 2, 2, 1], encoder.embed, strict=True)):
+                x[:, i] = context[task, :, start : start + width] @ embed.weight.T + embed.bias + encoder.position[i]
+                start += width
+            for block in encoder.blocks:
+                n = block.norms[0](x)
+                gate = torch.tensor([torch.sigmoid(block.gate(row.mean(0))).item() for row in n], dtype=torch.double)
+                weight = gate / (gate.sum() / len(gate))
+                x = weight[:, None, None] * x + naive_attention(n, block)
+                inner = torch.nn.functional.gelu(
+                    block.norms[1](x) @ block.feed_forward[0].weight.T + block.feed_forward[0].bias
+                )
+                assert inner.shape[-1] == 64
+                x = x + inner @ block.feed_forward[2].weight.T + block.feed_forward[2].bias
+            torch.testing.assert_close(w[task], weight, rtol=1e-10, atol=1e-12)
+            expected = torch.tanh(x.mean(1) @ encoder.head.weight.T + encoder.head.bias)
+            torch.testing.assert_close(z[task], expected, rtol=1e-9, atol=1e-11)
+
+
 # ------------------------------------------------------------------------------------------------ who trains whom, runs
 VARIANTS = [
     f"--attention {a} --encoder-loss {b}" for a in ("both", "batch", "seq", "none") for b in ("contrast", "dml")
@@ -195,7 +233,8 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkey
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-TABLE_6 = {"beta": 1, "hidden": 256, "context_size": 512, "temperature": 0.5, "momentum": 0.9}
+TABLE_6 = {"blocks": 3, "encoder_hidden": 128, "dropout": 0.1, "attention": "both", "encoder_loss": "contrast"}
+TABLE_6 |= {"beta": 1, "hidden": 256, "context_size": 512, "temperature": 0.5, "momentum": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "target_divergence": 0.05, "lr": 3e-3, "encoder_lr": 3e-3, "discount": 0.99}
 MUJOCO["latent"] = 20
 POINT = {"alpha": 0, "tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3, "discount": 0.9, "latent": 5}

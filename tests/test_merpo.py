@@ -19,11 +19,11 @@ import merpo
 
 TINY = "--hidden 16 --layers 2 --model-hidden 16 --model-layers 2 --batch-size 8 --meta-batch-size 3 --device cpu"
 TINY += " --steps 4 --model-steps 2 --eval-every 2 --eval-episodes 1 --threads 1 --rollouts 10 --rollout-buffer 40"
-TINY += " --inner-steps 2 --adapt-steps 3 --model-adapt-steps 3"
+TINY += " --inner-steps 2 --model-adapt-steps 3"
 
 
 def flags(name, file, more=""):
-    fewer = "--rollouts 8" if envs.family(name).differs == "nothing" else ""  # they are longer
+    fewer = "--rollouts 8" if envs.family(name).differs == "nothing" else "--adapt-steps 3"  # rollouts are longer
     return [*f"--env {name} --data {file} {TINY} {fewer}".split(), *more.split()]
 
 
@@ -757,6 +757,8 @@ def test_few_trajectories(files, short_trajectories):
     k = build(WIND, files[WIND], "--trajectories 1 --test-trajectories 2")
     assert k.world.train_rows.shape[1] == 20 and k.world.test_rows.shape[1] == 40
     stored = data.load(files[WIND])
+    mean = stored.observations[TRAIN][:, :20].flatten(0, 1).mean(0)  # of what there is to learn from
+    torch.testing.assert_close(k.world.mean, mean, atol=1e-6, rtol=1e-5)
     s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
     expected = stored.observations[TEST][:, [*range(20), *range(40, 60)]]
     torch.testing.assert_close(s, expected, atol=1e-5, rtol=1e-4)
@@ -777,6 +779,7 @@ def test_few_trajectories(files, short_trajectories):
         ("hopper", "--single rac --test-start behaviour", ["--test-start", "behaviour", "--single"]),
         ("hopper", "", ["hopper", "--single"]),
         (WIND, "--test-start nowhere", ["--test-start", "nowhere"]),
+        (WIND, "--adapt-steps 0 --test-start combo", ["--adapt-steps 0", "--test-start combo"]),
     ],
 )
 def test_bad_input_ends_in_one_line(files, tmp_path, capsys, name, more, words):

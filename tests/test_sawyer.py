@@ -72,6 +72,27 @@ def test_what_a_task_is():
     assert only.all() and 0.5 < move.mean() < 0.8
 
 
+NO_TASKS = [(envs.TOP, 0.5), (envs.BUTTON, -1), (envs.SIDE, 2), (envs.SIDE, -0.5), (envs.TRAY_PLACE, 4)]
+NO_TASKS += [(envs.OBJECT_PLACE, -1), (envs.BEHAVIOUR, 7), (envs.BEHAVIOUR, -1), (9, np.nan)]
+
+
+def test_what_is_no_task_is_refused(tmp_path):
+    rows = scenes(20)
+    assert envs.is_task("sawyer", rows).all()
+    arrays = collect("sawyer", [0, 1], [2], 4, 75)
+    for place, value in NO_TASKS:
+        rows[3, place], before = value, rows[3, place]
+        assert envs.is_task("sawyer", rows).tolist() == [i != 3 for i in range(len(rows))]
+        with pytest.raises(ValueError, match="sawyer: task 3 has numbers that no task can have"):
+            build(rows)
+        changed = {**arrays, "tasks": arrays["tasks"].copy()}
+        changed["tasks"][1, place] = value
+        np.savez(tmp_path / "own.npz", **changed)
+        with pytest.raises(data.DataError, match="not finite|task 1 has parameters that no task of sawyer can have"):
+            data.load(tmp_path / "own.npz", "sawyer")
+        rows[3, place] = before
+
+
 def test_a_family_without_enough_tasks_says_so(monkeypatch):
     few = envs.dataclasses.replace(ROW, sample=lambda rng, n: rng.integers(3, size=(n, 1)).astype(float))
     monkeypatch.setitem(envs.FAMILIES, "few", few)

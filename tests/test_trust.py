@@ -733,7 +733,8 @@ OWN[smac] += [f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tas
 OWN[merpo] = ["--lambda-initial 1e38", "--meta-policy runs", "--no-model --real-ratio 0.3", "--rollouts 4"]
 OWN[merpo] += ["--rollouts 20000", "--rollouts 6000 --rollout-length 2"]
 OWN[merpo] += [
-    f"--{flag} --env halfcheetah --single combo" for flag in ("outer-lr 1", "adapt-lr 1", "test-trajectories 3")
+    f"--{flag} --env halfcheetah --single combo"
+    for flag in ("outer-lr 1", "adapt-lr 1", "adapt-steps 9", "test-quality random", "test-trajectories 3")
 ]
 
 
