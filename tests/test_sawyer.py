@@ -87,7 +87,7 @@ def test_what_is_no_task_is_refused(tmp_path):
             build(rows)
         changed = {**arrays, "tasks": arrays["tasks"].copy()}
         changed["tasks"][1, place] = value
-        np.savez(tmp_path / "own.npz", **changed)
+        data.save(tmp_path / "own.npz", changed, {})
         with pytest.raises(data.DataError, match="not finite|task 1 has parameters that no task of sawyer can have"):
             data.load(tmp_path / "own.npz", "sawyer")
         rows[3, place] = before
