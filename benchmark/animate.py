@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import load_run
 
 import envs
+import focal
 
 
 @torch.no_grad()
@@ -40,12 +41,14 @@ def film(run, path, count, size):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run of focal.py or focal_pp.py")
-    parser.add_argument("--tasks", type=int, default=5, help="how many test tasks")
-    parser.add_argument("--size", type=int, default=160, help="of a picture, in pixels")
+    parser.add_argument("--tasks", type=focal.whole, default=5, help="how many test tasks")
+    parser.add_argument("--size", type=focal.whole, default=160, help="of a picture, in pixels")
     parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
     args = parser.parse_args(argv)
     run = args.run.resolve()
     path = args.out or ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.gif"
+    if not path.parent.is_dir():
+        raise SystemExit(f"animate.py: --out {path}: there is no folder {path.parent}")
     film(run, path, args.tasks, args.size)
     print(path)
 

@@ -42,7 +42,10 @@ def main(argv=None):
             if found and column not in found[0]:
                 raise SystemExit(f"compare.py: {folder}: no column {column}; expected one of {', '.join(found[0])}")
     stages = any("merpo" in folder.resolve().parts for folder in args.folders)
-    paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
+    try:
+        paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise SystemExit(f"compare.py: --out {args.out}: {error}") from None
     for label, runs in groups.items():
         for column in args.columns:
             last = [paper.np.mean([row[column] for row in paper.metrics(run)[-3:]]) for run in runs]

@@ -262,6 +262,9 @@ def arguments(argv=None):
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds on a CPU, to try this script out")
     args = parser.parse_args(argv)
     args.out, args.work = args.out.resolve(), args.work.resolve()
+    known = [part.name for part in parts(args)]
+    if not set(args.only or []) <= set(known):
+        parser.error(f"--only {' '.join(args.only)}: expected some of {', '.join(known)}")
     return args
 
 

@@ -17,7 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
     run = parser.parse_args().run.resolve()
-    script, env = run.parts[-4:-2]
+    script, env = ("", "", *run.parts)[-4:-2]
     for name in ("curve.png", "embeddings.png", "metrics.csv"):
         if not (run / name).exists():
             raise SystemExit(f"figure.py: {run}: no {name} there; expected the folder of a run of an encoder's script")

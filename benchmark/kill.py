@@ -189,7 +189,7 @@ def campaign(name, kills, rng, root, dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help=", ".join(NAMES) + "; default: all")
-    parser.add_argument("--kills", type=int, default=20, help="of each program")
+    parser.add_argument("--kills", type=focal.whole, default=20, help="of each program")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--no-pictures", action="store_true", help="leave out what takes most of the time")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from kill import FLAGS, FORK, NAMES, WIND, build, run
+from kill import FLAGS, FORK, NAMES, WIND, build, focal, run
 
 TINY = "--hidden 8 --batch-size 4 --meta-batch-size 2 --eval-episodes 1"
 LENGTH = {
@@ -48,9 +48,11 @@ def measure(name, steps, folder, dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help="scripts; default: all")
-    parser.add_argument("--steps", type=int, default=20_000, help="gradient steps (MerPO: iterations)")
+    parser.add_argument("--steps", type=focal.whole, default=20_000, help="gradient steps (MerPO: iterations)")
     parser.add_argument("--no-pictures", action="store_true", help="without matplotlib, which grows over many pictures")
     args = parser.parse_args()
+    if not set(args.programs) <= set(LENGTH):
+        parser.error(f"expected some of {', '.join(LENGTH)}")
     for module in (NAMES[name] for name in LENGTH if args.no_pictures):
         for name in (name for name in vars(module) if name.startswith("plot_")):
             setattr(module, name, lambda *_: None)

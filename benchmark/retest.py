@@ -120,7 +120,11 @@ def main(argv=None):
         raise SystemExit(f"{Path(sys.argv[0]).name}: expected the folder of a run, or several")
     torch.set_num_threads(1)
     for run in runs:
-        row, path = test(run, changes), result(run, changes)
+        try:
+            row, path = test(run, changes), result(run, changes)
+        except FloatingPointError as error:
+            print(f"{Path(sys.argv[0]).name}: {run}: {error}", file=sys.stderr)
+            raise SystemExit(3) from None
         path.parent.mkdir(exist_ok=True)
         data.write(path, lambda file, row=row: file.write(json.dumps(row, indent=1).encode()))
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}

@@ -43,6 +43,10 @@ def arguments():
     args = parser.parse_args()
     if args.same_data and args.scripts not in (list(SCRIPTS), ["smac"]):
         parser.error("--same-data is of SMAC only; expected no other --scripts")
+    if not plan(args):
+        parser.error(
+            f"none of {', '.join(args.scripts)} has {' or '.join(args.envs)} among its families of several tasks"
+        )
     if args.task is not None and not 0 <= args.task < len(plan(args)):
         parser.error(f"--task {args.task}: expected 0 to {len(plan(args)) - 1}")
     return args

@@ -243,7 +243,9 @@ def arguments(argv=None):
     parser.add_argument("--size", nargs="+", choices=["paper", "small"], default=["paper", "small"])
     parser.add_argument("--env", choices=list(focal.TABLE), default="walker-params")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--threads", nargs="+", type=int, help="numbers of PyTorch's threads to compare on the CPU")
+    parser.add_argument(
+        "--threads", nargs="+", type=focal.whole, help="numbers of PyTorch's threads to compare on the CPU"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time of one thread, where others compute too"
@@ -259,8 +261,14 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
+    try:
+        data.choose_device(args.device)
+    except data.DataError as error:
+        raise SystemExit(f"speed.py: {error}") from None
     if not args.out:
         return table(args)
+    if not args.out.parent.is_dir():
+        raise SystemExit(f"speed.py: --out {args.out}: there is no folder {args.out.parent}")
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

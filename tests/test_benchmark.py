@@ -196,7 +196,9 @@ def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
     assert inverse.split() == ["small,dml=inverse", "return_mean", "3.5", "(0.5),", "2", "seeds"]  # last three of each
     assert square.split()[:3] == ["small,dml=square", "return_mean", "3"]
     assert (tmp_path / "both.png").stat().st_size > 10_000
-    for words, message in ((["--columns", "esr"], "no column esr"), ([str(tmp_path)], "no seed*/metrics.csv there")):
+    wrong = {"no column esr": ["--columns", "esr"], "no seed*/metrics.csv there": [str(tmp_path)]}
+    wrong |= {"nowhere/x.png: ": ["--out", str(tmp_path / "nowhere" / "x.png")], "x.foo: ": ["--out", "x.foo"]}
+    for message, words in wrong.items():
         with pytest.raises(SystemExit, match=re.escape(message)):
             compare.main([*folders, *words])
 
@@ -395,7 +397,7 @@ def watch_settling(monkeypatch):
     return settled
 
 
-def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_path, files, short_trajectories):
+def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys, files, short_trajectories):
     monkeypatch.setattr(sys, "path", list(sys.path))
     retest = script("retest")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
@@ -409,6 +411,11 @@ def test_a_test_task_of_merpo_learns_from_the_data_it_is_given(monkeypatch, tmp_
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=2.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
+    with pytest.raises(SystemExit) as end:
+        retest.main([str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"])
+    assert end.value.code == 3 and capsys.readouterr().err.splitlines()[-1].startswith(
+        f"{Path(sys.argv[0]).name}: {run}: "
+    )
 
 
 def test_smac_is_tested_in_more_meta_episodes(monkeypatch, tmp_path, files):

@@ -385,6 +385,12 @@ def test_data_that_nothing_left_needs_are_not_built(monkeypatch, tmp_path):
     assert cuda.main(words) == 0 and made.exists()
 
 
+def test_a_part_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        script("cuda").main(["--out", "nowhere", "--only", "focal", "bogus"])
+    assert "--only focal bogus: expected some of tests, speed-focal" in capsys.readouterr().err
+
+
 def test_every_test_of_cuda_is_run_there():
     cuda, marked = script("cuda"), re.compile(r"^@(test_focal\.)?cuda$", re.M)
     files = {path.stem for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())}
