@@ -12,7 +12,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
     pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta towards the mean of Q_n; alpha_n by (11)
 A new task adapts its models and runs RAC for 100 steps from pi_c and Q_meta on its own data.
 
-    python merpo.py --env point-robot-wind --small    # one thread, 8 minutes: -7.2, adapted -6.1 (data -7.7)
+    python merpo.py --env point-robot-wind --small    # one thread, 8 minutes: -7.4, adapted -6.3 (data -7.7)
 
 Choices where the paper is silent:
 - Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
@@ -25,7 +25,7 @@ Choices where the paper is silent:
 - Observations are standardised; so are, for the models, rewards and changes of observations.
 What we learned: lambda's rate of 1 takes lambda = 5 to its bound within fifty steps, where winds learn less and walkers
 hardly. Where beta falls to nothing (the difference of Q stays below the threshold) Eq. 1 is no more conservative.
-Larger outer steps (xi_q = 1, five on Eq. 10; also a longer stage 1) took walkers from 124 to 221 (their data: 243).
+Larger outer steps (xi_q = 1, five on Eq. 10; also a longer stage 1) took walkers from 124 to 220 (their data: 243).
 What adapts is then about as good as cloning the new task's data (see `clone_return_mean` of benchmark/retest.py).
 """
 
