@@ -26,9 +26,10 @@ Where we differ from the paper:
   without the bound labels and Q went far too high once the agent did. (Elsewhere hardly a number reaches it.)
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
 - `--from-nothing` is PEARL with (1) for its critic, so without the entropy in the target; its KL has this script's
-  weight, not PEARL's 0.1, contexts come from all that was collected, and observations are as they are.
-What we learned: on near-expert data (s, a) alone predicts the reward and q collapses to the prior; what an encoder that
-stands still cannot read from the agent's own paths (point robots) no labelling brings back.
+  weight, not PEARL's 0.1, contexts come from all that was collected, which is all on z of the prior (but for
+  `--posterior-share`), and observations are as they are.
+What we learned: where (s, a) alone predicts the reward (near-expert data, humanoids) q collapses to the prior; what an
+encoder that stands still cannot read from the agent's own paths (point robots) no labelling brings back.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ TABLE = {
 }
 TABLE["sawyer"] |= {"quality": "mixed"}  # one buffer for contexts and RL; the script's data have no other quality
 # --small: what differs on a machine without a GPU. (Beside batches of 128, the KL has half of Eq. 3's weight; sawyer's
-# discount, target and KL were chosen on seed 0.)
+# discount, target and KL were chosen on seed 0, and so were online contexts on cheetah-vel too.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -1013,7 +1014,8 @@ def write_final(run, args, rows, world, seconds):
 
 
 def play_test_tasks(args, agent, world, each):
-    """Rows (n_test, each x H, D) of `each` trajectories a task: half on z of the prior, half on their posterior."""
+    """Rows (n_test, each x H, D) of `each` trajectories a task: half on their posterior, then half on z of the prior
+    (appendix C.2: contexts, which are the last rows, are of exploration alone)."""
     with torch.random.fork_rng([world.mean.device] if world.mean.is_cuda else []), torch.no_grad():
         torch.manual_seed(args.seed)
         env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
@@ -1024,7 +1026,7 @@ def play_test_tasks(args, agent, world, each):
         env.close()
     if not (sound | sound_too).all():
         fail("--save-replay: the physics blew up twice in the same test task; nothing was written")
-    half = torch.arange(len(rows), device=rows.device) % each < each // 2
+    half = torch.arange(len(rows), device=rows.device) % each >= each // 2
     half = (half | ~sound_too) & sound  # a trajectory in which the physics blew up gives way to the other
     return torch.where(half[:, None, None], rows, informed).view(len(world.test_tasks), -1, rows.shape[-1])
 

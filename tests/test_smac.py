@@ -569,6 +569,22 @@ def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
     assert metrics(run(tmp_path / "smac", WIND, file, more))[0]["offline_return_mean"] < 0
 
 
+def test_contexts_of_a_saved_replay_are_of_exploration(files, monkeypatch):
+    """The last rows of a test task: SMAC takes them as its offline contexts."""
+    k, play, calls = build(WIND, files[WIND]), smac.play, []
+
+    def marked(agent, world, env, z, *args, **kwargs):
+        rows, *rest = play(agent, world, env, z, *args, **kwargs)
+        rows[..., 4] = len(calls)  # the reward: whether it was the second call
+        calls.append(z)
+        return rows, *rest
+
+    monkeypatch.setattr(smac, "play", marked)
+    rows = smac.play_test_tasks(k.args, k.agent, k.world, 4)
+    assert len(calls) == 2 and rows.shape[:2] == (len(TEST), 80)
+    assert rows[..., 4].unflatten(1, (4, 20))[:, :, 0].tolist() == [[1, 1, 0, 0]] * len(TEST)
+
+
 def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_plots):
     file = tmp_path / "pearl.npz"
     counts = "--train-tasks 3 --test-tasks 2 --online-steps 240"
