@@ -159,7 +159,7 @@ def parse_args(argv=None):
     if critic_trains_encoder(args):  # its loss changes as long as the policy does
         parser.set_defaults(encoder_steps=args.steps)
         args = parser.parse_args(argv)
-    args.test_quality = None if args.test_quality == args.quality else args.test_quality  # else it were in the name
+    args.test_quality = None if args.test_quality == args.quality else args.test_quality  # the same is no variant
     args.variant = variant(args, parser)
     for key in ("quality", "test_quality", "data_seed"):
         if args.data and getattr(args, key) != parser.get_default(key):
