@@ -1,5 +1,6 @@
 """The work list, and the README's results: they are what report.py makes of the committed tables."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
@@ -215,3 +216,70 @@ def test_the_figure_is_drawn(report, tmp_path, monkeypatch):
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert (tmp_path / "results" / "report.png").stat().st_size > 5_000
+
+
+def statistics(file):
+    """{(env, variant): [(mean, population std) over seeds of each column]} of a file in results/.
+
+    Where there are "a, b" and "a, c" but no "a" that is each seed's mean over both.
+    """
+    with open(file, newline="") as rows:
+        rows = list(csv.DictReader(rows))
+    seeds, name = {}, lambda row: row["variant"] if "variant" in row else row["script"] + ".py"
+    for row in rows:
+        parts = name(row).split(", ")
+        for variant in {", ".join(parts[:n]) for n in range(1, len(parts))} - set(map(name, rows)) | {name(row)}:
+            seeds.setdefault((row["env"], variant), {}).setdefault(row["seed"], []).append(row)
+    found = {}
+    for key, by_seed in seeds.items():
+        for column in rows[0].keys() | {"share"}:
+            with contextlib.suppress(ValueError, KeyError):  # text, or empty, or not in this file
+                values = [np.mean([value(row, column) for row in group]) for group in by_seed.values()]
+                found.setdefault(key, []).append((np.mean(values), np.std(values)))
+    return found
+
+
+def value(row, column):
+    """A number of a row; "share" is that of z's variance within a task, see the README's terms."""
+    if column == "share":
+        return 2 * float(row["train_variance"]) / float(row["train_rms"]) ** 2
+    return float(row[column])
+
+
+def tables(page):
+    """(files named by the comment above a table, columns that are not from them, header, row) of a page's rows."""
+    for comment, table in re.findall(r"^<!-- from (.*) -->\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.M):
+        names, _, others = comment.partition("; not ")
+        header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        for row in rows:
+            yield names.split(), others.split(", "), header, row
+
+
+def rounded(text):
+    value, exponent = text.replace(",", "").split("e") if "e" in text else (text.replace(",", ""), "0")
+    return float(f"{value}e{exponent}"), 0.5 * 10.0 ** (int(exponent) - len(value.partition(".")[2])) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("page, least", [("README.md", 25), ("benchmark/README.md", 400)])
+def test_tables_say_what_the_committed_files_do(page, least):
+    checked, wrong, env = 0, [], None
+    for names, others, header, row in tables(page):
+        found = {}
+        for name in names:
+            for key, pairs in statistics(ROOT / "results" / f"{name}.csv").items():
+                found.setdefault(key, []).extend(pairs)
+        env = row[0].strip("`") if row[0].strip("`") in {key[0] for key in found} else env if not row[0] else None
+        labels = {cell.strip("`") for cell in row} & {key[1] for key in found}
+        pairs = [pair for key, all_of in found.items() for pair in all_of
+                 if env in (None, key[0]) and (not labels or key[1] in labels)]  # fmt: skip
+        for column, cell in zip(header, row, strict=True):
+            if column in ("paper", "alpha", *others):
+                continue
+            alone = re.findall(r"^(-?[\d,.]+(?:e-\d+)?)()$", cell)
+            for shown in alone or re.findall(r"(-?\d[\d,.]*(?:e-\d+)?) \(([\d,.]+)\)", cell):
+                (mean, near), (std, close) = rounded(shown[0]), rounded(shown[1]) if shown[1] else (0, np.inf)
+                checked += 1
+                if not any(abs(a - mean) <= near and abs(b - std) <= close for a, b in pairs):
+                    wrong.append((names, row[0], column, shown))
+    assert not wrong, wrong
+    assert checked >= least
