@@ -184,6 +184,15 @@ MERPO = {
         ["return_mean"],
     ),
     "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, [*ADAPTED[:2], "alpha"]),
+    "figure6-longer": (  # where the paper's hundred steps are few
+        FAMILIES[2:],
+        "",
+        {
+            "held to both": "| --adapt-steps 6000",
+            "held to the behaviour only": "| --adapt-steps 6000 --test-start behaviour-init",
+        },
+        ADAPTED,
+    ),
     "figure7a": (FAMILIES[:2], "", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
     "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
     "figure7c": (
@@ -464,6 +473,8 @@ def draw_tests(path, title, groups):
             axes.barh(i, mean, xerr=std, color=f"C{kinds.index(label.partition(',')[0])}")
             axes.plot(rows[0]["data_return"], i, "k|", markersize=14, label=None if i else "the test tasks' data")
     if steps:
+        if len(level := {row["data_return"] for rows in groups.values() for row in rows}) == 1:
+            axes.axhline(*level, color="k", linestyle="dotted", label="the test tasks' data")
         axes.set(xlabel="steps of RAC on a test task's data", ylabel="return on test tasks")
         picture.legend(loc="outside right center", fontsize="small")
     else:

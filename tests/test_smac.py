@@ -126,6 +126,145 @@ def test_awac_loss(scale):
     assert grads == (None, None)  # no gradient passes the weights
 
 
+# ------------------------------------------------------------------- one update against a loop over single transitions
+RATE, NOISE = 0.25, 0.3
+LOOPS = [
+    ("", False),
+    ("--actor sac", False),
+    ("--actor bc --final-lr 0.5", False),
+    ("--encoder-loss q", False),
+    ("--encoder-loss reward+q", False),
+    ("--pearl-weight 0.6 --final-lr 0.5", True),
+    ("--pearl-weight 0", True),
+    ("--actor sac", True),
+    ("--actor bc", True),
+    ("--encoder-loss q", True),
+    ("--encoder-loss reward+q", True),
+    ("--online-rewards oracle", True),
+    ("--online-rewards oracle --encoder-loss q --actor sac", True),
+    ("--online-rewards oracle --encoder-loss reward+q", True),
+]
+
+
+def descend(network, gradients, rate):
+    for p, g in zip(network.parameters(), gradients, strict=True):
+        p.data -= rate * g
+
+
+def naive_update(args, agent, online, rate, batch, histories):
+    """Lines 4 to 8 (online 11 to 15) of Algorithm 1, one transition at a time, by plain gradient descent; returns the
+    metrics."""
+    batch = [(i, x.split(agent.split)) for i, rows in enumerate(batch) for x in rows]
+    mean = lambda values: sum(values) / len(batch)
+
+    def embed(rows):
+        """The product of Gaussians by completing squares, one factor after the other."""
+        mu = var = None
+        for s, a, r, *_ in (row.split(agent.split) for row in rows):
+            out = agent.encoder.net(torch.cat([s, a, r]))
+            m, v = out[: args.latent], out[args.latent :].exp().log1p() ** 2
+            mu, var = (m, v) if mu is None else ((mu * v + m * var) / (var + v), var * v / (var + v))
+        return mu + var.sqrt() * NOISE, kl_divergence(Normal(mu, var.sqrt()), Normal(0, 1)).sum()
+
+    def policy(s, z):
+        out = agent.actor.net(torch.cat([s, z]))
+        return out[: len(out) // 2], out[len(out) // 2 :]
+
+    def density(mu, log_std, a):
+        return (Normal(mu, log_std.exp()).log_prob(a.atanh()) - (1 - a**2).log()).sum()
+
+    def act(s, z):
+        mu, log_std = policy(s, z)
+        a = (mu + log_std.exp() * NOISE).tanh()
+        return a, density(mu, log_std, a)
+
+    def q_values(critic, s, z, a):
+        values = []
+        for twin in range(2):
+            x = torch.cat([s, z, a])
+            for layer in critic.net:
+                x = x @ layer.weight[twin] + layer.bias[twin, 0] if hasattr(layer, "weight") else x.relu()
+            values.append(x[0])
+        return values
+
+    embedded, kls = zip(*(embed(rows) for rows in histories), strict=True)
+    kl, taught = sum(kls) / len(kls), not online or args.online_rewards == "oracle"
+    by_reward, by_q = taught and args.encoder_loss != "q", args.encoder_loss != "reward"
+    fixed = [z.detach() for z in embedded]
+    reward = torch.zeros(())
+    if taught:
+        z = embedded if by_reward else fixed
+        reward = mean([(r[0] - agent.decoder.net(torch.cat([s, a, z[i]]))[0]) ** 2 for i, (s, a, r, _, _) in batch])
+    errors, qs, z = [], [], embedded if by_q else fixed
+    for i, (s, a, r, s2, d) in batch:
+        with torch.no_grad():
+            value = min(q_values(agent.target, s2, fixed[i], act(s2, fixed[i])[0]))
+            y = args.reward_scale * r[0] + (0 if d else args.discount * value)
+        qs += [q_values(agent.critic, s, z[i], a)]
+        errors += [(y - qs[-1][0]) ** 2 + (y - qs[-1][1]) ** 2]
+    critic = mean(errors)
+
+    data_density, weights, pearl = [], [], []
+    for n, (i, (s, a, *_)) in enumerate(batch):
+        data_density += [density(*policy(s, fixed[i]), a)]
+        a_pi, log_pi = act(s, fixed[i])
+        v = min(q_values(agent.critic, s, fixed[i], a_pi))
+        weights += [((min(qs[n]) - v) / args.awac_lambda).exp().item()]
+        pearl += [log_pi - v]
+    actor = {"sac": 0, "bc": -mean(data_density)}.get(args.actor)
+    if args.actor == "awac":
+        actor = -mean([p * w for p, w in zip(data_density, weights, strict=True)]) / (sum(weights) / len(weights))
+    if args.actor == "sac" or (args.actor == "awac" and online):
+        actor = actor + (1 if args.actor == "sac" else args.pearl_weight) * mean(pearl)
+
+    gradients = lambda loss, network: torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    steps = [(agent.critic, critic), (agent.actor, actor)]
+    steps += [(agent.decoder, reward)] if taught else []
+    if by_reward or by_q:
+        steps += [(agent.encoder, args.kl_weight * kl + (reward if by_reward else 0) + (critic if by_q else 0))]
+    for network, g in [(network, gradients(loss, network)) for network, loss in steps]:  # all of them, then all steps
+        descend(network, g, rate)
+    for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+        slow.data = (1 - args.tau) * slow + args.tau * fast.data
+    return [x.item() for x in (reward, kl, critic, actor, mean(data_density), mean([(a + b) / 2 for a, b in qs]))]
+
+
+@pytest.mark.parametrize(("more", "online"), LOOPS)
+def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more, online):
+    sizes = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --awac-lambda 0.5 --kl-weight 0.3"
+    k = build(WIND, files[WIND], f"{sizes} --reward-scale 2 --tau 0.25 --lr {RATE} {more}")
+    agent = k.agent.double()
+    agent.replay.rows.normal_()
+    agent.replay.rows[..., 2:4].tanh_()  # actions
+    agent.replay.rows[..., -1] = (agent.replay.rows[..., -1] > 0).double()
+    with torch.no_grad():
+        for p in [*agent.target.parameters(), *agent.encoder.parameters()]:
+            p += 0.3 * torch.randn_like(p)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
+    rate = lambda: torch.tensor(RATE, dtype=torch.float64)
+    optimisers = {name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate()) for name in k.optimisers}
+    draws, draw = {3: [], 4: []}, agent.replay.draw
+    agent.replay.draw = lambda t, n, *more: draws[n].append((t, draw(t, n, *more))) or draws[n][-1][1]
+    expected = copy.deepcopy({name: network for name, network in agent._modules.items() if name != "replay"})
+    expected = SimpleNamespace(split=agent.split, **expected)
+    smac.make_update(k.args, agent, optimisers)(online)
+    ((t, batch),), ((t_h, histories),) = draws[3], draws[4]
+    assert torch.equal(t, t_h) and len(set(t.tolist())) == 3
+    falling = RATE * (1 - (1 - k.args.final_lr) / 18)  # at the first of 6 steps offline and 12 online
+    values = naive_update(k.args, expected, online, falling, batch, histories)
+    for name in ALL:
+        ours, theirs = (dict(getattr(owner, name).named_parameters()) for owner in (agent, expected))
+        for key, p in ours.items():
+            note = lambda text, at=f"{name}.{key}": f"{at}: {text}"
+            torch.testing.assert_close(p, theirs[key], rtol=1e-8, atol=1e-9, msg=note)
+    assert agent.metrics.tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
+
+
+def test_the_slow_target_begins_as_the_critic(files):
+    agent = build(WIND, files[WIND]).agent
+    assert same(agent.target, agent.critic) and same(agent.labeller, agent.encoder)
+
+
 # ------------------------------------------------------------------------------------------------ who trains whom
 CASES = [
     ("", False, ALL),
@@ -617,6 +756,8 @@ def test_the_data_are_cut(files):
     s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
     torch.testing.assert_close(s, stored.observations[TEST, 30:50], atol=1e-5, rtol=1e-4)
     expected = stored.rewards[TEST, 40:60].sum(1).mean()  # the one episode of 20 steps that begins in these rows
+    assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
+    k = build(WIND, files[WIND], "--data-size 20 --data-until 60")  # and that is their first
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
 
 
