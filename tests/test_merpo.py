@@ -194,6 +194,199 @@ def test_meta_policy_loss():
     torch.testing.assert_close(uniform, kl.mean())
 
 
+# ----------------------------------------------------------------- one iteration against a loop over single transitions
+def naive_policy(policy, n, s):
+    x = s
+    for layer in policy.net.layers[:-1]:
+        x = (x @ layer.weight[n] + layer.bias[n, 0]).relu()
+    mean, log_std = (x @ policy.net.layers[-1].weight[n] + policy.net.layers[-1].bias[n, 0]).chunk(2)
+    return mean, log_std.clamp(-5, 2)
+
+
+def naive_q(critic, n, tasks, s, a):
+    values = []
+    for twin in range(2):
+        x = torch.cat([s, a])
+        for layer in critic.net.layers:
+            x = x @ layer.weight[twin * tasks + n] + layer.bias[twin * tasks + n, 0]
+            x = x if layer is critic.net.layers[-1] else x.relu()
+        values.append(x[0])
+    return values
+
+
+def density(policy, u):
+    """Of tanh(u), by 1 - tanh(u)^2 = cosh(u)^-2."""
+    return (Normal(policy[0], policy[1].exp()).log_prob(u) + 2 * u.cosh().log()).sum()
+
+
+def kl(p, q):
+    return kl_divergence(Normal(p[0], p[1].exp()), Normal(q[0], q[1].exp())).sum()
+
+
+def descend(network, loss, rate):
+    for p, g in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters())), strict=True):
+        p.data -= rate * g
+
+
+def naive_step(args, k, index, real, rho, rates, free):
+    """Algorithm 1, lines 4 and 5, for tasks one after the other; returns what is recorded."""
+    tasks, size, mean = len(index), real.shape[1], lambda values: sum(values) / len(values)
+    fixed, m = test_focal.fixed, k.world.split[1]
+    once, ten = fixed(tasks, size, m), fixed(tasks, 10 * size, m)
+    before_tanh = lambda policy, noise: policy[0] + policy[1].exp() * noise
+    pi = lambda n, s: naive_policy(k.inner.actor, n, s)
+    kept, losses, gaps, qs, betas = k.tasks, [], [], [], []
+    for n, task in enumerate(index.tolist()):
+        q = lambda s, a, n=n: naive_q(k.inner.critic, n, tasks, s, a)
+        share = size if args.no_model else round(args.real_ratio * size)
+        mixed = [row.split(k.world.split) for row in [*real[n, :share], *rho[n, : size - share]]]
+        data_rows, rho_rows = ([row.split(k.world.split) for row in rows[n]] for rows in (real, rho))
+        errors = []
+        for i, (s, a, r, s2, d) in enumerate(mixed):
+            with torch.no_grad():
+                u2 = before_tanh(pi(n, s2), once[n, i])
+                value = min(naive_q(k.inner.target, n, tasks, s2, u2.tanh())) - args.ent * density(pi(n, s2), u2)
+                y = r[0] + (0 if d else args.discount * value)
+            qs += [q(s, a)]
+            errors += [0.5 * sum((x - y) ** 2 for x in qs[-1])]
+        with torch.no_grad():
+            fresh = [
+                (s, before_tanh(pi(n, s), ten[n, 10 * i + j])) for i, (s, *_) in enumerate(rho_rows) for j in range(10)
+            ]
+        gap = mean([sum(q(s, u.tanh())) for s, u in fresh]) - mean([sum(q(s, a)) for s, a, *_ in data_rows])
+        gaps += [gap.item() / 2]
+        kept.log_beta[task] += args.beta_lr * (1 if gaps[-1] > args.threshold else -1)
+        betas += [kept.log_beta[task].exp().item()]
+        losses += [betas[-1] * gap + mean(errors)]
+    descend(k.inner.critic, sum(losses), rates["critic"])
+    for slow, fast in zip(k.inner.target.parameters(), k.inner.critic.parameters(), strict=True):
+        slow.data = (1 - args.tau) * slow + args.tau * fast.data
+
+    gains, metas = [], []
+    for n, task in enumerate(index.tolist()):
+        values, kls = [], []
+        for i, row in enumerate(rho[n]):
+            s = row[: k.world.split[0]]
+            u, policy = before_tanh(pi(n, s), once[n, i]), pi(n, s)
+            meta = [x.detach() for x in naive_policy(k.agent.meta_policy, 0, s)]
+            entropy = args.ent * density(policy, u) if args.actor_entropy else 0
+            values += [min(naive_q(k.inner.critic, n, tasks, s, u.tanh())) - entropy]
+            kls += [kl(policy, meta)]
+        likelihood = mean([density(pi(n, s), a.atanh()) for s, a, *_ in (row.split(k.world.split) for row in real[n])])
+        lam, alpha = 0 if free else kept.lam[task].item(), kept.alpha[task].item()
+        gains += [mean(values) + lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)]
+        metas += [min(mean(kls).item(), 10)]
+    descend(k.inner.actor, -sum(gains), rates["actor"])
+    behaviours = []
+    for n, task in enumerate(index.tolist()):
+        states, alpha = [row[: k.world.split[0]] for row in real[n]], kept.alpha[task].item()
+        far = mean([kl(naive_policy(k.tasks.behaviour, task, s), pi(n, s)) for s in states])
+        behaviours += [min(far.item(), 10)]
+        divergence = alpha * behaviours[n] + (1 - alpha) * metas[n]
+        kept.lam[task] += args.lambda_lr * (divergence - args.target_divergence)
+        kept.lam[task].clamp_(0, 10 * args.lambda_initial)
+    log = {"critic_loss": sum(losses) / tasks, "actor_loss": -sum(gains) / tasks, "q_gap": mean(gaps)}
+    log |= {"q_mean": mean([x for pair in qs for x in pair]), "beta": mean(betas), "lambda": kept.lam[index].mean()}
+    log |= {"alpha": kept.alpha[index].mean().clone(), "d_meta": mean(metas), "d_behaviour": mean(behaviours)}
+    return log
+
+
+def naive_outer(args, k, index, drawn, rate):
+    """Algorithm 2, line 17, and Eq. 11; `drawn` are the minibatches in their order."""
+    tasks, mean, width = len(index), lambda values: sum(values) / len(values), k.world.split[0]
+    for i in range(args.outer_steps):
+        rows = drawn.pop(0)
+        pi = lambda n, s: [x.detach() for x in naive_policy(k.inner.actor, n, s)]
+        far = [mean([kl(pi(n, row[:width]), naive_policy(k.agent.meta_policy, 0, row[:width])) for row in rows[n]])
+               for n in range(tasks)]  # fmt: skip
+        if args.adaptive and i == 0:
+            own = drawn.pop(0)
+            for n, task in enumerate(index.tolist()):
+                states = [row[:width] for row in own[n]]
+                near = mean([kl(naive_policy(k.tasks.behaviour, task, s), pi(n, s)) for s in states])
+                alpha = k.tasks.alpha[task] + args.alpha_lr * (near.item() - far[n].item())
+                k.tasks.alpha[task] = min(max(alpha.item(), 0.1), 0.5)
+        weight = [(k.tasks.lam[task] * (1 - k.tasks.alpha[task])).item() for task in index.tolist()]
+        loss = sum(w * x for w, x in zip(weight, far, strict=True)) / sum(weight)
+        descend(k.agent.meta_policy, loss, rate)
+    for p, q in zip(k.agent.meta_q.parameters(), k.inner.critic.parameters(), strict=True):
+        for twin in range(2):
+            p.data[twin] += args.meta_q_lr * (mean([q.data[twin * tasks + n] for n in range(tasks)]) - p.data[twin])
+    return {"meta_policy_loss": loss}
+
+
+ITERATIONS = ["", "--no-model", "--alpha 0 --real-ratio 0.25", "--actor-entropy --inner-steps 2", "--alpha adaptive"]
+ITERATIONS += ["--inner-steps 2", "--actor-entropy"]
+ITERATIONS += ["--final-lr 0.5 --outer-steps 2", "--threshold 0 --outer-steps 2 --alpha adaptive --no-model"]
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("more", ITERATIONS)
+def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, more, free):
+    sizes = "--hidden 5 --batch-size 4 --inner-steps 1 --ent 0.7 --tau 0.25 --meta-q-lr 0.6 --lambda-initial 2"
+    rates = "--lr 0.05 --actor-lr 0.03 --outer-lr 0.2 --beta-lr 0.1 --lambda-lr 0.5 --alpha-lr 0.01"
+    k = build(WIND, files[WIND], f"{sizes} {rates} {more}")
+    agent, (d, m) = k.agent.double(), k.world.split[:2]
+    with torch.no_grad():
+        for p in [*k.tasks.behaviour.parameters(), *agent.meta_policy.parameters(), *agent.meta_q.parameters()]:
+            p += 0.3 * torch.randn_like(p)
+        for values in (k.tasks.log_beta, k.tasks.lam):  # not the same for all tasks
+            values += 0.3 * torch.rand_like(values)
+
+    def rows(*shape):
+        x = torch.randn(*shape, sum(k.world.split), dtype=torch.float64)
+        x[..., d : d + m].tanh_()
+        x[..., -1] = (x[..., -1] > 0).double()
+        return x
+
+    k.tasks.rows = rows(*k.tasks.rows.shape[:2])
+    monkeypatch.setattr(merpo.Inner, "roll_out", lambda self, real: rows(*real.shape[:2]))
+    sgd = lambda module, rate: torch.optim.SGD(module.parameters(), lr=torch.tensor(rate, dtype=torch.float64))
+    optimisers = {"inner_critic": sgd(k.inner.critic, 0.05), "inner_actor": sgd(k.inner.actor, 0.03)}
+    optimisers["meta_policy"] = sgd(agent.meta_policy, 0.2)
+    drawn, seen = [], {name: getattr(merpo.Tasks, name) for name in ("draw", "imagined")}
+    for name, draw in seen.items():
+        note = lambda self, index, n, draw=draw: drawn.append((index, draw(self, index, n))) or drawn[-1][1]
+        monkeypatch.setattr(merpo.Tasks, name, note)
+    if free:
+        step = merpo.Inner.step
+        monkeypatch.setattr(merpo.Inner, "step", lambda self, *args: step(self, *args[:4], True))
+    learn = merpo.make_updates(k.args, agent, optimisers, k.world)[1]
+    agent.step.fill_(k.args.model_steps)  # stage 1 is over
+    agent.metrics.zero_()
+    expected = SimpleNamespace(agent=copy.deepcopy(agent), world=k.world)
+    expected.inner, expected.tasks = expected.agent.inner, expected.agent.train_tasks
+    monkeypatch.setattr(torch, "randn_like", lambda x: test_focal.fixed(*x.shape))
+    learn()
+
+    index = drawn[0][0]
+    assert len(set(index.tolist())) == 3 and all(torch.equal(index, other) for other, _ in drawn)
+    drawn = [batch for _, batch in drawn]
+    fall = 1 - (1 - k.args.final_lr) / k.args.steps
+    rates = {"critic": 0.05 * fall, "actor": 0.03 * fall}
+    with torch.no_grad():  # the tasks' policies and critics begin at the meta ones
+        for own, meta in (
+            (expected.inner.actor, expected.agent.meta_policy),
+            (expected.inner.critic, expected.agent.meta_q),
+        ):
+            for p, q in zip(own.parameters(), meta.parameters(), strict=True):
+                p.copy_(q.repeat_interleave(3, 0))
+        expected.inner.target.load_state_dict(expected.inner.critic.state_dict())
+    for _ in range(k.args.inner_steps):
+        batches = [drawn.pop(0) for _ in range(1 if k.args.no_model else 3)][-2:]  # the first starts the rollouts
+        log = naive_step(k.args, expected, index, batches[0], batches[-1], rates, free)
+    log |= naive_outer(k.args, expected, index, drawn, 0.2 * fall)
+    assert not drawn
+    for name, p in agent.named_parameters():
+        if not name.startswith(("inner.models", "inner.behaviour")):
+            note = lambda text, name=name: f"{name}: {text}"
+            torch.testing.assert_close(p, expected.agent.get_parameter(name), rtol=1e-7, atol=1e-9, msg=note)
+    for name in ("log_beta", "lam", "alpha"):
+        torch.testing.assert_close(getattr(k.tasks, name), getattr(expected.tasks, name), rtol=1e-6, atol=1e-8)
+    values = [float(torch.as_tensor(log.get(name, 0)).detach()) for name in merpo.Agent.METRICS]
+    assert agent.metrics.tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------- stage 1
 class Constant(torch.nn.Module):
     """n models that predict one number, whatever they see; their loss is a parabola."""
