@@ -229,7 +229,8 @@ CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-pen
 CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --value-penalty --coupled --tune-alpha"]
 PEARL, BCQ = "--encoder probabilistic --encoder-loss bellman", "--policy bcq --encoder-loss bellman"
 CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL} --coupled"]
-CASES += ["--policy bcq", BCQ, f"{BCQ} --encoder probabilistic", "--alpha 0 --dml linear", "--alpha 0 --dml square"]
+CASES += ["--policy bcq", BCQ, f"{BCQ} --encoder probabilistic", "--alpha 0 --dml linear"]
+CASES += ["--alpha 0 --dml square", "--alpha 2 --final-lr 0.5"]
 
 
 def fixed(*shape, **_):
@@ -250,6 +251,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     b = [[transition.split(split) for transition in rows] for rows in b]
     batch = [(i, x) for i in tasks for x in b[i]]
     mean = lambda values: sum(values) / len(batch)
+    rate = RATE * (1 - (1 - args.final_lr) / args.steps)  # of actor and critic, at the first step
 
     coupled = args.coupled or args.encoder_loss == "bellman"
 
@@ -324,7 +326,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     critic = mean(errors)
     encoder_loss = encoder_loss + critic if coupled else encoder_loss
     descend(agent.encoder, encoder_loss, args.encoder_lr * (1 - 1 / args.encoder_steps), retain=coupled)
-    descend(agent.critic, critic)
+    descend(agent.critic, critic, rate)
     named = {"encoder_loss": dml, "encoder_kl": kl, "critic_loss": critic, "q_mean": q_sum / 2 / len(batch)}
     for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
@@ -349,7 +351,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
         a_pi, log_pi = act(s, z[i])
         divergences += [divergence(s, z[i], a_pi, a) if agent.discriminator else torch.zeros(())]
         losses += [log_pi - min(q_values(agent.critic, s, z[i], a_pi)) + alpha * divergences[-1]]
-    descend(agent.actor, mean(losses))
+    descend(agent.actor, mean(losses), rate)
     if args.tune_alpha:
         alpha += args.alpha_lr * (mean(divergences).item() - args.target_divergence)
         agent.alpha.fill_(min(max(alpha, 0), args.alpha_max))
@@ -376,7 +378,8 @@ def naive_bcq_actor(args, agent, batch, z, q_values, propose):
 @pytest.mark.parametrize("more", CASES)
 def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more):
     sizes = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --meta-batch-size 5 --discriminator-steps 2"
-    k = build(WIND, files[WIND], f"{sizes} --encoder-steps 2 --encoder-lr {RATE} --reward-scale 2 --tau 0.25 {more}")
+    sizes += f" --encoder-steps 2 --encoder-lr {RATE} --lr {RATE} --reward-scale 2 --tau 0.25"
+    k = build(WIND, files[WIND], f"{sizes} {more}")
     agent, split = k.agent.double(), k.world.split
     rows = torch.randn(4, 9, sum(split), dtype=torch.float64)
     rows[..., [-1, -4]] = (rows[..., [-1, -4]] > 0).double()  # has_next, d
@@ -481,6 +484,14 @@ def test_the_bellman_errors_gradient_reaches_the_encoder_only_if_coupled(files):
         k.batches.draw = lambda t, n, k=k: k.world.train_rows[t, :1].expand(-1, n, -1)
         k.update()  # twice the same context of one task: the distance loss has no gradient
         assert any(p.grad.abs().max() > 0 for p in k.agent.encoder.parameters()) == expected
+
+
+@pytest.mark.parametrize("more", ["", BCQ])
+def test_slow_networks_begin_as_the_fast_ones(files, more):
+    agent = build(WIND, files[WIND], more).agent
+    for slow, fast in [(agent.target, agent.critic)] + ([(agent.actor.slow_shift, agent.actor.shift)] if more else []):
+        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
+            assert torch.equal(p, q)
 
 
 def test_the_slow_target_moves_by_tau(files):

@@ -62,6 +62,13 @@ def test_contrast_loss(task):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_slow_networks_begin_as_the_fast_ones(files):
+    agent = build(WIND, files[WIND]).agent
+    for slow, fast in ((agent.target, agent.critic), (agent.key_encoder, agent.encoder)):
+        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
 def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     k = build(WIND, files[WIND], "--dropout 0 --encoder-steps 1000000 --meta-batch-size 4")
     contexts, losses, loss = [], [], focal_pp.contrast_loss

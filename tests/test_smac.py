@@ -735,6 +735,16 @@ def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_
     np.testing.assert_allclose(dataset.rewards, -distance, atol=1e-5)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0, 0), (0.34, 1), (1, 3)])
+def test_how_many_trajectories_act_on_a_posterior(files, monkeypatch, share, count):
+    k, seen, play = build(WIND, files[WIND], f"--posterior-share {share}"), [], smac.play
+    monkeypatch.setattr(smac, "play", lambda *args, **more: seen.append((args[3], more["kept"])) or play(*args, **more))
+    monkeypatch.setattr(smac, "sample", lambda mean, variance: torch.full_like(mean, 9.0))
+    smac.collect(k.args, k.agent, k.world, 0)
+    ((z, kept),) = seen
+    assert kept.sum() == count and torch.equal((z == 9).all(-1), kept)
+
+
 @pytest.mark.parametrize("every", ["step", "episode"])
 def test_what_acts_on_a_posterior_does_so_to_the_end(files, every):
     k = build(WIND, files[WIND])
