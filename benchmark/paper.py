@@ -135,7 +135,7 @@ SMAC = {
         BOTH,
     ),
     "figure7": (
-        ["walker-params", "hopper-params", "sparse-point-robot"],
+        ["walker-params", "hopper-params", "humanoid-dir", "sparse-point-robot"],
         "",
         {
             "SMAC": "",
@@ -190,6 +190,7 @@ MERPO = {
         {
             "held to both": "| --adapt-steps 6000",
             "held to the behaviour only": "| --adapt-steps 6000 --test-start behaviour-init",
+            "the same, from scratch": "| --adapt-steps 6000 --test-start behaviour",
         },
         ADAPTED,
     ),
