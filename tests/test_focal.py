@@ -245,6 +245,16 @@ def descend(network, loss, rate=RATE, retain=False):
         p.data -= rate * g
 
 
+def q_values(critic, s, z, a):
+    values = []
+    for twin in range(2):
+        x = torch.cat([s, z, a])
+        for layer in critic.net:
+            x = x @ layer.weight[twin] + layer.bias[twin, 0] if hasattr(layer, "weight") else x.relu()
+        values.append(x[0])
+    return values
+
+
 def naive_update(args, agent, split, task, b, c_i, c_j):
     """Algorithm 1, lines 9 to 20, one transition at a time, by plain gradient descent; returns the metrics."""
     tasks = range(len(task))
@@ -273,15 +283,6 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
         mu, log_std = out[: len(out) // 2], out[len(out) // 2 :]
         u = mu + log_std.exp() * NOISE
         return u.tanh(), (Normal(mu, log_std.exp()).log_prob(u) - (1 - u.tanh() ** 2).log()).sum()
-
-    def q_values(critic, s, z, a):
-        values = []
-        for twin in range(2):
-            x = torch.cat([s, z, a])
-            for layer in critic.net:
-                x = x @ layer.weight[twin] + layer.bias[twin, 0] if hasattr(layer, "weight") else x.relu()
-            values.append(x[0])
-        return values
 
     def g(s, z, a):
         return agent.discriminator(torch.cat([s, z, a]))[0].exp().log1p()
@@ -331,7 +332,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
     if args.policy == "bcq":
-        named |= naive_bcq_actor(args, agent, batch, z, q_values, propose)
+        named |= naive_bcq_actor(args, agent, batch, z, propose)
         return [named.get(name, agent.alpha if name == "alpha" else torch.zeros(())).item() for name in METRICS]
 
     discriminator = torch.zeros(())
@@ -359,7 +360,7 @@ def naive_update(args, agent, split, task, b, c_i, c_j):
     return [named.get(name, agent.alpha if name == "alpha" else torch.zeros(())).item() for name in METRICS]
 
 
-def naive_bcq_actor(args, agent, batch, z, q_values, propose):
+def naive_bcq_actor(args, agent, batch, z, propose):
     errors, losses, noise = 0, 0, fixed(len(batch), agent.actor.code_dim)
     for n, (i, (s, a, *_)) in enumerate(batch):
         mu, log_std = agent.actor.encode(torch.cat([s, z[i], a])).chunk(2)

@@ -12,7 +12,7 @@ import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
 from matplotlib.figure import Figure
-from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, random_tensors, weights
+from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
@@ -177,15 +177,6 @@ def naive_update(args, agent, online, rate, batch, histories):
         mu, log_std = policy(s, z)
         a = (mu + log_std.exp() * NOISE).tanh()
         return a, density(mu, log_std, a)
-
-    def q_values(critic, s, z, a):
-        values = []
-        for twin in range(2):
-            x = torch.cat([s, z, a])
-            for layer in critic.net:
-                x = x @ layer.weight[twin] + layer.bias[twin, 0] if hasattr(layer, "weight") else x.relu()
-            values.append(x[0])
-        return values
 
     embedded, kls = zip(*(embed(rows) for rows in histories), strict=True)
     kl, taught = sum(kls) / len(kls), not online or args.online_rewards == "oracle"
