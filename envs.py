@@ -981,6 +981,17 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
             obs = self.observe()
         return obs, reward, terminated, truncated, info
 
+    def returns(self, policy: Callable, seed: int) -> Array:
+        """Undiscounted return (B,) of one episode in every sub-environment under policy: observations (B, d) -> actions
+        (B, m), as the papers report it: the sparse one where the family has one. Errors are those of reset and step."""
+        obs, _ = self.reset(seed=seed)
+        total, alive = np.zeros(self.num_envs), np.ones(self.num_envs, bool)
+        for _ in range(self.horizon):
+            obs, reward, terminated, truncated, info = self.step(policy(obs))
+            total += alive * info.get("sparse_reward", reward)
+            alive &= ~(terminated | truncated)
+        return total
+
     def render(self) -> tuple[Array, ...]:
         """One (size, size, 3) uint8 picture for each sub-environment."""
         age = np.minimum(self._elapsed, len(self._trail))

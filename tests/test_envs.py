@@ -485,6 +485,32 @@ def test_horizon_truncates_and_starts_again(name):
         assert not (obs[2] == start).all(1).any()
 
 
+@pytest.mark.parametrize("autoreset", [True, False])
+@pytest.mark.parametrize("name", ["sparse-point-robot", "point-robot-wind", "hopper-params"])
+def test_returns_are_those_of_a_naive_loop(name, autoreset):
+    env, loop = (build(name, horizon=40, autoreset=autoreset) for _ in range(2))
+    weights = np.random.default_rng(0).normal(size=(env.family.obs_dim, env.family.act_dim))
+    policy = lambda obs: np.sin(obs @ weights + 1)
+    obs, _ = loop.reset(seed=3)
+    sums, lengths = [0.0] * 3, [None] * 3
+    for t in range(40):
+        obs, reward, terminated, truncated, info = loop.step(policy(obs))
+        for i in range(3):
+            if lengths[i] is None:
+                sums[i] += (info["sparse_reward"] if name == "sparse-point-robot" else reward)[i]
+                lengths[i] = t + 1 if terminated[i] or truncated[i] else None
+    env.reset(), env.step(np.ones((3, env.family.act_dim)))  # whatever went before does not matter
+    for _ in range(2):
+        returns = env.returns(policy, seed=3)
+        assert returns.dtype == np.float64 and returns.tolist() == sums
+    assert None not in lengths and (max(lengths) < 40 if name == "hopper-params" else min(lengths) == 40)
+
+
+def test_returns_of_a_policy_that_diverged_are_refused():
+    with pytest.raises(FloatingPointError, match="actions are not finite"):
+        build("point-robot-wind").returns(lambda obs: np.full((3, 2), np.nan), seed=0)
+
+
 @pytest.mark.parametrize("name", [*MULTIPLIED, "ant-dir", "humanoid-dir"])
 def test_a_fallen_body_terminates_and_resets_alone(name):
     env, quiet = build(name, horizon=4), build(name, horizon=4)
