@@ -43,15 +43,15 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # off-screen rend
 import mujoco  # noqa: E402
 import mujoco.rollout  # noqa: E402
 
-_log = mujoco.MjLogConfig.get()  # half_cheetah.xml warns at each load, into MUJOCO_LOG.TXT in the user's directory
+_log = mujoco.MjLogConfig.get()  # loading half_cheetah.xml warns, and would write MUJOCO_LOG.TXT where the user works
 _log.logto_file = _log.logto_console = False
 _log.set()
 
 Array = np.ndarray
-TASKS, EPISODES = 1, 2  # last entry of a random stream's key: task parameters and initial states share no draws
+TASKS, EPISODES = 1, 2  # the last number of a generator's seed: tasks and initial states never share a generator
 
 
-# Terminations read observations with operators only, so that they work on torch tensors, wherever they are, as well.
+# Terminations use operators and methods that arrays and torch tensors share: model rollouts are tensors.
 def _never(obs: Array) -> Array:
     return obs[:, 0] < -np.inf
 
@@ -76,7 +76,7 @@ class Family:
     """One row of `FAMILIES`. B is the number of sub-environments, P the number of task parameters.
 
     `state` is (B, nq + nv), MuJoCo's qpos and qvel side by side, and what `derived` adds to them; for point robots it
-    is the position, (B, 2).
+    is the position, (B, act_dim).
     """
 
     papers: str  # what the papers call it, and which papers
@@ -91,23 +91,22 @@ class Family:
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
     sample: Callable | None = None  # (rng, n) -> (n, P)
-    valid: Callable | None = None  # (task (B, P)) -> (B,) bool, where not any numbers are parameters of a task
-    only: tuple = ()  # instead: the only tasks there are, rows of parameters; all are training and test tasks at once
+    valid: Callable | None = None  # (task (B, P)) -> (B,) bool: is it a task? None: any finite numbers are
+    only: tuple = ()  # instead of `sample`: a fixed list of tasks, all of them both for training and for testing
     terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
     out_of_range: Callable = _never  # (state) -> (B,) bool: termination that observations cannot show
     sparse_reward: Callable | None = None  # as reward; where there is one, it is what the papers report
     sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     script: Script | None = None  # what the data are collected by, instead of SAC agents
-    goal: Callable | None = None  # (task (B, P)) -> (B, 2), for pictures: a point robot's goal, a body's direction
-    # point robots
-    drift: Callable | None = None  # (task (B, P)) -> (B, 2), added to every move
+    goal: Callable | None = None  # (task (B, P)) -> (B, 2 or more): a goal, or a body's direction; pictures show 2 axes
+    drift: Callable | None = None  # (task (B, P)) -> (B, act_dim), added to every move of a point robot
     # MuJoCo
     velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
-    xml: str = ""  # the name of one of gymnasium's files, or a model
+    xml: str = ""  # the name of one of gymnasium's files, the path of another, or a model's text
     frame_skip: int = 1
     timestep: float | None = None  # seconds; None: the XML's own
-    reset_noise: Callable | None = None  # (rng, nq, nv) -> noise on qpos (nq,) and on qvel (nv,)
+    reset_noise: Callable = lambda rng, nq, nv: (np.zeros(nq), np.zeros(nv))  # -> noise on qpos (nq,) and qvel (nv,)
     modify: Callable | None = None  # (model, parameters (P,)): changes a compiled model in place
     derived: Callable | None = None  # (model, data after mj_forward) -> (k,) more of `state`
 
@@ -122,20 +121,12 @@ def _half_circle(rng, n):
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _goal_is_task(task):
+def _task_itself(task):
     return task
 
 
 def _goal_at_one_zero(task):
     return np.broadcast_to([1.0, 0.0], (len(task), 2))
-
-
-def _no_drift(task):
-    return np.zeros((len(task), 2))
-
-
-def _wind(task):
-    return task
 
 
 def _distance_reward(goal):
@@ -156,13 +147,13 @@ def _reachable_distance(goal, drift, horizon):
     the goal at full speed on each axis is as close as possible at every k at once.
     """
     k = np.arange(1, horizon + 1)[None, :, None]
-    moved = np.cumsum(np.full(horizon, STEP))[None, :, None]  # eight steps: just short of 0.8, as in play
+    moved = np.cumsum(np.full(horizon, STEP))[None, :, None]  # a sum, for the rounding of play: 8 steps reach < 0.8
     gap = np.maximum(np.abs(goal[:, None] - k * drift[:, None]) - moved, 0)
     return np.linalg.norm(gap, axis=2)
 
 
 def _optimum_sparse(tasks, horizon):
-    distance = _reachable_distance(tasks, _no_drift(tasks), horizon)
+    distance = _reachable_distance(tasks, np.zeros_like(tasks), horizon)
     return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0).sum(1)
 
 
@@ -184,20 +175,15 @@ def _uniform_noise(scale):
     return lambda rng, nq, nv: (rng.uniform(-scale, scale, nq), rng.uniform(-scale, scale, nv))
 
 
-def _plane_velocity(state, next_state, dt):
-    """(B, 2): the torso's x and y velocity."""
-    return (next_state[:, :2] - state[:, :2]) / dt
-
-
 def _observe_cheetah(state):
-    """qpos[1:], qvel and the torso's position; `xpos` is a sub-step old after a step, so it comes from qpos."""
+    """qpos[1:], qvel and the torso's position, from qpos: after a step MuJoCo's `xpos` is one physics step old."""
     x, z = state[:, :1], state[:, 1:2]
     return np.concatenate([state[:, 1:], x, np.zeros_like(x), z + 0.7], axis=1)
 
 
-def _observe_without_x(state):
-    """qpos[1:] and qvel."""
-    return state[:, 1:].copy()
+def _observe_from(first):
+    """qpos[first:] and qvel."""
+    return lambda state: state[:, first:].copy()
 
 
 def _cheetah_vel_reward(task, state, action, next_state, dt):
@@ -210,20 +196,17 @@ def _cheetah_direction_reward(task, state, action, next_state, dt):
     return task[:, 0] * _velocity(state, next_state, dt) - 0.05 * np.square(action).sum(1)
 
 
-def _cheetah_reward(task, state, action, next_state, dt):
-    """gymnasium's: r = v - 0.1 |a|^2."""
-    return _velocity(state, next_state, dt) - 0.1 * np.square(action).sum(1)
+def _forward_reward(bonus, cost):
+    """gymnasium's r = v + bonus - cost |a|^2."""
+    return lambda task, state, action, next_state, dt: (
+        _velocity(state, next_state, dt) + bonus - cost * np.square(action).sum(1)
+    )
 
 
 def _observe_walker(state):
     """qpos[1:] and qvel clipped to [-10, 10]; the hopper's too."""
     n = state.shape[1] // 2
     return np.concatenate([state[:, 1:n], np.clip(state[:, n:], -10, 10)], axis=1)
-
-
-def _walker_reward(task, state, action, next_state, dt):
-    """r = v + 1 - 0.001 |a|^2; the hopper's too."""
-    return _velocity(state, next_state, dt) + 1 - 0.001 * np.square(action).sum(1)
 
 
 def _walker_fell(obs):
@@ -241,11 +224,6 @@ def _hopper_out_of_range(state):
     return ~(np.abs(state[:, 2:]) < 100).all(1)
 
 
-def _observe_ant(state):
-    """qpos[2:] and qvel."""
-    return state[:, 2:].copy()
-
-
 def _heading(task):
     """(B, 2): the wanted direction t, as a unit vector."""
     return np.concatenate([np.cos(task), np.sin(task)], axis=1)
@@ -253,7 +231,8 @@ def _heading(task):
 
 def _ant_reward(task, state, action, next_state, dt):
     """r = (vx, vy) . (cos t, sin t) - 0.5 |a|^2 + 1."""
-    along = (_plane_velocity(state, next_state, dt) * _heading(task)).sum(1)
+    velocity = (next_state[:, :2] - state[:, :2]) / dt
+    along = (velocity * _heading(task)).sum(1)
     return along - 0.5 * np.square(action).sum(1) + 1
 
 
@@ -268,7 +247,7 @@ def _humanoid_quantities(model, data):
 
 
 def _observe_humanoid(state):
-    """Humanoid-v4's 376 numbers; the last 84, contact forces, are zero, as under the bindings the papers used."""
+    """Humanoid-v4's 376 numbers; the last 84, contact forces, are zero, as in the MuJoCo of the papers."""
     return np.concatenate([state[:, 2:-2], np.zeros((len(state), 84))], axis=1)
 
 
@@ -283,10 +262,6 @@ def _humanoid_reward(task, state, action, next_state, dt):
 
 def _humanoid_fell(obs):
     return ~((obs[:, 0] > 1.0) & (obs[:, 0] < 2.0))
-
-
-def _any_direction(rng, n):
-    return rng.uniform(0, 2 * np.pi, size=(n, 1))
 
 
 def _body_multipliers(nbody, nv, ngeom):
@@ -305,273 +280,15 @@ def _multiply_body(model, multipliers):
         field *= part.reshape(field.shape)
 
 
-# ----------------------------------------------------------------------------------------------- Sawyer manipulation
-# SMAC's section 6 and appendix C.2 (there in PyBullet), metres. Every scene has the same joints; an absent part stands
-# far away, where nothing touches it and its joints stay 0. The hand's, the tray's and the object's joints are places on
-# the table, so `qpos` begins with the 13 numbers of the paper's state; two that it leaves open are the drawers' place,
-# without which nothing tells before the first success on which side they are, and the tray's:
-#     hand x, y, z | 2 fingers | top drawer | bottom drawer | button | drawers x | tray x | object x, y, z (| its turn)
-# A task is 12 numbers: five flags for what is there (in the order of the names below), the side of the drawers (-1 or
-# 1; the button stands on the other), the place of the tray and of the object (0 to 3; all three 0 where absent), the
-# behaviour, and for MOVE_HAND where to (x, y, z).
-TOP, BOTTOM, BUTTON, TRAY, OBJECT, SIDE, TRAY_PLACE, OBJECT_PLACE, BEHAVIOUR = range(9)
-TARGET = slice(9, 12)
-MOVE_HAND, OPEN_TOP, OPEN_BOTTOM, CARRY = range(4)  # CARRY, the object into the tray, is never rewarded
-HOME, ABOVE = (0.0, -0.08, 0.2), 0.24  # where the hand starts, and the height at which it travels
-DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x times the side
-TRAY_PLACES = np.array([[x, -0.19, 0.0] for x in (-0.27, -0.09, 0.09, 0.27)])
-OBJECT_PLACES = np.array([[x, -0.04, 0.018] for x in (-0.24, -0.08, 0.08, 0.24)])
-HAND_PLACES = np.array([[x, y, 0.32] for x in (-0.25, 0.25) for y in (-0.2, 0.15)])
-TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # a drawer's way, what counts as open, what counts as being at a place
-SPEED, STRIDE = 0.5, 0.02  # of the hand along an axis, m/s; metres a step
-HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # the handle before the drawers' middle; heights of both
-AWAY = np.array([[10.0 * i, 50.0, 1.0] for i in range(6)])
-
-
-def _drawer(name, height, handle=""):
-    """A drawer's front, floor and walls, on rails in the shell that it never touches."""
-    return f"""
-      <body name="{name}" pos="0 0 {height}">
-        <joint name="{name}"/>
-        <geom size="0.098 0.006 0.036" pos="0 -0.08 0" material="{name}"/>
-        <geom size="0.092 0.07 0.004" pos="0 -0.004 -0.03" material="shell"/>
-        <geom size="0.004 0.07 0.022" pos="-0.09 -0.004 -0.008" material="shell"/>
-        <geom size="0.004 0.07 0.022" pos="0.09 -0.004 -0.008" material="shell"/>
-        <geom size="0.092 0.004 0.022" pos="0 0.068 -0.008" material="shell"/>{handle}
-      </body>"""
-
-
-BAR = f"""
-        <geom type="capsule" size="0.007" fromto="-0.045 {HANDLE} 0 0.045 {HANDLE} 0" material="steel"/>
-        <geom type="capsule" size="0.005" fromto="-0.045 -0.08 0 -0.045 {HANDLE} 0" material="steel"/>
-        <geom type="capsule" size="0.005" fromto="0.045 -0.08 0 0.045 {HANDLE} 0" material="steel"/>"""
-SAWYER_XML = f"""
-<mujoco model="sawyer">
-  <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="5"/>
-  <visual>
-    <headlight ambient="0.35 0.35 0.35" diffuse="0.35 0.35 0.35" specular="0 0 0"/>
-    <quality shadowsize="2048"/>
-    <global fovy="33"/>
-  </visual>
-  <statistic center="0 0 0.1" extent="1"/>
-  <asset>
-    <texture name="sky" type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.72 0.78 0.84" width="64"
-      height="384"/>
-    <texture name="wood" type="2d" builtin="checker" rgb1="0.80 0.69 0.54" rgb2="0.78 0.67 0.52" width="128"
-      height="128"/>
-    <material name="wood" texture="wood" texrepeat="8 7" specular="0.1" reflectance="0"/>
-    <material name="shell" rgba="0.45 0.32 0.22 1" specular="0.1"/>
-    <material name="top" rgba="0.93 0.57 0.16 1" specular="0.2"/>
-    <material name="bottom" rgba="0.20 0.45 0.80 1" specular="0.2"/>
-    <material name="base" rgba="0.25 0.27 0.30 1" specular="0.2"/>
-    <material name="steel" rgba="0.85 0.87 0.9 1" specular="0.8" shininess="0.8"/>
-    <material name="arm" rgba="0.62 0.10 0.14 1" specular="0.4"/>
-    <material name="dark" rgba="0.15 0.15 0.17 1" specular="0.4"/>
-    <material name="tray" rgba="0.55 0.75 0.55 1" specular="0.2"/>
-    <material name="object" rgba="0.80 0.15 0.45 1" specular="0.3"/>
-  </asset>
-  <default>
-    <geom type="box" friction="0.8 0.01 0.001" condim="4" solref="0.01 1" solimp="0.95 0.99 0.001"/>
-    <default class="fixture"><geom contype="0"/></default>
-    <default class="drawer"><geom contype="0" mass="0.1"/><joint type="slide" axis="0 -1 0" range="0 {TRAVEL}"
-      damping="6" frictionloss="2"/></default>
-    <default class="hand"><geom friction="1.5 0.02 0.001" mass="0.1"/>
-      <joint type="slide" solreflimit="0.01 1"/></default>
-    <default class="finger"><joint type="slide" range="0 0.026" ref="0.026" damping="10" armature="0.3"
-      solreflimit="0.01 1"/></default>
-    <default class="seen"><geom contype="0" conaffinity="0" mass="0"/></default>
-  </default>
-  <worldbody>
-    <light directional="true" pos="-0.5 -0.8 2" dir="0.25 0.4 -1" diffuse="0.55 0.55 0.52" specular="0.2 0.2 0.2"/>
-    <camera name="front" pos="0.26 -0.98 0.95" xyaxes="0.968 0.251 0 -0.157 0.605 0.781"/>
-    <geom name="table" type="plane" size="0.4 0.345 0.1" pos="0 0.06 0" material="wood" conaffinity="1" contype="0"/>
-    <geom class="seen" size="0.4 0.345 0.02" pos="0 0.06 -0.021" material="shell"/>
-    <body name="goal"><geom class="seen" type="sphere" size="{NEAR}" rgba="0.1 0.9 0.25 0.4"/></body>
-    <body name="hand" pos="{HOME[0]} {HOME[1]} {HOME[2]}" gravcomp="1" childclass="hand">
-      <joint name="x" axis="1 0 0" ref="{HOME[0]}" range="-0.33 0.33"/>
-      <joint name="y" axis="0 1 0" ref="{HOME[1]}" range="-0.27 0.28"/>
-      <joint name="z" axis="0 0 1" ref="{HOME[2]}" range="0.02 0.36"/>
-      <geom size="0.026 0.042 0.012" pos="0 0 0.054" material="dark"/>
-      <geom type="cylinder" size="0.022 0.05" pos="0 0 0.112" material="arm"/>
-      <geom class="seen" type="cylinder" size="0.034 0.03" pos="0 0 0.19" material="dark"/>
-      <geom class="seen" type="capsule" size="0.026" fromto="0 0 0.21 0 0.2 0.5" material="arm"/>
-      <body name="left" pos="0 0.026 0" gravcomp="1">
-        <joint name="left" class="finger" axis="0 1 0"/>
-        <geom size="0.01 0.005 0.027" pos="0 0.005 0.015" material="steel" mass="0.05"/>
-      </body>
-      <body name="right" pos="0 -0.026 0" gravcomp="1">
-        <joint name="right" class="finger" axis="0 -1 0"/>
-        <geom size="0.01 0.005 0.027" pos="0 -0.005 0.015" material="steel" mass="0.05"/>
-      </body>
-    </body>
-    <body name="drawers" childclass="drawer">
-      <geom size="0.005 0.08 0.085" pos="-0.105 0 0.085" material="shell"/>
-      <geom size="0.005 0.08 0.085" pos="0.105 0 0.085" material="shell"/>
-      <geom size="0.11 0.08 0.005" pos="0 0 0.175" material="shell"/>
-      <geom size="0.1 0.08 0.004" pos="0 0 0.088" material="shell"/>
-      <geom size="0.1 0.005 0.085" pos="0 0.075 0.085" material="shell"/>
-      {_drawer("top", TOP_HEIGHT, BAR)}
-      {_drawer("bottom", BOTTOM_HEIGHT)}
-    </body>
-    <body name="button" childclass="fixture">
-      <geom size="0.045 0.045 0.03" pos="0 0 0.03" material="base"/>
-      <body name="cap" pos="0 0 0.075" gravcomp="1">
-        <joint name="button" type="slide" axis="0 0 -1" range="0 {TRAVEL / 5}" stiffness="60" damping="6"/>
-        <geom type="cylinder" size="0.032 0.015" material="bottom" mass="0.05"/>
-      </body>
-    </body>
-    <body name="sign" pos="0 50 1" gravcomp="1">
-      <joint name="sign" type="slide" axis="1 0 0"/>
-      <geom class="seen" size="0.01 0.01 0.01" mass="1"/>
-    </body>
-    <body name="tray">
-      <joint name="tray" type="slide" axis="1 0 0" range="-0.34 0.34" damping="3" frictionloss="1"/>
-      <geom size="0.056 0.05 0.003" pos="0 0 0.005" material="tray"/>
-      <geom size="0.056 0.003 0.01" pos="0 -0.05 0.015" material="tray"/>
-      <geom size="0.056 0.003 0.01" pos="0 0.05 0.015" material="tray"/>
-      <geom size="0.003 0.05 0.01" pos="-0.056 0 0.015" material="tray"/>
-      <geom size="0.003 0.05 0.01" pos="0.056 0 0.015" material="tray"/>
-    </body>
-    <body name="object">
-      <joint name="object_x" type="slide" axis="1 0 0"/>
-      <joint name="object_y" type="slide" axis="0 1 0"/>
-      <joint name="object_z" type="slide" axis="0 0 1"/>
-      <joint name="object_turn" type="ball" damping="1e-5"/>
-      <geom size="0.018 0.018 0.018" material="object" mass="0.05" friction="1.5 0.02 0.001"/>
-    </body>
-  </worldbody>
-  <tendon>
-    <fixed name="grip"><joint joint="left" coef="-1"/><joint joint="right" coef="-1"/></fixed>
-    <fixed name="rack" limited="true" range="-1 0">
-      <joint joint="button" coef="5"/><joint joint="bottom" coef="-1"/>
-    </fixed>
-  </tendon>
-  <equality><joint joint1="left" joint2="right"/></equality>
-  <actuator>
-    <velocity joint="x" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
-    <velocity joint="y" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
-    <velocity joint="z" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
-    <motor tendon="grip" gear="4" ctrlrange="-1 1"/>
-  </actuator>
-</mujoco>"""
-
-
-def _behaviours(task):
-    """What can be wanted in a scene."""
-    return [MOVE_HAND] + [OPEN_TOP] * int(task[TOP]) + [OPEN_BOTTOM] * int(task[BOTTOM] * task[BUTTON])
-
-
-def _ask_for(rng, task, behaviours):
-    """Writes one of these behaviours into a task, drawn at random."""
-    task[BEHAVIOUR] = rng.choice(behaviours)
-    task[TARGET] = rng.choice(HAND_PLACES) if task[BEHAVIOUR] == MOVE_HAND else 0
-    return task
-
-
-def _scenes(rng, n):
-    """What is there, then where, then what is wanted (appendix C.2)."""
-    tasks = np.zeros((n, 12))
-    for task in tasks:
-        task[TOP : OBJECT + 1] = rng.integers(2, size=5)
-        task[SIDE] = rng.choice((-1, 1)) * task[TOP : BUTTON + 1].any()
-        task[TRAY_PLACE], task[OBJECT_PLACE] = rng.integers(4, size=2) * task[[TRAY, OBJECT]]
-        _ask_for(rng, task, _behaviours(task))
-    return tasks
-
-
-def _furnish(model, task):
-    """Puts every part of the scene in its place, or away."""
-    mirror = np.array([task[SIDE], 1, 1])
-    model.body("drawers").pos = mirror * DRAWERS if task[TOP] or task[BOTTOM] else AWAY[0]
-    model.body("top").pos += AWAY[1] * (1 - task[TOP])
-    model.body("bottom").pos += AWAY[2] * (1 - task[BOTTOM])
-    model.tendon_limited[model.tendon("rack").id] = task[BOTTOM] * task[BUTTON]
-    model.body("button").pos = mirror * BUTTON_AT if task[BUTTON] else AWAY[3]
-    tray, thing = TRAY_PLACES[int(task[TRAY_PLACE])], OBJECT_PLACES[int(task[OBJECT_PLACE])]
-    model.body("tray").pos = tray if task[TRAY] else AWAY[4]
-    model.qpos0[8:10] = task[SIDE] * DRAWERS[0], tray[0] * task[TRAY]  # the sign is nothing but its number
-    model.body("object").pos = thing if task[OBJECT] else AWAY[5]
-    model.qpos0[10:13] = thing * task[OBJECT]
-    model.body_gravcomp[model.body("object").id] = 1 - task[OBJECT]
-    handle, cap = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]), mirror * (BUTTON_AT + [0, 0, 0.1])
-    model.body("goal").pos = (task[TARGET], handle, cap, thing)[int(task[BEHAVIOUR])]  # for pictures only
-
-
-def _observe_sawyer(state):
-    """The paper's 13 numbers, see above; no velocities."""
-    return state[:, :13].copy()
-
-
-def _above_tray(obs, height):
-    """(B, 3); the tray slides along x only."""
-    return obs[:, 9:10] * [1, 0, 0] + [0, TRAY_PLACES[0, 1], height]
-
-
-def _achieved(task, obs):
-    """(B,) whether each task's behaviour is achieved."""
-    hand, top, bottom, thing = obs[:, :3], obs[:, 5], obs[:, 6], obs[:, 10:13]
-    there = np.linalg.norm(hand - task[:, TARGET], axis=1) < NEAR
-    in_tray = (np.abs(thing - _above_tray(obs, 0.03)) < [0.045, 0.045, 0.03]).all(1)
-    carried = np.where(task[:, TRAY] > 0, in_tray, thing[:, 2] > 0.12)  # without a tray: lifted
-    return np.choose(task[:, BEHAVIOUR].astype(int), [there, top > OPEN, bottom > OPEN, carried])
-
-
-def _sawyer_reward(task, state, action, next_state, dt):
-    """0 where the behaviour is achieved, else -1."""
-    return np.where(_achieved(task, next_state), 0.0, -1.0)
-
-
-def _act_by_script(task, obs):
-    """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone.
-
-    The hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there.
-    """
-    hand, fingers, thing = obs[:, :3], obs[:, 3], obs[:, 10:13]
-    move, top, bottom, carry = (task[:, BEHAVIOUR] == i for i in range(4))
-    mirror = np.stack([task[:, SIDE], *np.ones((2, len(task)))], axis=1)
-    # where each behaviour has its work
-    handle = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]) - obs[:, 5:6] * [0, 1, 0]
-    cap = mirror * (BUTTON_AT + [0, 0, 0.04])  # deeper than it can be pressed
-    gap = np.abs(thing - hand)
-    held = carry & (gap.max(1) < 0.02) & (fingers < 0.0195)
-    over = np.where(task[:, [TRAY]] > 0, _above_tray(obs, 0.06), hand + [0, 0, 0.1])
-    place = np.select([x[:, None] for x in (move, top, bottom, held)], [task[:, TARGET], handle, cap, over], thing)
-    # what it does there
-    off = np.abs(place - hand)
-    pull = top & (off < [0.02, 0.024, 0.015]).all(1)
-    grasp = carry & ~held & (gap.max(1) < 0.012)
-    drop = held & (task[:, TRAY] > 0) & (off < 0.012).all(1)
-    done = _achieved(task, obs) & ~move
-    grip = (pull | bottom | grasp | held) & ~drop & ~done
-    # how it gets there: up, across, down
-    travel = (off[:, :2] > 0.01).any(1) & ~pull
-    low = hand[:, 2] < ABOVE - 0.02
-    goal = np.where((travel & low)[:, None], hand, place)
-    goal[:, 2] = np.where(travel, np.maximum(ABOVE, place[:, 2]), place[:, 2])
-    goal[:, 1] -= pull
-    goal = np.where((grasp | done)[:, None], hand, goal)
-    return np.clip(np.column_stack([(goal - hand) / STRIDE, np.where(grip, 1, -1)]), -1, 1)
-
-
-def _another_behaviour(rng, task):
-    """The same scene (P,), with a behaviour to perform that is drawn without regard to the wanted one."""
-    return _ask_for(rng, task.copy(), _behaviours(task) + [CARRY] * int(task[OBJECT]))
-
-
-def _is_scene(task):
-    number, most = task[:, : TARGET.start], (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
-    least = -1 * (np.arange(TARGET.start) == SIDE)
-    return ((number == number.round()) & (number >= least) & (number <= most)).all(1)
-
-
 # ---------------------------------------------------------------------------------------------- the table of families
-# What the families with one body have in common; noise on the initial state is gymnasium's.
+# What families have in common: a body, with gymnasium's noise on its initial state, and an episode.
+POINT = {"obs_dim": 2, "act_dim": 2, "horizon": 20, "data_horizon": 200, "discount": 0.9, "observe": np.copy}
 CHEETAH = {
     "obs_dim": 20, "act_dim": 6, "observe": _observe_cheetah, "velocity": (8,), "xml": "half_cheetah.xml",
     "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
 }  # fmt: skip
 ANT = {
-    "obs_dim": 27, "act_dim": 8, "observe": _observe_ant, "terminated": _ant_fell, "velocity": (13, 14),
+    "obs_dim": 27, "act_dim": 8, "observe": _observe_from(2), "terminated": _ant_fell, "velocity": (13, 14),
     "xml": "ant.xml", "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
 }  # fmt: skip
 WALKER = {
@@ -587,29 +304,24 @@ HUMANOID = {
     "obs_dim": 376, "act_dim": 17, "observe": _observe_humanoid, "terminated": _humanoid_fell, "velocity": (22, 23),
     "derived": _humanoid_quantities, "xml": "humanoid.xml", "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
 }  # fmt: skip
-SAWYER = {
-    "obs_dim": 13, "act_dim": 4, "observe": _observe_sawyer, "xml": SAWYER_XML, "frame_skip": 10, "modify": _furnish,
-    "reset_noise": lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # the hand's
-    "script": Script(
-        _act_by_script, _achieved, _another_behaviour, BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer")
-    ),
-}  # fmt: skip
 EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
-LONG_EPISODE = {"horizon": 1000, "data_horizon": 1000, "discount": 0.99}
+DIRECTIONS = {"differs": "reward", "sample": lambda rng, n: rng.uniform(0, 2 * np.pi, size=(n, 1)), "goal": _heading}
+PARAMETERS = {"differs": "dynamics", "reward": _forward_reward(1, 0.001), "timestep": 0.004, "modify": _multiply_body}
+SINGLE = {  # one task, with gymnasium's own reward, for MerPO's section 5.1; its one parameter means nothing
+    "horizon": 1000, "data_horizon": 1000, "discount": 0.99, "train": 1, "test": 1, "differs": "nothing",
+    "only": ((0.0,),),
+}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
-        papers="Sparse-Point-Robot (FOCAL, FOCAL++)",
-        obs_dim=2, act_dim=2, horizon=20, data_horizon=200, train=80, test=20, differs="reward", discount=0.9,
-        sample=_half_circle, observe=np.copy, reward=_distance_reward(_goal_is_task),
-        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, drift=_no_drift,
-        goal=_goal_is_task,
+        papers="Sparse-Point-Robot (FOCAL, FOCAL++)", **POINT,
+        train=80, test=20, differs="reward", sample=_half_circle, reward=_distance_reward(_task_itself),
+        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, goal=_task_itself,
     ),
     "point-robot-wind": Family(
-        papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)",
-        obs_dim=2, act_dim=2, horizon=20, data_horizon=200, train=40, test=10, differs="dynamics", discount=0.9,
-        sample=lambda rng, n: rng.uniform(-WIND, WIND, size=(n, 2)), observe=np.copy,
-        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, drift=_wind, goal=_goal_at_one_zero,
+        papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)", **POINT,
+        train=40, test=10, differs="dynamics", sample=lambda rng, n: rng.uniform(-WIND, WIND, size=(n, 2)),
+        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, drift=_task_itself, goal=_goal_at_one_zero,
     ),
     "cheetah-vel": Family(
         papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)", **CHEETAH, **EPISODE,
@@ -623,52 +335,43 @@ FAMILIES: dict[str, Family] = {
     ),
     "ant-fwd-back": Family(
         papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE,
-        train=2, test=2, differs="reward", only=((0.0,), (np.pi,)), reward=_ant_reward, sparse_threshold=3.0,
-        goal=_heading,
+        train=2, test=2, differs="reward", only=((0.0,), (np.pi,)), goal=_heading,
+        reward=_ant_reward, sparse_threshold=3.0,
     ),
     "ant-dir": Family(
-        papers="Ant Direction (SMAC)", **ANT, **EPISODE,
-        train=100, test=20, differs="reward", sample=_any_direction, reward=_ant_reward,
-        goal=_heading,
+        papers="Ant Direction (SMAC)", **ANT, **EPISODE, **DIRECTIONS, train=100, test=20, reward=_ant_reward,
     ),
     "walker-params": Family(
-        papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE,
-        train=20, test=5, differs="dynamics", sample=_body_multipliers(nbody=8, nv=9, ngeom=8),
-        reward=_walker_reward, timestep=0.004, modify=_multiply_body,
+        papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE, **PARAMETERS,
+        train=20, test=5, sample=_body_multipliers(nbody=8, nv=9, ngeom=8),
     ),
     "hopper-params": Family(
-        papers="Hopper Param (SMAC)", **HOPPER, **EPISODE,
-        train=50, test=5, differs="dynamics", sample=_body_multipliers(nbody=5, nv=6, ngeom=5),
-        reward=_walker_reward, timestep=0.004, modify=_multiply_body,
+        papers="Hopper Param (SMAC)", **HOPPER, **EPISODE, **PARAMETERS,
+        train=50, test=5, sample=_body_multipliers(nbody=5, nv=6, ngeom=5),
     ),
     "humanoid-dir": Family(
-        papers="Humanoid (SMAC)", **HUMANOID, **EPISODE,
-        train=50, test=5, differs="reward", sample=_any_direction, reward=_humanoid_reward,
-        goal=_heading,
+        papers="Humanoid (SMAC)", **HUMANOID, **EPISODE, **DIRECTIONS, train=50, test=5, reward=_humanoid_reward,
     ),
-    "sawyer": Family(
-        papers="Sawyer Manipulation (SMAC)", **SAWYER, horizon=50, data_horizon=75, discount=0.99,
-        train=50, test=10, differs="layout and reward", sample=_scenes, valid=_is_scene, reward=_sawyer_reward,
-    ),
-    # Single tasks, with gymnasium's own rewards, for MerPO's section 5.1; their one parameter means nothing.
+    "sawyer": None,  # long, and therefore at the end of this file
     "halfcheetah": Family(
-        papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": _observe_without_x}, **LONG_EPISODE,
-        train=1, test=1, differs="nothing", only=((0.0,),), reward=_cheetah_reward,
+        papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": _observe_from(1)}, **SINGLE,
+        reward=_forward_reward(0, 0.1),
     ),
-    "hopper": Family(
-        papers="Hopper (MerPO)", **HOPPER, **LONG_EPISODE,
-        train=1, test=1, differs="nothing", only=((0.0,),), reward=_walker_reward,
-    ),
-    "walker2d": Family(
-        papers="Walker2d (MerPO)", **WALKER, **LONG_EPISODE,
-        train=1, test=1, differs="nothing", only=((0.0,),), reward=_walker_reward,
-    ),
+    "hopper": Family(papers="Hopper (MerPO)", **HOPPER, **SINGLE, reward=_forward_reward(1, 0.001)),
+    "walker2d": Family(papers="Walker2d (MerPO)", **WALKER, **SINGLE, reward=_forward_reward(1, 0.001)),
 }  # fmt: skip
 
 
 def cores() -> int:
     """The number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _whole(value: Any, least: int, what: str) -> int:
+    """value as a Python integer; ValueError if it is not a whole number from `least` below 2**63."""
+    if not isinstance(value, int | np.integer) or not least <= value < 2**63:
+        raise ValueError(f"{what} must be a whole number from {least} below 2**63, got {value!r}")
+    return int(value)
 
 
 def family(name: str) -> Family:
@@ -684,17 +387,15 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
     Tasks of one list are all different. Families with a fixed list of tasks return its first n whatever the seed;
     ValueError if it is shorter, or where there are not so many different tasks.
     """
-    row = family(name)
-    if n < 0:
-        raise ValueError(f"{name}: asked for {n} tasks")
+    row, n = family(name), _whole(n, 0, "the number of tasks")
     if row.only:
         if n > len(row.only):
             raise ValueError(f"{name} has {len(row.only)} tasks, asked for {n}")
-        return np.array(row.only[:n]).reshape(n, len(row.only[0]))
+        return np.array(row.only[:n], np.float64).reshape(n, len(row.only[0]))
     rows: dict[bytes, Array] = {}
     for i in range(n):
-        rng = np.random.default_rng([seed, i, TASKS])
-        draws = (row.sample(rng, 1) for _ in range(1000))  # the first will do, but where tasks are discrete
+        rng = np.random.default_rng([_whole(seed, 0, "seed"), i, TASKS])
+        draws = (row.sample(rng, 1) for _ in range(1000))  # only discrete tasks ever need the second
         task = next((task for task in draws if task.tobytes() not in rows), None)
         if task is None:
             raise ValueError(f"{name}: found {i} different tasks, asked for {n}")
@@ -718,11 +419,11 @@ class PointPhysics:
     dt = 1.0
 
     def __init__(self, row: Family, tasks: Array, threads: int):
-        self.row, self.tasks, self.drift = row, tasks, row.drift(tasks)
+        self.row, self.tasks, self.drift = row, tasks, row.drift(tasks) if row.drift else 0.0
 
     def initial(self, rows: Array, seeds: Array) -> Array:
         """The full states in which episodes of these rows begin, see `MujocoPhysics.initial`."""
-        return np.zeros((len(rows), 3))
+        return np.zeros((len(rows), 1 + self.row.act_dim))
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
         """The next full state and which rows of it are sound."""
@@ -732,25 +433,22 @@ class PointPhysics:
     def render(self, i: int, full: Array, trail: list[Array], size: int) -> Array:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Circle
 
+        circle = partial(Circle, alpha=0.6, linewidth=0)
         figure = Figure(figsize=(size / 100, size / 100), dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
-        goal = self.row.goal(self.tasks)[i]
-        axes.add_patch(_circle(goal, GOAL_RADIUS, "tab:green"))
-        axes.plot(*np.array([*trail, full])[:, 1:].T, color="tab:blue", linewidth=1.5)
-        axes.add_patch(_circle(full[1:], 0.05, "tab:blue"))
+        if self.row.goal:
+            axes.add_patch(circle(self.row.goal(self.tasks)[i, :2], GOAL_RADIUS, color="tab:green"))
+        path = np.array([*trail, full])[:, 1:3]
+        axes.plot(*path.T, color="tab:blue", linewidth=1.5)
+        axes.add_patch(circle(path[-1], 0.05, color="tab:blue"))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def close(self):
         pass
-
-
-def _circle(centre, radius, colour):
-    from matplotlib.patches import Circle
-
-    return Circle(centre, radius, color=colour, alpha=0.6, linewidth=0)
 
 
 def _compile(xml):
@@ -765,32 +463,31 @@ class MujocoPhysics:
     """MuJoCo bodies, one compiled model per distinct task, stepped by a pool of `threads` threads."""
 
     def __init__(self, row: Family, tasks: Array, threads: int):
-        self.row = row
-        base = _compile(row.xml)
+        self.row, self.base = row, _compile(row.xml)
+        base, count = self.base, len(tasks)
         if row.timestep is not None:
             base.opt.timestep = row.timestep
         self.dt = base.opt.timestep * row.frame_skip
-        models: dict[bytes, Any] = {}
-        self.models = []
-        for task in tasks if row.modify else []:
-            key = task.tobytes()
-            if key not in models:
-                models[key] = copy.copy(base)
-                row.modify(models[key], task)
-            self.models.append(models[key])
-        self.models = self.models or [base] * len(tasks)
-        self.base = base
-        self.control_scale = base.actuator_ctrlrange[:, 1].copy()
-        self.threads = max(1, min(threads, len(tasks)))
+        self.models = [base] * count
+        if row.modify:  # equal tasks share a model
+            keys = [task.tobytes() for task in tasks]
+            models = {key: copy.copy(base) for key in set(keys)}
+            for key, model in models.items():
+                row.modify(model, np.frombuffer(key))
+            self.models = [models[key] for key in keys]
+        low, self.control_scale = base.actuator_ctrlrange.copy().T
+        if base.nu != row.act_dim or (self.control_scale <= 0).any() or (low != -self.control_scale).any():
+            raise ValueError(
+                f"expected act_dim = {row.act_dim} actuators in the model, each with a ctrlrange of -x to x"
+            )
+        self.threads = max(1, min(threads, count))
         self.data = [mujoco.MjData(base) for _ in range(self.threads)]
         self.pool = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
-        self.control = np.empty((len(tasks), row.frame_skip, base.nu))
-        size = mujoco.mj_stateSize(base, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-        assert size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
-        self.size = size
         self.workers = ThreadPoolExecutor(self.threads) if row.derived else None
-        self.out = np.empty((len(tasks), row.frame_skip, size))  # C-contiguous float64, or it would not be written
-        self.sensors = np.empty((len(tasks), row.frame_skip, base.nsensordata))
+        self.size = mujoco.mj_stateSize(base, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+        assert self.size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
+        self.control = np.empty((count, row.frame_skip, base.nu))
+        self.out = np.empty((count, row.frame_skip, self.size))  # written in place, if C-contiguous float64
         self.renderer = None  # made at the first picture
 
     def initial(self, rows: Array, seeds: Array) -> Array:
@@ -804,12 +501,12 @@ class MujocoPhysics:
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
         """The next full state and which rows of it are sound.
 
-        MuJoCo answers a blow-up by resetting to the initial pose and going on: only the clock shows it.
+        When the physics blows up, MuJoCo starts again from the initial pose and time 0: the time alone tells.
         """
         self.control[:] = (action * self.control_scale)[:, None]
         self.pool.rollout(
-            self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control, skip_checks=True,
-            nstep=self.row.frame_skip, state=self.out, sensordata=self.sensors,
+            self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control,
+            nstep=self.row.frame_skip, state=self.out, skip_checks=True,
         )  # fmt: skip
         after = self.out[:, -1].copy()
         if self.workers is not None:
@@ -818,7 +515,7 @@ class MujocoPhysics:
         return after, on_time & np.isfinite(after).all(1)
 
     def _derive(self, rows: Array, full: Array, control: Array) -> Array:
-        """Appends to the states of these rows what they do not hold: one mj_forward each, shared out among threads."""
+        """Appends `derived` to the full states of these rows: one mj_forward for each, by several threads."""
 
         def forward(share: Array, data: Any) -> list[Array]:
             found = []
@@ -843,7 +540,7 @@ class MujocoPhysics:
                 raise RuntimeError(f"no OpenGL for pictures of bodies ({error}); expected EGL or a display") from None
         model = copy.copy(self.models[i])
         data = mujoco.MjData(model)
-        mujoco.mj_setConst(model, data)  # else a camera tracks by the sums of the nominal masses
+        mujoco.mj_setConst(model, data)  # sums up the masses, by which a camera finds what it follows
         mujoco.mj_setState(model, data, full[: self.size], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         mujoco.mj_forward(model, data)
         self.renderer.update_scene(data, camera=0 if model.ncam else -1)
@@ -859,6 +556,17 @@ class MujocoPhysics:
 
 
 # ------------------------------------------------------------------------------------------------------ environments
+def _checked(name: str, tasks: Array) -> Array:
+    """(B, P) float64; ValueError if these are not tasks of the family."""
+    found = np.ascontiguousarray(tasks, np.float64)
+    size = sample_tasks(name, 1, 0).shape[1]
+    if found.shape != (max(1, len(found)), size):
+        raise ValueError(f"{name}: tasks have shape {found.shape}, expected at least one task of {size} parameters")
+    if not is_task(name, found).all():
+        raise ValueError(f"{name}: task {is_task(name, found).argmin()} has numbers that no task can have")
+    return found
+
+
 class TaskVectorEnv(gymnasium.vector.VectorEnv):
     """One sub-environment for each row of `tasks` (B, P), all stepped together by `threads` threads (default: a thread
     for each core). Episodes have `horizon` steps (default: the family's), pictures `render_size` pixels a side.
@@ -868,8 +576,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     `info["_final_obs"]`, holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if
     the family has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
     the others do never changes it. A step in which the physics blows up has reward 0, ends where it began and is
-    marked in `info["blew_up"]` (B,). With `rewards` off it does not hold the family's reward functions at all: every
-    other reward is "not a number", and there is no sparse one. ValueError for what is not a task, a seed, a horizon.
+    marked in `info["blew_up"]` (B,). With `rewards` off it does not even hold the family's reward functions: all other
+    rewards are NaN, and there is no sparse one. ValueError for what is not a task, a seed, a horizon.
     """
 
     def __init__(
@@ -884,53 +592,51 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         render_size: int = 240,
         rewards: bool = True,
     ):
-        self.name, self.family = name, family(name)
+        self.name, self.family, self.tasks = name, family(name), _checked(name, tasks)
         if not rewards:
             none = dict.fromkeys(("sparse_reward", "optimum", "script"))
             self.family = dataclasses.replace(self.family, reward=_no_reward, **none)
-        self.tasks = np.ascontiguousarray(tasks, np.float64)
-        if self.tasks.ndim != 2 or self.tasks.shape[1] != sample_tasks(name, 1, 0).shape[1]:
-            raise ValueError(f"{name}: tasks of shape {np.shape(tasks)} are not parameters of this family")
-        if not len(self.tasks):
-            raise ValueError(f"{name}: expected at least one task, found none")
-        if not is_task(name, self.tasks).all():
-            raise ValueError(f"{name}: task {is_task(name, self.tasks).argmin()} has numbers that no task can have")
-        if not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
-        if horizon is not None and (not isinstance(horizon, int | np.integer) or horizon < 1):
-            raise ValueError(f"horizon must be a whole number from 1, got {horizon}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.autoreset = len(self.tasks), autoreset
-        self.horizon = self.family.horizon if horizon is None else horizon
+        self.horizon = self.family.horizon if horizon is None else _whole(horizon, 1, "horizon")
         self.render_mode, self.render_size = render_mode, render_size
+        self._seed = self._streams(seed)
+        self._episode = np.full(self.num_envs, -1)
+        self._elapsed = np.zeros(self.num_envs, int)
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
+        self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
+        self._trail: list[Array] = []
         self.metadata = {
             "autoreset_mode": gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"],
             "render_modes": ["rgb_array"],
             "render_fps": max(1, round(1 / self.physics.dt)) if self.family.xml else 10,
         }
-        box = gymnasium.spaces.Box
+        box, several = gymnasium.spaces.Box, gymnasium.vector.utils.batch_space
         self.single_observation_space = box(-np.inf, np.inf, (self.family.obs_dim,), np.float64)
         self.single_action_space = box(-1.0, 1.0, (self.family.act_dim,), np.float32)
-        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self._seed = np.stack([np.full(self.num_envs, seed), np.arange(self.num_envs)], axis=1)
-        self._episode = np.full(self.num_envs, -1)
-        self._elapsed = np.zeros(self.num_envs, int)
-        self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
-        self._trail: list[Array] = []
+        self.observation_space = several(self.single_observation_space, self.num_envs)
+        self.action_space = several(self.single_action_space, self.num_envs)
+
+    def _streams(self, seed: int | list[int]) -> Array:
+        """(B, 2): what sub-environments draw from, (seed, i), or (seed[i], 0) where each has a seed of its own."""
+        seeds = np.asarray(seed, object)
+        if seeds.shape not in ((), (self.num_envs,)):
+            raise ValueError(f"seed must be one whole number or {self.num_envs} of them, got {str(seed):.100}")
+        one = seeds.ndim == 0
+        return np.array([(_whole(s, 0, "seed"), i * one) for i, s in enumerate(np.broadcast_to(seeds, self.num_envs))])
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
-        """New episodes everywhere, or where `options["reset_mask"]` (B,) says; a seed restarts their numbering too."""
+        """New episodes everywhere, or where `options["reset_mask"]` (B,) is True; a seed restarts their numbering too.
+        ValueError, and no reset, for what is no seed or no mask."""
         mask = (options or {}).get("reset_mask")
-        if mask is not None and np.shape(mask) != (self.num_envs,):
-            raise ValueError(f"reset_mask has shape {np.shape(mask)}, expected {(self.num_envs,)}")
-        rows = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        mask = np.asarray([True] * self.num_envs if mask is None else mask, object)
+        if mask.shape != (self.num_envs,) or not all(isinstance(x, bool | np.bool_) for x in mask):
+            raise ValueError(f"reset_mask must be {self.num_envs} times True or False, got {str(mask.tolist()):.100}")
+        rows = np.flatnonzero(mask)
         if seed is not None:
-            one = np.ndim(seed) == 0
-            self._seed[rows] = np.stack([np.broadcast_to(seed, self.num_envs), np.arange(self.num_envs) * one], 1)[rows]
+            self._seed[rows] = self._streams(seed)[rows]
             self._episode[rows] = -1
         self._reset_rows(rows)
         self._trail = [] if len(rows) == self.num_envs else self._trail
@@ -1021,22 +727,24 @@ def make(name: str, tasks: Array, seed: int = 0, **kwargs: Any) -> TaskVectorEnv
 class TaskEnv(gymnasium.Env):
     """One task of a family behind gymnasium's single-environment interface.
 
-    `task` is an index into `sample_tasks(name, ..., seed)` or a row of parameters.
+    `task` is a row of parameters or an index into `sample_tasks(name, ..., seed)`. As gymnasium's own environments do,
+    it draws initial states anew in every process until `reset` is given a seed.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, name: str, task: int | Array = 0, seed: int = 0, render_mode: str | None = None, **kwargs: Any):
-        if np.ndim(task) == 0 and task < 0:
-            raise ValueError(f"task must be a row of parameters or an index from 0, got {task}")
-        row = sample_tasks(name, task + 1, seed)[task] if np.ndim(task) == 0 else np.asarray(task)
-        self._vector = make(name, row[None], seed, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
+        if np.ndim(task) == 0:
+            task = sample_tasks(name, _whole(task, 0, "task, unless a row of parameters,") + 1, seed)[-1]
+        anything = int(np.random.default_rng().integers(2**63))
+        self._vector = make(name, [task], anything, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
         self.render_mode = render_mode
         self.metadata = {key: self._vector.metadata[key] for key in ("render_modes", "render_fps")}
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
+        seed = None if seed is None else _whole(seed, 0, "seed")
         super().reset(seed=seed)
         obs, info = self._vector.reset(seed=seed)
         return obs[0], info
@@ -1055,6 +763,262 @@ class TaskEnv(gymnasium.Env):
 
 for _name in FAMILIES:
     gymnasium.register(id=f"{_name}-v0", entry_point=TaskEnv, kwargs={"name": _name})
+
+
+# ----------------------------------------------------------------------------------------------- Sawyer manipulation
+# SMAC's section 6 and appendix C.2 (there in PyBullet), in metres. Every scene has the same bodies and joints; a part
+# that is absent stands far away, where nothing touches it and its joints stay 0. The joints of the hand, the tray and
+# the object are places on the table, so that `qpos` begins with the observation, the 13 numbers of the paper's state:
+#     hand x, y, z | 2 fingers | top drawer | bottom drawer | button | drawers x | tray x | object x, y, z
+# (the object's turn follows, unobserved). The paper leaves two of them open: here these are the x of the drawers, which
+# alone tells on which side they are before one is opened, and the x of the tray.
+# A task is 12 numbers: five flags for what is there (in the order of the names below), the side of the drawers (-1 or
+# 1; the button stands on the other), the place of the tray and of the object (0 to 3; all three 0 where absent), the
+# behaviour, and for MOVE_HAND where to (x, y, z).
+TOP, BOTTOM, BUTTON, TRAY, OBJECT, SIDE, TRAY_PLACE, OBJECT_PLACE, BEHAVIOUR = range(9)
+TARGET = slice(9, 12)
+MOVE_HAND, OPEN_TOP, OPEN_BOTTOM, CARRY = range(4)  # CARRY, the object into the tray, is never rewarded
+HOME, ABOVE = (0.0, -0.08, 0.2), 0.24  # where the hand starts, and the height at which it travels
+DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x times the side
+TRAY_PLACES = np.array([[x, -0.19, 0.0] for x in (-0.27, -0.09, 0.09, 0.27)])
+OBJECT_PLACES = np.array([[x, -0.04, 0.018] for x in (-0.24, -0.08, 0.08, 0.24)])
+HAND_PLACES = np.array([[x, y, 0.32] for x in (-0.25, 0.25) for y in (-0.2, 0.15)])
+TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # a drawer's way, what counts as open, what counts as being at a place
+SPEED, STRIDE = 0.5, 0.02  # of the hand along an axis, m/s; metres a step
+HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # the handle before the drawers' middle; heights of both
+AWAY = np.array([[10.0 * i, 50.0, 1.0] for i in range(6)])
+
+
+def _drawer(name, height, handle=""):
+    """A drawer's front, floor and walls, on rails in the shell that it never touches."""
+    return f"""
+      <body name="{name}" pos="0 0 {height}">
+        <joint name="{name}"/>
+        <geom size="0.098 0.006 0.036" pos="0 -0.08 0" material="{name}"/>
+        <geom size="0.092 0.07 0.004" pos="0 -0.004 -0.03" material="shell"/>
+        <geom size="0.004 0.07 0.022" pos="-0.09 -0.004 -0.008" material="shell"/>
+        <geom size="0.004 0.07 0.022" pos="0.09 -0.004 -0.008" material="shell"/>
+        <geom size="0.092 0.004 0.022" pos="0 0.068 -0.008" material="shell"/>{handle}
+      </body>"""
+
+
+BAR = f"""
+        <geom type="capsule" size="0.007" fromto="-0.045 {HANDLE} 0 0.045 {HANDLE} 0" material="steel"/>
+        <geom type="capsule" size="0.005" fromto="-0.045 -0.08 0 -0.045 {HANDLE} 0" material="steel"/>
+        <geom type="capsule" size="0.005" fromto="0.045 -0.08 0 0.045 {HANDLE} 0" material="steel"/>"""
+SAWYER_XML = f"""
+<mujoco model="sawyer">
+  <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="5"/>
+  <visual>
+    <headlight ambient="0.35 0.35 0.35" diffuse="0.35 0.35 0.35" specular="0 0 0"/>
+    <global fovy="33"/>
+  </visual>
+  <statistic center="0 0 0.1" extent="1"/>
+  <asset>
+    <texture name="sky" type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.72 0.78 0.84" width="64"
+      height="384"/>
+    <material name="wood" rgba="0.79 0.68 0.53 1" specular="0.1"/>
+    <material name="shell" rgba="0.45 0.32 0.22 1" specular="0.1"/>
+    <material name="top" rgba="0.93 0.57 0.16 1" specular="0.2"/>
+    <material name="bottom" rgba="0.20 0.45 0.80 1" specular="0.2"/>
+    <material name="steel" rgba="0.85 0.87 0.9 1" specular="0.8" shininess="0.8"/>
+    <material name="arm" rgba="0.62 0.10 0.14 1" specular="0.4"/>
+    <material name="dark" rgba="0.15 0.15 0.17 1" specular="0.4"/>
+    <material name="tray" rgba="0.55 0.75 0.55 1" specular="0.2"/>
+  </asset>
+  <default>
+    <geom type="box" friction="0.8 0.01 0.001" condim="4" solref="0.01 1" solimp="0.95 0.99 0.001"/>
+    <default class="fixture"><geom contype="0"/></default>
+    <default class="drawer"><geom contype="0" mass="0.1"/><joint type="slide" axis="0 -1 0" range="0 {TRAVEL}"
+      damping="6" frictionloss="2"/></default>
+    <default class="hand"><geom friction="1.5 0.02 0.001" mass="0.1"/>
+      <joint type="slide" solreflimit="0.01 1"/></default>
+    <default class="finger"><joint type="slide" range="0 0.026" ref="0.026" damping="10" armature="0.3"
+      solreflimit="0.01 1"/></default>
+    <default class="seen"><geom contype="0" conaffinity="0" mass="0"/></default>
+  </default>
+  <worldbody>
+    <light directional="true" pos="-0.5 -0.8 2" dir="0.25 0.4 -1" diffuse="0.55 0.55 0.52" specular="0.2 0.2 0.2"/>
+    <camera name="front" pos="0.26 -0.98 0.95" xyaxes="0.968 0.251 0 -0.157 0.605 0.781"/>
+    <geom name="table" type="plane" size="0.4 0.345 0.1" pos="0 0.06 0" material="wood" conaffinity="1" contype="0"/>
+    <body name="goal"><geom class="seen" type="sphere" size="{NEAR}" rgba="0.1 0.9 0.25 0.4"/></body>
+    <body name="hand" pos="{HOME[0]} {HOME[1]} {HOME[2]}" gravcomp="1" childclass="hand">
+      <joint name="x" axis="1 0 0" ref="{HOME[0]}" range="-0.33 0.33"/>
+      <joint name="y" axis="0 1 0" ref="{HOME[1]}" range="-0.27 0.28"/>
+      <joint name="z" axis="0 0 1" ref="{HOME[2]}" range="0.02 0.36"/>
+      <geom size="0.026 0.042 0.012" pos="0 0 0.054" material="dark"/>
+      <geom type="cylinder" size="0.022 0.05" pos="0 0 0.112" material="arm"/>
+      <geom class="seen" type="cylinder" size="0.034 0.03" pos="0 0 0.19" material="dark"/>
+      <geom class="seen" type="capsule" size="0.026" fromto="0 0 0.21 0 0.2 0.5" material="arm"/>
+      <body name="left" pos="0 0.026 0" gravcomp="1">
+        <joint name="left" class="finger" axis="0 1 0"/>
+        <geom size="0.01 0.005 0.027" pos="0 0.005 0.015" material="steel" mass="0.05"/>
+      </body>
+      <body name="right" pos="0 -0.026 0" gravcomp="1">
+        <joint name="right" class="finger" axis="0 -1 0"/>
+        <geom size="0.01 0.005 0.027" pos="0 -0.005 0.015" material="steel" mass="0.05"/>
+      </body>
+    </body>
+    <body name="drawers" childclass="drawer">
+      <geom size="0.005 0.08 0.085" pos="-0.105 0 0.085" material="shell"/>
+      <geom size="0.005 0.08 0.085" pos="0.105 0 0.085" material="shell"/>
+      <geom size="0.11 0.08 0.005" pos="0 0 0.175" material="shell"/>
+      <geom size="0.1 0.08 0.004" pos="0 0 0.088" material="shell"/>
+      <geom size="0.1 0.005 0.085" pos="0 0.075 0.085" material="shell"/>
+      {_drawer("top", TOP_HEIGHT, BAR)}
+      {_drawer("bottom", BOTTOM_HEIGHT)}
+    </body>
+    <body name="button" childclass="fixture">
+      <geom size="0.045 0.045 0.03" pos="0 0 0.03" material="dark"/>
+      <body name="cap" pos="0 0 0.075" gravcomp="1">
+        <joint name="button" type="slide" axis="0 0 -1" range="0 {TRAVEL / 5}" stiffness="60" damping="6"/>
+        <geom type="cylinder" size="0.032 0.015" material="bottom" mass="0.05"/>
+      </body>
+    </body>
+    <body name="sign" pos="0 50 1" gravcomp="1">
+      <joint name="sign" type="slide" axis="1 0 0"/>
+      <geom class="seen" size="0.01 0.01 0.01" mass="1"/>
+    </body>
+    <body name="tray">
+      <joint name="tray" type="slide" axis="1 0 0" range="-0.34 0.34" damping="3" frictionloss="1"/>
+      <geom size="0.056 0.05 0.003" pos="0 0 0.005" material="tray"/>
+      <geom size="0.056 0.003 0.01" pos="0 -0.05 0.015" material="tray"/>
+      <geom size="0.056 0.003 0.01" pos="0 0.05 0.015" material="tray"/>
+      <geom size="0.003 0.05 0.01" pos="-0.056 0 0.015" material="tray"/>
+      <geom size="0.003 0.05 0.01" pos="0.056 0 0.015" material="tray"/>
+    </body>
+    <body name="object">
+      <joint name="object_x" type="slide" axis="1 0 0"/>
+      <joint name="object_y" type="slide" axis="0 1 0"/>
+      <joint name="object_z" type="slide" axis="0 0 1"/>
+      <joint name="object_turn" type="ball" damping="1e-5"/>
+      <geom size="0.018 0.018 0.018" rgba="0.80 0.15 0.45 1" mass="0.05" friction="1.5 0.02 0.001"/>
+    </body>
+  </worldbody>
+  <tendon>
+    <fixed name="grip"><joint joint="left" coef="-1"/><joint joint="right" coef="-1"/></fixed>
+    <fixed name="rack" limited="true" range="-1 0">
+      <joint joint="button" coef="5"/><joint joint="bottom" coef="-1"/>
+    </fixed>
+  </tendon>
+  <equality><joint joint1="left" joint2="right"/></equality>
+  <actuator>
+    <velocity joint="x" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <velocity joint="y" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <velocity joint="z" kv="200" ctrlrange="-{SPEED} {SPEED}" forcerange="-30 30"/>
+    <motor tendon="grip" gear="4" ctrlrange="-1 1"/>
+  </actuator>
+</mujoco>"""
+
+
+def _ask_for(rng, task, more=()):
+    """Writes a behaviour into a task, drawn from those that can be wanted in its scene and `more`."""
+    wanted = [MOVE_HAND] + [OPEN_TOP] * int(task[TOP]) + [OPEN_BOTTOM] * int(task[BOTTOM] * task[BUTTON])
+    task[BEHAVIOUR] = rng.choice([*wanted, *more])
+    task[TARGET] = rng.choice(HAND_PLACES) if task[BEHAVIOUR] == MOVE_HAND else 0
+    return task
+
+
+def _scenes(rng, n):
+    """What is there, then where, then what is wanted (appendix C.2)."""
+    tasks = np.zeros((n, 12))
+    for task in tasks:
+        task[TOP : OBJECT + 1] = rng.integers(2, size=5)
+        task[SIDE] = rng.choice((-1, 1)) * task[TOP : BUTTON + 1].any()
+        task[TRAY_PLACE], task[OBJECT_PLACE] = rng.integers(4, size=2) * task[[TRAY, OBJECT]]
+        _ask_for(rng, task)
+    return tasks
+
+
+def _furnish(model, task):
+    """Puts every part of the scene in its place, or away."""
+    mirror = np.array([task[SIDE], 1, 1])
+    model.body("drawers").pos = mirror * DRAWERS if task[TOP] or task[BOTTOM] else AWAY[0]
+    model.body("top").pos += AWAY[1] * (1 - task[TOP])
+    model.body("bottom").pos += AWAY[2] * (1 - task[BOTTOM])
+    model.tendon_limited[model.tendon("rack").id] = task[BOTTOM] * task[BUTTON]
+    model.body("button").pos = mirror * BUTTON_AT if task[BUTTON] else AWAY[3]
+    tray, thing = TRAY_PLACES[int(task[TRAY_PLACE])], OBJECT_PLACES[int(task[OBJECT_PLACE])]
+    model.body("tray").pos = tray if task[TRAY] else AWAY[4]
+    model.qpos0[8:10] = task[SIDE] * DRAWERS[0], tray[0] * task[TRAY]  # "sign", unseen, holds the drawers' x
+    model.body("object").pos = thing if task[OBJECT] else AWAY[5]
+    model.qpos0[10:13] = thing * task[OBJECT]
+    model.body_gravcomp[model.body("object").id] = 1 - task[OBJECT]
+    handle, cap = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]), mirror * (BUTTON_AT + [0, 0, 0.1])
+    model.body("goal").pos = (task[TARGET], handle, cap, thing)[int(task[BEHAVIOUR])]  # for pictures only
+
+
+def _above_tray(obs, height):
+    """(B, 3); the tray slides along x only."""
+    return obs[:, 9:10] * [1, 0, 0] + [0, TRAY_PLACES[0, 1], height]
+
+
+def _achieved(task, obs):
+    """(B,) whether each task's behaviour is achieved."""
+    hand, top, bottom, thing = obs[:, :3], obs[:, 5], obs[:, 6], obs[:, 10:13]
+    there = np.linalg.norm(hand - task[:, TARGET], axis=1) < NEAR
+    in_tray = (np.abs(thing - _above_tray(obs, 0.03)) < [0.045, 0.045, 0.03]).all(1)
+    carried = np.where(task[:, TRAY] > 0, in_tray, thing[:, 2] > 0.12)  # without a tray: lifted
+    return np.choose(task[:, BEHAVIOUR].astype(int), [there, top > OPEN, bottom > OPEN, carried])
+
+
+def _sawyer_reward(task, state, action, next_state, dt):
+    """0 where the behaviour is achieved, else -1."""
+    return np.where(_achieved(task, next_state), 0.0, -1.0)
+
+
+def _act_by_script(task, obs):
+    """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone.
+
+    The hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there.
+    """
+    hand, fingers, thing = obs[:, :3], obs[:, 3], obs[:, 10:13]
+    move, top, bottom, carry = (task[:, BEHAVIOUR] == i for i in range(4))
+    mirror = np.stack([task[:, SIDE], *np.ones((2, len(task)))], axis=1)
+    # where each behaviour has its work
+    handle = mirror * (DRAWERS + [0, HANDLE, TOP_HEIGHT]) - obs[:, 5:6] * [0, 1, 0]
+    cap = mirror * (BUTTON_AT + [0, 0, 0.04])  # deeper than it can be pressed
+    gap = np.abs(thing - hand)
+    held = carry & (gap.max(1) < 0.02) & (fingers < 0.0195)
+    over = np.where(task[:, [TRAY]] > 0, _above_tray(obs, 0.06), hand + [0, 0, 0.1])
+    place = np.select([x[:, None] for x in (move, top, bottom, held)], [task[:, TARGET], handle, cap, over], thing)
+    # what it does there
+    off = np.abs(place - hand)
+    pull = top & (off < [0.02, 0.024, 0.015]).all(1)
+    grasp = carry & ~held & (gap.max(1) < 0.012)
+    drop = held & (task[:, TRAY] > 0) & (off < 0.012).all(1)
+    done = _achieved(task, obs) & ~move
+    grip = (pull | bottom | grasp | held) & ~drop & ~done
+    # how it gets there: up, across, down
+    travel = (off[:, :2] > 0.01).any(1) & ~pull
+    low = hand[:, 2] < ABOVE - 0.02
+    goal = np.where((travel & low)[:, None], hand, place)
+    goal[:, 2] = np.where(travel, np.maximum(ABOVE, place[:, 2]), place[:, 2])
+    goal[:, 1] -= pull
+    goal = np.where((grasp | done)[:, None], hand, goal)
+    return np.clip(np.column_stack([(goal - hand) / STRIDE, np.where(grip, 1, -1)]), -1, 1)
+
+
+def _another_behaviour(rng, task):
+    """The same scene (P,), with a behaviour to perform that is drawn without regard to the wanted one."""
+    return _ask_for(rng, task.copy(), [CARRY] * int(task[OBJECT]))
+
+
+def _is_scene(task):
+    number, most = task[:, : TARGET.start], (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
+    least = -1 * (np.arange(TARGET.start) == SIDE)
+    return ((number == number.round()) & (number >= least) & (number <= most)).all(1)
+
+
+FAMILIES["sawyer"] = Family(
+    papers="Sawyer Manipulation (SMAC)", obs_dim=13, act_dim=4, horizon=50, data_horizon=75, train=50, test=10,
+    differs="layout and reward", discount=0.99, observe=lambda state: state[:, :13].copy(), reward=_sawyer_reward,
+    sample=_scenes, valid=_is_scene, xml=SAWYER_XML, frame_skip=10, modify=_furnish,
+    reset_noise=lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # of the hand
+    script=Script(
+        _act_by_script, _achieved, _another_behaviour, BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer")
+    ),
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -1096,22 +1060,18 @@ def main(argv: list[str] | None = None):
         parser.error(f"expected --tasks above 0 and --seed from 0, found {args.tasks} and {args.seed}")
     if args.render and args.env is None:
         parser.error(f"--render {args.render}: expected --env too")
-    if args.env is None:
-        print("\n".join(map(describe, FAMILIES)))
-    elif args.render is None:
-        print(describe(args.env))
-    else:
-        n = min(args.tasks, len(family(args.env).only) or args.tasks)
-        vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
-        rng, row = np.random.default_rng(args.seed), family(args.env)
-        policy = lambda obs: rng.uniform(-1, 1, (n, row.act_dim))
-        try:
-            film(vector, partial(row.script.act, vector.tasks) if row.script else policy, args.render)
-        except OSError as error:
-            parser.error(f"--render {args.render}: cannot write there ({error.strerror})")
-        except RuntimeError as error:
-            parser.error(f"--render {args.render}: {error}")
-        print(args.render)
+    if not args.render:
+        print("\n".join(describe(name) for name in FAMILIES if args.env in (None, name)))
+        return
+    row, rng = family(args.env), np.random.default_rng(args.seed)
+    n = min(args.tasks, len(row.only) or args.tasks)
+    vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
+    policy = lambda obs: row.script.act(vector.tasks, obs) if row.script else rng.uniform(-1, 1, (n, row.act_dim))
+    try:
+        film(vector, policy, args.render)
+    except (OSError, RuntimeError) as error:
+        parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', error)})")
+    print(args.render)
 
 
 if __name__ == "__main__":
