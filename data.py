@@ -36,24 +36,30 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import gc
 import glob
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
 import os
+import platform
+import re
 import signal
 import sys
 import threading
 import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -469,8 +475,9 @@ class Trainer:
         self.score, self.last_score = (row.copy() for row in state["score"].numpy())
 
 
-def capture(fn, generator: torch.Generator):
-    """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other."""
+def capture(fn: Callable[[], None], generator: torch.Generator | None = None) -> Callable[[], None]:
+    """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other.
+    `generator` is what it draws from, unless from the device's own."""
     graph, stream, calls = None, torch.cuda.Stream(), 0
 
     def replay():
@@ -484,7 +491,8 @@ def capture(fn, generator: torch.Generator):
             return
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(generator)
+            if generator is not None:
+                graph.register_generator_state(generator)
             gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):
                 fn()
@@ -590,6 +598,8 @@ class Progress:
     def show(self, done: int, restored: int = 0, note: str = "") -> None:
         """So much is done; what an earlier process did of it, `restored`, says nothing about the rate."""
         now = time.time()
+        if done < self.total and self.samples and now - self.samples[-1][0] < 0.2:
+            return
         self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done - restored)]
         if done < self.total and now - self.shown < (1.0 if self.tty else 20.0):
             return
@@ -1468,6 +1478,533 @@ def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int
         return torch.tanh(gaussian(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]))[0])[:, 0].numpy()
 
     envs.film(vector, policy, path)
+
+
+# --------------------------------------------------------------------------------------------- runs: the command line
+# From here to the end of this section stands what every script needs and what is no part of any algorithm: flags from
+# a dataclass, the run's folder, metrics, curve, checkpoint and resume, the check for divergence, one line for every
+# failure, the CUDA graph. A reader of a script may skip it.
+Whole = Annotated[int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32]
+Count = Annotated[int, "a whole number above 0 and below 2^32", lambda x: 0 < x < 2**32]
+Number = Annotated[float, "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30]
+Positive = Annotated[float, "a number above 0", lambda x: 0 < x <= 1e30]
+Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
+
+
+@dataclass
+class Args:
+    """The flags that every script has. A script's own `Args(data.Args)` adds its flags, one line each.
+
+    A field's name and default are the flag's, its annotation gives type and range, `bool` a --flag and a --no-flag, the
+    comment behind it is the help. A comment of one word on a line of its own begins a group of the help.
+    """
+
+    # run
+    env: str = "walker-params"  # task family
+    small: bool | None = None  # sizes for a machine without a GPU; unless given: where there is no CUDA device
+    seed: Whole = 0  # fixes everything the run draws
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # where the networks and the data are
+    threads: Whole = 0  # PyTorch's threads on the CPU; 0: one for each core
+    graph: bool = True  # on CUDA: an update is one graph; --no-graph: every operation by itself
+    eval_every: Count = 10_000  # gradient steps between evaluations
+    eval_episodes: Count = 4  # episodes of each task in an evaluation
+    run_dir: Path = Path("runs")  # where runs are kept
+    resume: bool = False  # go on from the run's checkpoint, if there is one
+    overwrite: bool = False  # begin anew where a run stands already
+    # data
+    data: Path | None = None  # a dataset of your own (.npz, see data.py)
+    data_dir: Path = Path("datasets")  # where datasets are kept and built
+    data_seed: Whole = 0  # seed of the tasks and of their datasets
+    quality: Literal[QUALITIES] = "mixed"  # quality of the training tasks' data
+    test_quality: Literal[QUALITIES] | None = None  # of the test tasks' data; unless given: --quality
+
+    # Flags that do not change the result of a run (but for rounding), or are in its path anyway; flags that may differ
+    # from those of the checkpoint that a run goes on from.
+    ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "run_dir", "resume", "overwrite", "data_dir")
+    GROWS = ("steps",)
+    ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
+
+    def complete(self, given: dict[str, Any]) -> None:
+        """Fills in what depends on other flags; DataError where flags do not go together. `given`: the command line."""
+        for key in self.ONE_FILE if self.data else ():
+            if key in given:
+                expected = "has the data of all tasks; expected one or the other"
+                raise DataError(f"{option(key)} {given[key]}: --data {expected}")
+        self.test_quality = self.test_quality or self.quality
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DataError(message)
+
+
+def option(key: str) -> str:
+    """The flag of a field."""
+    return f"--{key.replace('_', '-')}"
+
+
+def parse(cls: type[Args], table: dict[str, dict], small: dict[str, dict], argv: list[str] | None = None) -> Args:
+    """The arguments: the command line's, over small[env]'s if the sizes are small, over table[env]'s, over the
+    defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be."""
+    doc = sys.modules[cls.__module__].__doc__ or ""  # none under python -OO
+    parser = Parser(
+        usage="%(prog)s [flags]", description=doc.partition("\n")[0], add_help=False, argument_default=argparse.SUPPRESS
+    )
+    flags = _add_flags(parser, cls, list(table))
+    space, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise DataError(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown[0], map(option, flags))}")
+    given, env = vars(space), getattr(space, "env", cls.env)
+    show_help, sized = given.pop("help", False), given.get("small")
+    if sized is None:
+        sized = given.get("device") == "cpu" or not torch.cuda.is_available()
+    row = {field.name: field.default for field in dataclasses.fields(cls)} | table.get(env, {})
+    row |= (small.get(env, {}) if sized else {}) | {"env": env, "small": sized}
+    if show_help:
+        for key, action in flags.items():
+            action.help += f" ({row[key]})" if row[key] is not None else ""
+        parser.print_help()
+        raise SystemExit(0)
+    if env not in table:
+        raise DataError(f"argument --env: expected one of {', '.join(table)}, found {env!r}")
+    if given.get("test_quality") == given.get("quality", row["quality"]):
+        given.pop("test_quality", None)  # the same is no variant
+    args = cls(**row | given)
+    args.variant = variant(args, {key: value for key, value in given.items() if value != row[key]})
+    args.complete(given)
+    return args
+
+
+def _add_flags(parser: Parser, cls: type[Args], families: list[str]) -> dict[str, argparse.Action]:
+    """A flag for every field of the dataclass, in groups, and --help."""
+    hints, comments = get_type_hints(cls, include_extras=True), _comments(cls)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "data", "algorithm", "ablations")}
+    groups["run"].add_argument("-h", "--help", action="store_true", help="show these lines and the defaults here")
+    flags = {}
+    for field in dataclasses.fields(cls):
+        text, name = comments.get(field.name, ("", "algorithm"))
+        kind = Literal[tuple(families)] if field.name == "env" else hints[field.name]
+        if type(None) in get_args(kind):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+        how = {"type": partial(_value, kind)}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(kind) is Literal:
+            how["metavar"] = "{" + ",".join(map(str, get_args(kind))) + "}"
+        group = groups.setdefault(name, groups["algorithm"])
+        flags[field.name] = group.add_argument(option(field.name), help=text.replace("%", "%%"), **how)
+    return flags
+
+
+def _comments(cls: type) -> dict[str, tuple[str, str]]:
+    """Of every field: the comment behind it, and the group in which it stands."""
+    found: dict[str, tuple[str, str]] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            lines, group = inspect.getsource(base).splitlines(), "algorithm"
+        except (OSError, TypeError):  # its source is nowhere, as under python -c: help without words
+            continue
+        for line in lines:
+            if heading := re.fullmatch(r"    # (\w+)", line):
+                group = heading[1]
+            elif field := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+                text, place = found.get(field[1], ("", group))
+                found[field[1]] = (field[2] or text, place)
+    return found
+
+
+def _value(kind: Any, text: str) -> Any:
+    """The value of a flag on the command line."""
+    if get_origin(kind) is Literal:
+        for value in get_args(kind):
+            if str(value) == text:
+                return value
+        names = [str(value) for value in get_args(kind)]
+        close = _did_you_mean(text, names)
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, found {text!r}{close}")
+    if not hasattr(kind, "__metadata__"):
+        return kind(text)
+    number, (words, good) = get_args(kind)[0], kind.__metadata__
+    with contextlib.suppress(ValueError):
+        if text.isascii() and "_" not in text and good(number(text)):
+            return number(text)
+    raise argparse.ArgumentTypeError(f"expected {words}, found {text!r}")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def variant(args: Args, changed: dict[str, Any]) -> str:
+    """The name of the run's folder: the size, and every setting that is not this environment's default, --steps last
+    (`Run` finds runs of other lengths). Safe, and short in bytes, on every file system."""
+    parts = ["small" if args.small else "paper"]
+    for key in [key for key in vars(args) if key in changed.keys() - {*args.ELSEWHERE, "steps"}]:
+        value = changed[key]
+        if isinstance(value, Path):  # files of one name in different folders are different data
+            value = f"{value.stem}-{hashlib.sha256(str(value.resolve()).encode()).hexdigest()[:6]}"
+        parts.append(f"{key.replace('_', '-')}={value}")
+    name = ",".join(parts)
+    safe = re.sub(r"[^A-Za-z0-9.,=_-]", "-", name)
+    if safe != name or len(safe) > 100:
+        safe = f"{safe[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"{safe},steps={args.steps}" if "steps" in changed else safe
+
+
+def settings(args: Args) -> dict[str, Any]:
+    """The resolved arguments as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def open_datasets(args: Args, device: torch.device, **counts: Any) -> tuple[Dataset, Dataset]:
+    """The data of the training and of the test tasks, built on the spot if they are missing; tensors on the device."""
+
+    def opened(quality):
+        path = args.data or prepare(
+            args.env, quality, seed=args.data_seed, data_dir=args.data_dir, device=args.device, **counts
+        )
+        return load(path, env=args.env, device=device)
+
+    train = opened(args.quality)
+    return train, opened(args.test_quality) if args.test_quality != args.quality else train
+
+
+def standardisation(observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (d,) of the training tasks' observations (n, N, d)."""
+    flat = observations.flatten(0, 1).double()
+    return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
+
+
+def known_return(dataset: Dataset) -> float | None:
+    """Mean return of the test tasks' data, where the file tells it."""
+    returns = dataset.returns[dataset.test_tasks]
+    return float(returns.mean()) if np.isfinite(returns).all() else None
+
+
+# ------------------------------------------------------------------------------------------------- runs: the learner
+class Learner(nn.Module):
+    """What learns: networks, their `optimisers`, the number of the step, and sums of the METRICS that a step notes."""
+
+    METRICS: tuple[str, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        self.noted: dict[str, torch.Tensor] = {}
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("metrics", torch.zeros(2, len(self.METRICS)))  # since the last evaluation: sums, counts
+        self.register_buffer("bad_step", torch.full((len(self.METRICS),), math.inf, dtype=torch.float64))
+
+    def note(self, **values: torch.Tensor) -> None:
+        """Of this step, without looking at them."""
+        self.noted |= {name: value.detach() for name, value in values.items()}
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Adds what was noted to the sums, and marks the first step at which a value was not finite."""
+        zero, one = torch.zeros_like(self.metrics[0, 0]), torch.ones_like(self.metrics[0, 0])
+        values = [self.noted.get(name, zero).to(zero.dtype) for name in self.METRICS]
+        seen = [one if name in self.noted else zero for name in self.METRICS]
+        values = torch.stack(values + seen).view_as(self.metrics)
+        self.noted.clear()
+        self.metrics += values
+        self.bad_step.copy_(torch.where(values[0].isfinite(), self.bad_step, self.bad_step.minimum(self.step)))
+
+    def check(self) -> None:
+        """FloatingPointError, which says what, if a metric or a weight is not finite."""
+        bad = self.bad_step.tolist()
+        if min(bad, default=math.inf) < math.inf:
+            raise FloatingPointError(f"{self.METRICS[bad.index(min(bad))]} is not finite since step {int(min(bad))}")
+        for name, parameter in self.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f"the weights {name} are not finite at step {int(self.step)}")
+        for name, value in zip(self.METRICS, self.metrics[0].tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the sum of {name} is not finite at step {int(self.step)}")
+
+
+def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam for a module on its device; its learning rate is a tensor, so that a captured graph can change it."""
+    parameters = list(module.parameters())
+    on_cuda = parameters[0].is_cuda
+    lr = torch.tensor(lr, device=parameters[0].device)
+    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_cuda)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
+    optimiser.param_groups[0]["lr"].copy_(lr)
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor, retain_graph: bool = False) -> None:
+    """One gradient step of the optimiser's own parameters; no other network gets a gradient from the loss."""
+    own = [p for group in optimiser.param_groups for p in group["params"] if p.requires_grad]
+    optimiser.zero_grad()
+    loss.backward(inputs=own, retain_graph=retain_graph)
+    optimiser.step()
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """slow <- (1 - rate) slow + rate fast, of all weights."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+
+
+# ----------------------------------------------------------------------------------------------- runs: their folders
+class Run:
+    """<run-dir>/<script>/<env>/<variant>/seed<k>/ and what is written there: args.json, source.py, metrics.csv,
+    curve.png, checkpoint.pt, final.json. On the CPU a run that is killed and resumed gives what it would have given."""
+
+    def __init__(self, args: Args, script: Path):
+        self.args, self.script, self.device = args, script, choose_device(args.device)
+        self.folder = args.run_dir / script.stem / args.env / args.variant / f"seed{args.seed}"
+        self.agent = self.world = None
+        self.step, self.saved, self.last, self.rows, self.marks = 0, 0, 0, [], ()
+        self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean and _std in the rows
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / ".writable", lambda file: None)
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise DataError(f"--run-dir {args.run_dir}: cannot write there ({error.strerror})") from None
+        sizes = "small sizes" if args.small else "the papers' sizes"
+        if args.small and not torch.cuda.is_available() and args.device == "auto":
+            sizes = "no CUDA device: small sizes; --no-small for the papers'"
+        print(f"{script.name} on {args.env}, {self.device} ({sizes}): {self.folder}", flush=True)
+
+    def begin(self, agent: Learner, world: Any) -> None:
+        """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished."""
+        args, self.agent, self.world = self.args, agent, world
+        torch.set_num_threads(min(args.threads, 1024) or envs.cores())
+        seconds, checkpoint = 0.0, self._checkpoint()
+        if args.overwrite:
+            for old in self.folder.iterdir():
+                old.unlink()
+        elif checkpoint and args.resume:
+            seconds = self._resume(checkpoint)
+            print(f"going on from step {self.step} of {checkpoint}", flush=True)
+        elif args.resume:
+            print("no checkpoint yet: from the start", flush=True)
+        elif checkpoint and checkpoint.parent == self.folder:
+            self._standing(checkpoint)
+        self.saved = self.last = self.step
+        self.began = time.time() - seconds
+        self._write_text("args.json", json.dumps(settings(args) | {"checksums": self._sources()}, indent=1))
+
+    def _standing(self, checkpoint: Path) -> None:
+        """What stands in the folder is never replaced unasked."""
+        if not (self.folder / "final.json").exists():
+            raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
+        final = json.loads((self.folder / "final.json").read_text())
+        if final["dataset_checksums"] != self.world.checksum:
+            raise DataError(f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir")
+        print(f"this run is finished: {self.folder} (--overwrite begins anew)")
+        raise SystemExit(0)
+
+    def _sources(self) -> dict[str, str]:
+        """Copies the script, and the file that was started if it is another; returns checksums of the other modules."""
+        started = getattr(sys.modules["__main__"], "__file__", None) or self.script
+        for name, path in ("source.py", self.script), ("started.py", Path(started)):
+            if path.is_file() and (name == "source.py" or path.resolve() != self.script.resolve()):
+                write(self.folder / name, lambda file, path=path: file.write(path.read_bytes()))
+        files = Path(__file__), Path(envs.__file__)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+        """`fn`, without arguments, on CUDA as one graph."""
+        return capture(fn) if self.device.type == "cuda" and self.args.graph else fn
+
+    def steps(self, total: int, *marks: int) -> Iterator[int]:
+        """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
+        self.total, self.marks = total, {*marks, total}
+        bar = Progress(self.script.stem, total, "steps")
+        bar.shown = time.time()  # of the first line
+        for step in range(self.step + 1, total + 1):
+            self.step = step
+            yield step
+            bar.show(step, self.saved)
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation is due. A run that diverged ends here, before anything is saved over what was good."""
+        due = step % self.args.eval_every == 0 or step in self.marks
+        if due:
+            self.agent.check()
+        return due
+
+    def log(self, row: dict[str, float], note: str = "") -> None:
+        """A row of metrics.csv: the means of the metrics since the last evaluation, then `row`; curve, checkpoint."""
+        sums, counts = self.agent.metrics.cpu()
+        means = dict(zip(self.agent.METRICS, (sums / counts).tolist(), strict=True))
+        seconds = time.time() - self.began
+        row = {"step": self.step, "seconds": round(seconds, 1)} | means | row
+        self.rows.append({key: value if isinstance(value, int) else float(value) for key, value in row.items()})
+        self.agent.metrics.zero_()
+        lines = [",".join(row)] + [",".join(repr(value) for value in row.values()) for row in self.rows]
+        self._write_text("metrics.csv", "\n".join(lines) + "\n")
+        plot_curve(self)
+        self._save(seconds)
+        self.saved = self.last = self.step
+        best = f" of {self.world.optimum:.2f}" if self.world.optimum is not None else ""
+        data = f", data {self.world.behaviour:.2f}" if self.world.behaviour is not None else ""
+        rate = self.step / max(seconds, 0.1)
+        left = f"{rate:.3g} steps/s  {(self.total - self.step) / rate / 60:.1f} min left"
+        shown = f"test return {row['return_mean']:8.2f}{best}{data}" if math.isfinite(row["return_mean"]) else ""
+        print(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}", flush=True)
+
+    def end(self) -> None:
+        """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
+        world, seconds = self.world, round(time.time() - self.began, 1)
+        final = self.rows[-1] | {
+            "args": settings(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "behaviour_return": world.behaviour, "optimal_return": world.optimum,
+        }  # fmt: skip
+        bad = [key for key, value in final.items() if isinstance(value, float) and not math.isfinite(value)]
+        self._write_text("final.json", json.dumps(final | dict.fromkeys(bad), indent=1))
+        print(f"curve, metrics and checkpoint: {self.folder}")
+
+    def _write_text(self, name: str, text: str) -> None:
+        write(self.folder / name, lambda file: file.write(text.encode()))
+
+    def _save(self, seconds: float) -> None:
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        checkpoint = {
+            "step": self.step, "seconds": seconds, "rows": self.rows, "args": settings(self.args),
+            "dataset": self.world.checksum, "agent": self.agent.state_dict(),
+            "optimisers": {key: optimiser.state_dict() for key, optimiser in self.agent.optimisers.items()},
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "standardisation": [self.world.mean, self.world.std],  # of observations: all that networks need besides
+        }  # fmt: skip
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps."""
+        own, seed = self.folder / "checkpoint.pt", self.folder.name
+        if own.exists() or not self.args.resume:
+            return own if own.exists() else None
+        base = self.args.variant.partition(",steps=")[0]
+        others = [path for path in self.folder.parent.parent.iterdir() if path.name.partition(",steps=")[0] == base]
+        found = [path / seed / "checkpoint.pt" for path in others if (path / seed / "checkpoint.pt").exists()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+    def _resume(self, path: Path) -> float:
+        """Loads a checkpoint; returns the seconds that it took."""
+        args, agent, anew = self.args, self.agent, "--overwrite begins anew"
+        try:
+            checkpoint = read(path, self.device)
+            then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
+        except Exception as error:
+            raise DataError(f"{path}: not a checkpoint of this script ({type(error).__name__}); {anew}") from None
+        defaults = {field.name: field.default for field in dataclasses.fields(args)}
+        for key, value in settings(args).items():
+            found = then.get(key, defaults.get(key))  # a flag that is newer than the checkpoint had its default
+            if key not in {*args.ELSEWHERE, *args.GROWS, "variant"} and (torch.is_tensor(found) or found != value):
+                raise DataError(f"{option(key)}: the checkpoint was made with {found!r:.80}, found {value!r}; {anew}")
+        if dataset != self.world.checksum:
+            raise DataError(f"{path}: made with other data, of checksums {dataset!r:.200}; {anew}")
+        try:
+            check_checkpoint(checkpoint, agent, agent.optimisers)
+            agent.load_state_dict(checkpoint["agent"])
+            for key, optimiser in agent.optimisers.items():
+                optimiser.load_state_dict(checkpoint["optimisers"][key])
+                optimiser.param_groups[0]["capturable"] = self.device.type == "cuda"  # it may come from a CPU
+            torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
+            if self.device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
+                torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
+        except Exception as error:
+            raise DataError(f"{path}: its weights are not this script's ({type(error).__name__}); {anew}") from None
+        self.step, self.rows = checkpoint["step"], checkpoint["rows"]
+        return checkpoint["seconds"]
+
+    def where(self) -> str:
+        """What an interrupted run has, in words."""
+        if self.agent is None:
+            return "no step was made yet; the same command goes on building data from the last save"
+        if not self.rows:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved} is kept in {self.folder}; --resume goes on from it"
+
+
+def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
+    """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
+    script, run = Path(inspect.getsourcefile(train) or "script.py"), None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
+
+    def fail(message: Any, code: int = 2):
+        print(f"{script.name}:", *str(message).splitlines(), file=sys.stderr)
+        raise SystemExit(code)
+
+    try:
+        args = parse_args(argv)
+        run = Run(args, script)
+        train(args, run)
+    except DataError as error:
+        fail(error, error.code)
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
+    except FloatingPointError as error:
+        fail(f"diverged: {error} (step {run.step}); {run.where()}", 3)
+    except (MemoryError, RuntimeError) as error:
+        words = "out of memory", "allocate", "MemoryError"
+        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
+        if not lines:
+            raise
+        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
+    except KeyboardInterrupt:
+        fail(f"interrupted; {run.where() if run else 'nothing was begun'}", 130)
+
+
+# ---------------------------------------------------------------------------------------------- runs: their pictures
+def plot_curve(run: Run) -> None:
+    """Returns against steps: a line for each prefix in `run.curve`, the data's return, the optimum."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in run.rows if math.isfinite(row["return_mean"])]
+    if not rows:
+        return
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="gradient steps", ylabel="return", title=f"{run.script.stem} on {run.args.env}")
+    step = np.array([row["step"] for row in rows])
+    for (prefix, label), colour in zip(run.curve.items(), ("tab:gray", "tab:blue", "tab:cyan"), strict=False):
+        mean = np.array([row[f"{prefix}return_mean"] for row in rows])
+        std = np.array([row.get(f"{prefix}return_std", 0.0) for row in rows])
+        axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step, mean, color=colour, label=label)
+    for mark in sorted(run.marks)[:-1]:
+        axes.axvline(mark, color="black", linewidth=0.6)
+    if run.world.behaviour is not None:
+        axes.axhline(run.world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
+    if run.world.optimum is not None:
+        axes.axhline(run.world.optimum, color="tab:green", linestyle="--", label="optimum")
+    axes.legend(fontsize="small", framealpha=0.8)
+    write(run.folder / "curve.png", lambda file: figure.savefig(file, dpi=130))
+
+
+def plot_embeddings(run: Run, tasks: np.ndarray, z_train: torch.Tensor, z_test: torch.Tensor) -> None:
+    """Embeddings (n, E, l) of several contexts of each task on their first principal components (FOCAL's Figures 4a,
+    7); colour is the task's parameters (n, P), training tasks first, on theirs, so where z tells tasks apart like
+    colours lie together."""
+    from matplotlib.figure import Figure
+
+    hue = (tasks - tasks.mean(0)) @ np.linalg.svd(tasks - tasks.mean(0), full_matrices=False)[2][0]
+    hues = hue[: len(z_train)], hue[len(z_train) :]
+    z_train, z_test = (torch.nn.functional.pad(z, (0, max(0, 2 - z.shape[-1]))) for z in (z_train, z_test))
+    flat = torch.cat([z_train, z_test]).flatten(0, 1)
+    centre = flat.mean(0)
+    _, size, directions = torch.linalg.svd((flat - centre).double(), full_matrices=False)
+    share = size.square() / size.square().sum().clamp_min(1e-12)
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    titles = f"{len(z_train)} training tasks, by parameter", f"{len(z_test)} test tasks, same colours"
+    for axes, z, own, title in zip(panels, (z_train, z_test), hues, titles, strict=True):
+        point = (z.double() - centre) @ directions[:2].T  # (n, E, 2)
+        colour = {"c": own.repeat(z.shape[1]), "vmin": hue.min(), "vmax": hue.max(), "cmap": "turbo"}
+        axes.scatter(*point.flatten(0, 1).T, **colour, s=14, linewidths=0)
+        axes.set(title=title, xlabel=f"first component ({share[0]:.0%})")
+    panels[0].set_ylabel(f"second component ({share[1]:.0%})" if len(share) > 1 else "")
+    write(run.folder / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
 
 
 # ------------------------------------------------------------------------------------------------------ command line
