@@ -229,8 +229,7 @@ def _heading(task):
 def _ant_reward(task, state, action, next_state, dt):
     """r = (vx, vy) . (cos t, sin t) - 0.5 |a|^2 + 1."""
     velocity = (next_state[:, :2] - state[:, :2]) / dt
-    along = (velocity * _heading(task)).sum(1)
-    return along - 0.5 * np.square(action).sum(1) + 1
+    return (velocity * _heading(task)).sum(1) - 0.5 * np.square(action).sum(1) + 1
 
 
 def _ant_fell(obs):
@@ -483,6 +482,7 @@ class MujocoPhysics:
         assert self.size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
         self.control = np.empty((count, row.frame_skip, base.nu))
         self.out = np.empty((count, row.frame_skip, self.size))  # written in place, if C-contiguous float64
+        self.sensors = np.empty((count, row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
     def initial(self, rows: Array, seeds: Array) -> Array:
@@ -501,7 +501,7 @@ class MujocoPhysics:
         self.control[:] = (action * self.control_scale)[:, None]
         self.pool.rollout(
             self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control,
-            nstep=self.row.frame_skip, state=self.out, skip_checks=True,
+            nstep=self.row.frame_skip, state=self.out, sensordata=self.sensors, skip_checks=True,
         )  # fmt: skip
         after = self.out[:, -1].copy()
         if self.workers is not None:
@@ -596,8 +596,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.horizon = self.family.horizon if horizon is None else _whole(horizon, 1, "horizon")
         self.render_mode, self.render_size = render_mode, render_size
         self._seed = self._streams(seed)
-        self._episode = np.full(self.num_envs, -1)
-        self._elapsed = np.zeros(self.num_envs, int)
+        self._episode, self._elapsed = np.full(self.num_envs, -1), np.zeros(self.num_envs, int)
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
         self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
@@ -775,13 +774,13 @@ TOP, BOTTOM, BUTTON, TRAY, OBJECT, SIDE, TRAY_PLACE, OBJECT_PLACE, BEHAVIOUR = r
 TARGET = slice(9, 12)
 MOVE_HAND, OPEN_TOP, OPEN_BOTTOM, CARRY = range(4)  # CARRY, the object into the tray, is never rewarded
 HOME, ABOVE = (0.0, -0.08, 0.2), 0.24  # where the hand starts, and the height at which it travels
-DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x times the side
+DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x is multiplied by the side
 TRAY_PLACES = np.array([[x, -0.19, 0.0] for x in (-0.27, -0.09, 0.09, 0.27)])
 OBJECT_PLACES = np.array([[x, -0.04, 0.018] for x in (-0.24, -0.08, 0.08, 0.24)])
 HAND_PLACES = np.array([[x, y, 0.32] for x in (-0.25, 0.25) for y in (-0.2, 0.15)])
-TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # a drawer's way, what counts as open, what counts as being at a place
-SPEED, STRIDE = 0.5, 0.02  # of the hand along an axis, m/s; metres a step
-HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # the handle before the drawers' middle; heights of both
+TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # how far a drawer slides, from where on it is open; what is near a place
+SPEED, STRIDE = 0.5, 0.02  # the hand's most along an axis: in m/s, and in metres a step
+HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # y of the handle from the drawers' middle; z of both drawers
 AWAY = np.array([[10.0 * i, 50.0, 1.0] for i in range(6)])
 
 
