@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,10 +53,6 @@ TASKS, EPISODES = 1, 2  # the last number of a generator's seed: tasks and initi
 # Terminations use operators and methods that arrays and torch tensors share: model rollouts are tensors.
 def _never(obs: Array) -> Array:
     return obs[:, 0] < -np.inf
-
-
-def _no_reward(task: Array, *_: Any) -> Array:
-    return np.full(len(task), np.nan)
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,9 @@ class Family:
     sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     script: Script | None = None  # what the data are collected by, instead of SAC agents
-    goal: Callable | None = None  # (task (B, P)) -> (B, 2 or more): a goal, or a body's direction; pictures show 2 axes
+    goal: Callable | None = (
+        None  # (task (B, P)) -> (B, 2 or more): a point robot's goal, a body's direction (x, y, ...)
+    )
     drift: Callable | None = None  # (task (B, P)) -> (B, act_dim), added to every move of a point robot
     # MuJoCo
     velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
@@ -232,8 +229,7 @@ def _heading(task):
 def _ant_reward(task, state, action, next_state, dt):
     """r = (vx, vy) . (cos t, sin t) - 0.5 |a|^2 + 1."""
     velocity = (next_state[:, :2] - state[:, :2]) / dt
-    along = (velocity * _heading(task)).sum(1)
-    return along - 0.5 * np.square(action).sum(1) + 1
+    return (velocity * _heading(task)).sum(1) - 0.5 * np.square(action).sum(1) + 1
 
 
 def _ant_fell(obs):
@@ -477,9 +473,7 @@ class MujocoPhysics:
             self.models = [models[key] for key in keys]
         low, self.control_scale = base.actuator_ctrlrange.copy().T
         if base.nu != row.act_dim or (self.control_scale <= 0).any() or (low != -self.control_scale).any():
-            raise ValueError(
-                f"expected act_dim = {row.act_dim} actuators in the model, each with a ctrlrange of -x to x"
-            )
+            raise ValueError(f"expected a model with {row.act_dim} actuators, each with a ctrlrange of -x to x")
         self.threads = max(1, min(threads, count))
         self.data = [mujoco.MjData(base) for _ in range(self.threads)]
         self.pool = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
@@ -488,6 +482,7 @@ class MujocoPhysics:
         assert self.size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
         self.control = np.empty((count, row.frame_skip, base.nu))
         self.out = np.empty((count, row.frame_skip, self.size))  # written in place, if C-contiguous float64
+        self.sensors = np.empty((count, row.frame_skip, base.nsensordata))
         self.renderer = None  # made at the first picture
 
     def initial(self, rows: Array, seeds: Array) -> Array:
@@ -506,7 +501,7 @@ class MujocoPhysics:
         self.control[:] = (action * self.control_scale)[:, None]
         self.pool.rollout(
             self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control,
-            nstep=self.row.frame_skip, state=self.out, skip_checks=True,
+            nstep=self.row.frame_skip, state=self.out, sensordata=self.sensors, skip_checks=True,
         )  # fmt: skip
         after = self.out[:, -1].copy()
         if self.workers is not None:
@@ -549,7 +544,6 @@ class MujocoPhysics:
     def close(self):
         if self.renderer:
             self.renderer.close()
-            self.renderer = None
         if self.workers is not None:
             self.workers.shutdown()
         self.pool.close()
@@ -595,19 +589,20 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.name, self.family, self.tasks = name, family(name), _checked(name, tasks)
         if not rewards:
             none = dict.fromkeys(("sparse_reward", "optimum", "script"))
-            self.family = dataclasses.replace(self.family, reward=_no_reward, **none)
+            self.family = replace(self.family, reward=lambda task, *_: np.full(len(task), np.nan), **none)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.autoreset = len(self.tasks), autoreset
         self.horizon = self.family.horizon if horizon is None else _whole(horizon, 1, "horizon")
         self.render_mode, self.render_size = render_mode, render_size
         self._seed = self._streams(seed)
-        self._episode = np.full(self.num_envs, -1)
-        self._elapsed = np.zeros(self.num_envs, int)
+        self._episode, self._elapsed = np.full(self.num_envs, -1), np.zeros(self.num_envs, int)
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
         self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
         self._trail: list[Array] = []
+        if self.observe().shape != (self.num_envs, self.family.obs_dim):
+            raise ValueError(f"{name}: obs_dim is {self.family.obs_dim}, but observe gives {self.observe().shape}")
         self.metadata = {
             "autoreset_mode": gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"],
             "render_modes": ["rgb_array"],
@@ -727,8 +722,8 @@ def make(name: str, tasks: Array, seed: int = 0, **kwargs: Any) -> TaskVectorEnv
 class TaskEnv(gymnasium.Env):
     """One task of a family behind gymnasium's single-environment interface.
 
-    `task` is a row of parameters or an index into `sample_tasks(name, ..., seed)`. As gymnasium's own environments do,
-    it draws initial states anew in every process until `reset` is given a seed.
+    `task` is a row of parameters or an index into `sample_tasks(name, ..., seed)`. As in gymnasium's own environments
+    initial states are drawn from fresh entropy until `reset` is given a seed.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -736,8 +731,8 @@ class TaskEnv(gymnasium.Env):
     def __init__(self, name: str, task: int | Array = 0, seed: int = 0, render_mode: str | None = None, **kwargs: Any):
         if np.ndim(task) == 0:
             task = sample_tasks(name, _whole(task, 0, "task, unless a row of parameters,") + 1, seed)[-1]
-        anything = int(np.random.default_rng().integers(2**63))
-        self._vector = make(name, [task], anything, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
+        entropy = int(np.random.default_rng().integers(2**63))
+        self._vector = make(name, [task], entropy, threads=1, autoreset=False, render_mode=render_mode, **kwargs)
         self.render_mode = render_mode
         self.metadata = {key: self._vector.metadata[key] for key in ("render_modes", "render_fps")}
         self.observation_space = self._vector.single_observation_space
@@ -779,13 +774,13 @@ TOP, BOTTOM, BUTTON, TRAY, OBJECT, SIDE, TRAY_PLACE, OBJECT_PLACE, BEHAVIOUR = r
 TARGET = slice(9, 12)
 MOVE_HAND, OPEN_TOP, OPEN_BOTTOM, CARRY = range(4)  # CARRY, the object into the tray, is never rewarded
 HOME, ABOVE = (0.0, -0.08, 0.2), 0.24  # where the hand starts, and the height at which it travels
-DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x times the side
+DRAWERS, BUTTON_AT = np.array([0.2, 0.29, 0.0]), np.array([-0.2, 0.2, 0.0])  # x is multiplied by the side
 TRAY_PLACES = np.array([[x, -0.19, 0.0] for x in (-0.27, -0.09, 0.09, 0.27)])
 OBJECT_PLACES = np.array([[x, -0.04, 0.018] for x in (-0.24, -0.08, 0.08, 0.24)])
 HAND_PLACES = np.array([[x, y, 0.32] for x in (-0.25, 0.25) for y in (-0.2, 0.15)])
-TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # a drawer's way, what counts as open, what counts as being at a place
-SPEED, STRIDE = 0.5, 0.02  # of the hand along an axis, m/s; metres a step
-HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # the handle before the drawers' middle; heights of both
+TRAVEL, OPEN, NEAR = 0.12, 0.08, 0.05  # how far a drawer slides, from where on it is open; what is near a place
+SPEED, STRIDE = 0.5, 0.02  # the hand's most along an axis: in m/s, and in metres a step
+HANDLE, TOP_HEIGHT, BOTTOM_HEIGHT = -0.136, 0.135, 0.045  # y of the handle from the drawers' middle; z of both drawers
 AWAY = np.array([[10.0 * i, 50.0, 1.0] for i in range(6)])
 
 
@@ -815,8 +810,7 @@ SAWYER_XML = f"""
   </visual>
   <statistic center="0 0 0.1" extent="1"/>
   <asset>
-    <texture name="sky" type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.72 0.78 0.84" width="64"
-      height="384"/>
+    <texture type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.72 0.78 0.84" width="64" height="384"/>
     <material name="wood" rgba="0.79 0.68 0.53 1" specular="0.1"/>
     <material name="shell" rgba="0.45 0.32 0.22 1" specular="0.1"/>
     <material name="top" rgba="0.93 0.57 0.16 1" specular="0.2"/>
@@ -962,11 +956,6 @@ def _achieved(task, obs):
     return np.choose(task[:, BEHAVIOUR].astype(int), [there, top > OPEN, bottom > OPEN, carried])
 
 
-def _sawyer_reward(task, state, action, next_state, dt):
-    """0 where the behaviour is achieved, else -1."""
-    return np.where(_achieved(task, next_state), 0.0, -1.0)
-
-
 def _act_by_script(task, obs):
     """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone.
 
@@ -1012,8 +1001,10 @@ def _is_scene(task):
 
 FAMILIES["sawyer"] = Family(
     papers="Sawyer Manipulation (SMAC)", obs_dim=13, act_dim=4, horizon=50, data_horizon=75, train=50, test=10,
-    differs="layout and reward", discount=0.99, observe=lambda state: state[:, :13].copy(), reward=_sawyer_reward,
-    sample=_scenes, valid=_is_scene, xml=SAWYER_XML, frame_skip=10, modify=_furnish,
+    differs="layout and reward", discount=0.99, sample=_scenes, valid=_is_scene,
+    observe=lambda state: state[:, :13].copy(),
+    reward=lambda task, state, action, next_state, dt: np.where(_achieved(task, next_state), 0.0, -1.0),
+    xml=SAWYER_XML, frame_skip=10, modify=_furnish,
     reset_noise=lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # of the hand
     script=Script(
         _act_by_script, _achieved, _another_behaviour, BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer")
@@ -1047,9 +1038,8 @@ def describe(name: str) -> str:
 def main(argv: list[str] | None = None):
     import argparse
 
-    parser = argparse.ArgumentParser(
-        description="Lists task families, or films some tasks of one under its script, or else under random actions."
-    )
+    words = "Lists task families, or films some tasks of one under its script, or else under random actions."
+    parser = argparse.ArgumentParser(description=words)
     parser.add_argument("--env", choices=list(FAMILIES), help="task family")
     parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
     parser.add_argument("--tasks", type=int, default=4, help="tasks side by side")
@@ -1070,7 +1060,7 @@ def main(argv: list[str] | None = None):
     try:
         film(vector, policy, args.render)
     except (OSError, RuntimeError) as error:
-        parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', error)})")
+        parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', None) or error})")
     print(args.render)
 
 

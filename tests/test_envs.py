@@ -276,7 +276,7 @@ def test_a_humanoids_first_observation_is_that_of_its_state():
     check(env.reset()[0])
     check(play(env, random_actions(env, 2))[0][1])  # the next episode's, not with the actuators' last forces
     env.step(np.ones((3, 17)))
-    check(env.reset(options={"reset_mask": [0, 1, 0]})[0], rows=[1])
+    check(env.reset(options={"reset_mask": [False, True, False]})[0], rows=[1])
     env.step(np.ones((3, 17)))
     check(env.reset(seed=4)[0])
 
@@ -464,6 +464,105 @@ def test_mean_optima():
     assert best.mean() == pytest.approx(-5.0, abs=0.3) and best.std() == pytest.approx(1.8, abs=0.3)
 
 
+# ------------------------------------------------------------------------------------------- families of one's own
+def own_point(**changes):
+    """A point robot in space: goals on a sphere."""
+
+    def sphere(rng, n):
+        goals = rng.normal(size=(n, 3))
+        return goals / np.linalg.norm(goals, axis=1, keepdims=True)
+
+    row = {
+        **envs.POINT, "papers": "none", "obs_dim": 3, "act_dim": 3, "train": 4, "test": 2, "differs": "reward",
+        "sample": sphere, "reward": lambda task, state, action, after, dt: -np.linalg.norm(after - task, axis=1),
+        "goal": lambda task: task,
+    }  # fmt: skip
+    return envs.Family(**row | changes)
+
+
+def test_a_point_robot_in_space(monkeypatch):
+    monkeypatch.setitem(envs.FAMILIES, "ball", own_point())
+    tasks = envs.sample_tasks("ball", 5, 0)
+    env = envs.make("ball", tasks, render_mode="rgb_array", render_size=64)
+    obs, _ = env.reset()
+    np.testing.assert_array_equal(obs, np.zeros((5, 3)))
+    for k in range(1, 4):
+        obs, reward, terminated, truncated, _ = env.step(tasks)
+        np.testing.assert_allclose(obs, 0.1 * k * tasks, atol=1e-12)
+        np.testing.assert_allclose(reward, 0.1 * k - 1, atol=1e-12)
+    assert not terminated.any() and not truncated.any()
+    assert [picture.shape for picture in env.render()] == [(64, 64, 3)] * 5
+    returns = env.returns(lambda obs: np.clip(10 * (tasks - obs), -1, 1), seed=0)
+    assert returns.shape == (5,) and (returns > env.returns(lambda obs: np.zeros((5, 3)), seed=0) + 10).all()
+    single = envs.TaskEnv("ball", task=2)
+    assert single.reset()[0].shape == (3,) and single.action_space.shape == (3,)
+    assert "obs   3  act  3" in envs.describe("ball")
+
+
+def test_a_drift_and_no_goal_in_space(monkeypatch):
+    monkeypatch.setitem(envs.FAMILIES, "ball", own_point(goal=None, drift=lambda task: 0.02 * task))
+    env = envs.make("ball", np.array([[1.0, 0, -1], [0, 2, 0]]), render_mode="rgb_array", render_size=32)
+    env.reset()
+    np.testing.assert_allclose(env.step(np.ones((2, 3)))[0], [[0.12, 0.1, 0.08], [0.1, 0.14, 0.1]], atol=1e-12)
+    assert env.render()[0].std() > 0
+
+
+def test_a_body_of_gymnasiums_with_a_reward_of_ones_own(monkeypatch):
+    backwards = lambda task, state, action, after, dt: (state[:, 0] - after[:, 0]) / dt
+    row = envs.Family(
+        papers="none", **envs.ANT, **envs.EPISODE | {"horizon": 12}, train=3, test=1, differs="nothing",
+        sample=lambda rng, n: rng.normal(size=(n, 1)), reward=backwards,
+    )  # fmt: skip
+    monkeypatch.setitem(envs.FAMILIES, "ant-back", row)
+    tasks = envs.sample_tasks("ant-back", 2, 0)
+    env = envs.make("ant-back", tasks, threads=1)
+    assert env.reset()[0].shape == (2, 27) and env.step(np.ones((2, 8)))[1].shape == (2,)
+    assert np.isfinite(env.returns(lambda obs: np.ones((2, 8)), seed=1)).all()
+
+
+SLIDER = """
+<mujoco><option timestep="0.01"/>
+  <worldbody><body><joint name="x" type="slide" axis="1 0 0"/><geom size="0.1" mass="1"/></body></worldbody>
+  <actuator><motor joint="x" ctrlrange="{} 2"/></actuator>
+</mujoco>"""
+
+
+def slider(low, **changes):
+    row = {
+        **envs.EPISODE, "papers": "none", "obs_dim": 2, "act_dim": 1, "train": 3, "test": 1, "differs": "reward",
+        "sample": lambda rng, n: rng.normal(size=(n, 1)), "observe": np.copy, "xml": SLIDER.format(low),
+        "reward": lambda task, state, action, after, dt: -np.abs(after[:, 0] - task[:, 0]),
+    }  # fmt: skip
+    return envs.Family(**row | changes)
+
+
+def test_a_body_of_ones_own(monkeypatch, tmp_path):
+    monkeypatch.setitem(envs.FAMILIES, "slider", slider(-2))
+    (tmp_path / "slider.xml").write_text(SLIDER.format(-2))
+    monkeypatch.setitem(envs.FAMILIES, "file", slider(-2, xml=str(tmp_path / "slider.xml")))
+    for name in ("slider", "file"):
+        env = envs.make(name, np.array([[0.0], [1.0]]), threads=1)
+        assert not env.reset()[0].any()  # no noise of its own
+        obs, reward, _, _, _ = env.step(np.array([[1.0], [-0.5]]))
+        np.testing.assert_allclose(obs[:, 1], [0.02, -0.01], atol=1e-9)  # forces of 2 and -1 for 0.01 s on 1 kg
+        np.testing.assert_allclose(reward, -np.abs(obs[:, 0] - [0, 1]), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (slider(0), "1 actuators, each with a ctrlrange of -x to x"),
+        (slider(-2, act_dim=2), "2 actuators"),
+        (slider(-2, obs_dim=3), r"own: obs_dim is 3, but observe gives \(1, 2\)"),
+        (own_point(obs_dim=2), r"own: obs_dim is 2, but observe gives \(1, 3\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(monkeypatch, row, message):
+    monkeypatch.setitem(envs.FAMILIES, "own", row)
+    with pytest.raises(ValueError, match=message):
+        envs.make("own", envs.sample_tasks("own", 1, 0))
+
+
 # --------------------------------------------------------------------------------------- episodes of the vector kind
 @pytest.mark.parametrize("name", NAMES)
 def test_horizon_truncates_and_starts_again(name):
@@ -595,12 +694,78 @@ def test_reset_mask_restarts_only_these_rows(name):
     assert np.argwhere(rest[3].T).tolist() == [[0, 2], [1, 4], [2, 2]]
 
 
-@pytest.mark.parametrize("mask", [[1, 2], [True], np.ones((3, 1))])
+def assert_refused(env, message, **reset):
+    """The reset ends in one clear sentence and has changed nothing."""
+    before = env.state_dict()
+    with pytest.raises(ValueError, match=message) as error:
+        env.reset(**reset)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    for key, value in env.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+NO_MASKS = [
+    [1, 2],
+    [0, 1, 0],
+    np.array([2, 0, 1]),
+    [True],
+    np.ones((3, 1), bool),
+    [[True], 1, 2],
+    "yes",
+    1,
+    ["a"] * 900,
+]
+
+
+@pytest.mark.parametrize("mask", NO_MASKS)
 def test_a_reset_mask_is_a_truth_for_each_row(mask):
+    """Numbers could be indices as well."""
     env = build("cheetah-vel")
     env.reset()
-    with pytest.raises(ValueError, match=r"reset_mask has shape .*, expected \(3,\)"):
-        env.reset(options={"reset_mask": mask})
+    env.step(np.ones((3, 6)))
+    assert_refused(env, "reset_mask must be 3 times True or False", seed=4, options={"reset_mask": mask})
+
+
+NO_SEEDS = [-1, np.int64(-7), 2**63, np.uint64(2**63), 10**30, 1.0, np.float32(2), "3", [3, -1, 3], [1, None, 2]]
+NO_SEEDS += [[1, 2], [], [[1, 2, 3]], [[1], 2, 3], np.array([0.0, 1, 2]), np.array([1, 2, 2**63], np.uint64), {}]
+
+
+@pytest.mark.parametrize("seed", NO_SEEDS)
+@pytest.mark.parametrize("mask", [None, [True, False, False]])
+def test_what_is_no_seed_is_refused(seed, mask):
+    env = build("cheetah-vel")
+    env.reset()
+    env.step(np.ones((3, 6)))
+    assert_refused(env, "seed must be (a|one) whole number", seed=seed, options={"reset_mask": mask})
+    if np.shape(np.asarray(seed, object)) == ():
+        for call in (
+            lambda: envs.make("cheetah-vel", [[1.0]], seed),
+            lambda: envs.sample_tasks("cheetah-vel", 2, seed),
+        ):
+            with pytest.raises(ValueError, match="seed must be a whole number from 0"):
+                call()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint64, np.array])
+def test_numpys_whole_numbers_are_seeds(kind):
+    env, other = build("cheetah-vel"), build("cheetah-vel")
+    expected = env.reset(seed=7)[0]
+    np.testing.assert_array_equal(other.reset(seed=kind(7))[0], expected)
+    np.testing.assert_array_equal(other.reset()[0], env.reset()[0])
+    listed = env.reset(seed=[7, 8, 7])[0]
+    for same in (np.array([7, 8, 7], np.uint64), (7, np.uint8(8), 7)):
+        np.testing.assert_array_equal(other.reset(seed=same)[0], listed)
+    if kind is not np.array:
+        np.testing.assert_array_equal(envs.sample_tasks("ant-dir", 3, kind(7)), envs.sample_tasks("ant-dir", 3, 7))
+        single = gymnasium.make("cheetah-vel-v0", task=kind(2), seed=kind(1))
+        np.testing.assert_array_equal(single.reset(seed=kind(7))[0], single.reset(seed=7)[0])
+
+
+def test_the_largest_seed():
+    env = build("cheetah-vel")
+    first = env.reset(seed=2**63 - 1)[0]
+    assert len(np.unique(first, axis=0)) == 3
+    np.testing.assert_array_equal(build("cheetah-vel", seed=np.uint64(2**63 - 1)).reset()[0], first)
 
 
 @pytest.mark.parametrize(
@@ -622,10 +787,11 @@ def test_what_is_no_task_no_seed_no_horizon_is_refused(changes, message):
 
 def test_fewer_than_no_tasks_are_refused():
     for name in ("cheetah-fwd-back", "cheetah-vel"):
-        with pytest.raises(ValueError, match="asked for -1 tasks"):
+        with pytest.raises(ValueError, match="the number of tasks must be a whole number from 0 .*, got -1"):
             envs.sample_tasks(name, -1, 0)
-    with pytest.raises(ValueError, match="an index from 0, got -1"):
-        envs.TaskEnv("cheetah-vel", task=-1)
+    for task in (-1, 1.5, None):
+        with pytest.raises(ValueError, match=f"task, unless a row of parameters, must be a whole .*, got {task}"):
+            envs.TaskEnv("cheetah-vel", task=task)
 
 
 def test_a_state_of_other_rows_is_refused():
@@ -778,7 +944,7 @@ def test_one_task_is_a_row_of_the_vector_kind(name):
     for given in (last, task):
         single = gymnasium.make(f"{name}-v0", task=given, seed=0, horizon=12)
         vector = envs.make(name, task[None], seed=0, horizon=12, threads=1)
-        np.testing.assert_array_equal(single.reset()[0], vector.reset()[0][0])
+        np.testing.assert_array_equal(single.reset(seed=0)[0], vector.reset()[0][0])
         for action in 0.3 * random_actions(vector, 12):
             obs, reward, terminated, truncated, info = single.step(action[0].astype(np.float32))
             theirs = vector.step(action.astype(np.float32))
@@ -790,6 +956,20 @@ def test_one_task_is_a_row_of_the_vector_kind(name):
                 break
         assert ended
         np.testing.assert_array_equal(single.reset(seed=6)[0], vector.reset(seed=6)[0][0])
+
+
+def test_one_task_starts_anew_until_it_is_given_a_seed():
+    starts = [gymnasium.make_vec("walker-params-v0", num_envs=3).reset()[0] for _ in range(2)]
+    assert len(np.unique(np.concatenate(starts), axis=0)) == 6
+    env, other = gymnasium.make("walker-params-v0"), gymnasium.make("walker-params-v0")
+    assert (env.reset()[0] != other.reset()[0]).any() and (env.reset()[0] != env.reset()[0]).any()
+    again = [[e.reset(seed=5)[0], e.reset()[0], e.reset()[0]] for e in (env, other)]
+    np.testing.assert_array_equal(*again)
+    assert len(np.unique(again[0], axis=0)) == 3
+    for seed in (-1, 1.5, 2**63):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0"):
+            env.reset(seed=seed)
+    np.testing.assert_array_equal(env.reset()[0], other.reset()[0])
 
 
 @pytest.mark.parametrize("name", [*POINTS, "cheetah-vel", "walker-params", "humanoid-dir"])

@@ -94,7 +94,7 @@ def test_what_is_no_task_is_refused(tmp_path):
 
 
 def test_a_family_without_enough_tasks_says_so(monkeypatch):
-    few = envs.dataclasses.replace(ROW, sample=lambda rng, n: rng.integers(3, size=(n, 1)).astype(float))
+    few = dataclasses.replace(ROW, sample=lambda rng, n: rng.integers(3, size=(n, 1)).astype(float))
     monkeypatch.setitem(envs.FAMILIES, "few", few)
     assert sorted(envs.sample_tasks("few", 3, 0)[:, 0]) == [0, 1, 2]
     with pytest.raises(ValueError, match="few: found 3 different tasks, asked for 4"):
