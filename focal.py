@@ -148,7 +148,7 @@ class BatchedLinear(nn.Module):
 
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
     """Three hidden layers, with ReLU between."""
-    layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
+    layers = [linear(d_in, hidden), nn.ReLU(inplace=True), linear(hidden, hidden), nn.ReLU(inplace=True), linear(hidden, hidden), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, linear(hidden, d_out))
 
 
@@ -289,9 +289,10 @@ def slope(net, x, m):
         h_1 = net[:2](x)
         h_2 = net[2:4](h_1)
         h_3 = net[4:6](h_2)
+        on_1, on_2, on_3 = ((h > 0).to(x.dtype) for h in (h_1, h_2, h_3))
     # w_4 [h_3 > 0] W_3 [h_2 > 0] W_2 [h_1 > 0] W_1
     w_1, w_2, w_3, w_4 = (layer.weight for layer in net[::2])
-    return ((((h_3 > 0) * w_4) @ w_3 * (h_2 > 0)) @ w_2 * (h_1 > 0)) @ w_1[:, -m:]
+    return (((on_3 @ (w_4.T * w_3)) * on_2) @ w_2 * on_1) @ w_1[:, -m:]
 
 
 # ======================================================================================================= 5. update
@@ -326,7 +327,7 @@ class Agent(data.Learner):
         """One gradient step of every network (of g: several). It never waits for the device."""
         args, optimisers = self.args, self.optimisers
         self.step += 1
-        self.set_rates()
+        self.set_rates(encoder_learns)
         # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i of its own draw
         task = self.batches.tasks()
         b = self.batches.transitions(task)
@@ -344,11 +345,12 @@ class Agent(data.Learner):
         self.note(alpha=self.alpha)
         self.record()
 
-    def set_rates(self):
+    def set_rates(self, encoder_learns):
         """Learning rates fall linearly: the encoder's to 0, since its loss does not depend on the policy, but the
         policy on z: it learns first and then stands still."""
         args, step = self.args, self.step
-        data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
+        if encoder_learns:
+            data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
         if args.final_lr != 1:
             rate = args.lr * (1 - (1 - args.final_lr) * (step / args.steps).clamp_max(1))
             data.set_rate(self.optimisers["critic"], rate)
@@ -356,13 +358,14 @@ class Agent(data.Learner):
 
     def embed(self, task):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""
-        args = self.args
-        z_i, kl = self.encoder(self.batches.contexts(task))  # (M, l), (M,)
-        self.note(encoder_kl=kl.mean())
-        loss = args.kl_weight * kl.mean() if self.encoder.stochastic else 0
+        args, m = self.args, len(task)
+        twice = args.encoder_loss == "dml"  # contexts c_i, then c_j, in one pass
+        z, kl = self.encoder(self.batches.contexts(task.repeat(2) if twice else task))
+        z_i, kl = z[:m], kl[:m].mean()
+        self.note(encoder_kl=kl)
+        loss = args.kl_weight * kl if self.encoder.stochastic else 0
         if args.encoder_loss == "dml":
-            z_j, _ = self.encoder(self.batches.contexts(task))
-            dml = dml_loss(z_i, z_j, task[:, None] == task[None], args.beta, args.dml, args.eps)  # Eq. 13
+            dml = dml_loss(z_i, z[m:], task[:, None] == task[None], args.beta, args.dml, args.eps)  # Eq. 13
             self.note(encoder_loss=dml)
             loss = loss + dml
         return z_i, loss
@@ -398,13 +401,10 @@ class Agent(data.Learner):
 
     def learn_actor(self, b, z):
         args, (s, a, *_) = self.args, b
-        policy = self.actor(s, z)  # mean and log std; they stand still while g learns
+        policy = self.actor(s, z)  # mean and log std
         divergence = torch.zeros_like(self.alpha)
         if self.discriminator is not None:
-            for _ in range(args.discriminator_steps):
-                with torch.no_grad():
-                    a_pi, _ = sample_tanh_gaussian(*policy)
-                self.learn_discriminator(s, z, a, a_pi)
+            self.learn_discriminator(s, z, a, policy)
         a_pi, log_pi = sample_tanh_gaussian(*policy)
         if self.discriminator is not None:
             divergence = self.divergence(s, z, a_pi, a)
@@ -416,12 +416,20 @@ class Agent(data.Learner):
                 self.alpha.clamp_(0, args.alpha_max)
         self.note(actor_loss=loss, divergence=divergence.mean())
 
-    def learn_discriminator(self, s, z, a, a_pi):
-        mix = torch.rand_like(a[:, :1])
-        grad = slope(self.discriminator, torch.cat([s, z, mix * a + (1 - mix) * a_pi], -1), a.shape[1])
-        logit_pi, logit_data = self.logit(s.repeat(2, 1), z.repeat(2, 1), torch.cat([a_pi, a])).chunk(2)
-        loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad)
-        data.descend(self.optimisers["discriminator"], loss)
+    def learn_discriminator(self, s, z, a, policy):
+        """Steps of g, while the policy stands still: its actions for all of them are drawn at once."""
+        steps, x = self.args.discriminator_steps, torch.cat([s, z], -1)
+        with torch.no_grad():
+            mean, log_std = policy
+            a_pi = torch.tanh(mean + log_std.exp() * torch.randn(steps, *mean.shape, device=a.device))
+            mix = torch.rand(steps, len(a), 1, device=a.device)
+            between = torch.cat([x.expand(steps, *x.shape), mix * a + (1 - mix) * a_pi], -1)
+            both = torch.cat([x.expand(steps, 2, *x.shape), torch.stack([a_pi, a.expand_as(a_pi)], 1)], -1)
+        for k in range(steps):
+            logit_pi, logit_data = self.discriminator(both[k]).squeeze(-1)
+            grad_a = slope(self.discriminator, between[k], a.shape[1])
+            loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad_a)
+            data.descend(self.optimisers["discriminator"], loss)
         self.note(discriminator_loss=loss)
 
     def logit(self, s, z, a):
