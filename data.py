@@ -53,7 +53,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -1732,16 +1732,20 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_cuda)
 
 
+@torch.compiler.disable  # compiled, the change of a tensor that only the optimiser holds can be lost
 def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor, retain_graph: bool = False) -> None:
-    """One gradient step of the optimiser's own parameters; no other network gets a gradient from the loss."""
-    own = [p for group in optimiser.param_groups for p in group["params"] if p.requires_grad]
-    optimiser.zero_grad()
+def descend(optimisers: Iterable[torch.optim.Optimizer], loss: torch.Tensor, retain_graph: bool = False) -> None:
+    """One gradient step of these optimisers' own parameters; no other network gets a gradient from the loss."""
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+    own = [p for group in groups for p in group["params"] if p.requires_grad]
+    for optimiser in optimisers:
+        optimiser.zero_grad()
     loss.backward(inputs=own, retain_graph=retain_graph)
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
 
 
 @torch.no_grad()

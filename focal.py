@@ -325,7 +325,7 @@ class Agent(data.Learner):
 
     def update(self, encoder_learns=True):
         """One gradient step of every network (of g: several). It never waits for the device."""
-        args, optimisers = self.args, self.optimisers
+        args = self.args
         self.step += 1
         self.set_rates(encoder_learns)
         # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i of its own draw
@@ -333,13 +333,10 @@ class Agent(data.Learner):
         b = self.batches.transitions(task)
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
         z = z.repeat_interleave(args.batch_size, 0)  # (M x B, l)
-        # the Bellman error does not train the encoder, except in the ablations
         coupled = encoder_learns and args.critic_trains_encoder
-        critic_loss = self.critic_loss(b, z if coupled else z.detach())
-        if encoder_learns:
-            encoder_loss = encoder_loss + critic_loss if coupled else encoder_loss
-            data.descend(optimisers["encoder"], encoder_loss, retain_graph=coupled)
-        data.descend(optimisers["critic"], critic_loss)
+        critic_loss = self.critic_loss(b, z if coupled else z.detach())  # detached, it does not train the encoder
+        learning = ("encoder", "critic") if encoder_learns else ("critic",)
+        data.descend([self.optimisers[name] for name in learning], encoder_loss + critic_loss)
         self.learn_actor(b, z.detach())
         data.follow(self.target, self.critic, args.tau)
         self.note(alpha=self.alpha)
@@ -409,7 +406,7 @@ class Agent(data.Learner):
         if self.discriminator is not None:
             divergence = self.divergence(s, z, a_pi, a)
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # Eq. 28
-        data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
+        data.descend([self.optimisers["actor"]], loss)  # only the policy learns from it
         if args.tune_alpha:
             with torch.no_grad():
                 self.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
@@ -429,7 +426,7 @@ class Agent(data.Learner):
             logit_pi, logit_data = self.discriminator(both[k]).squeeze(-1)
             grad_a = slope(self.discriminator, between[k], a.shape[1])
             loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad_a)
-            data.descend(self.optimisers["discriminator"], loss)
+            data.descend([self.optimisers["discriminator"]], loss)
         self.note(discriminator_loss=loss)
 
     def logit(self, s, z, a):
