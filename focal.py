@@ -199,8 +199,6 @@ def gaussian_kl(mean, variance):
 class Encoder(nn.Module):
     """q_phi: C transitions (M tasks, C, width) -> z (M, l) in (-1, 1), their mean; and 0 (M,), as it has no KL."""
 
-    stochastic = False  # of one context it gives always the same z
-
     def __init__(self, d_in, hidden, latent):
         super().__init__()
         self.net = mlp(d_in, hidden, latent)
@@ -212,8 +210,6 @@ class Encoder(nn.Module):
 
 class ProbabilisticEncoder(nn.Module):
     """q_phi(z | c), PEARL's (Rakelly et al. 2019): the product of one Gaussian for each transition; a sample of it."""
-
-    stochastic = True
 
     def __init__(self, d_in, hidden, latent):
         super().__init__()
@@ -308,9 +304,9 @@ class Agent(data.Learner):
         self.args, self.batches = args, batches
         obs_dim, act_dim, *_ = batches.split
         sizes, device = (obs_dim, args.latent, act_dim, args.hidden), batches.rows.device
-        context_dim = obs_dim + act_dim + 1 + (obs_dim if args.next_obs else 0)
+        widths = [obs_dim, act_dim, obs_dim, 1] if args.next_obs else [obs_dim, act_dim, 1]  # of a context's parts
         encoder = Encoder if args.encoder == "deterministic" else ProbabilisticEncoder
-        self.encoder = encoder(context_dim, args.encoder_hidden, args.latent)
+        self.encoder = encoder(sum(widths), args.encoder_hidden, args.latent)
         self.actor, self.critic, self.target = self.ACTOR(*sizes), Critic(*sizes), Critic(*sizes).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
         regularised = args.alpha > 0 or args.tune_alpha
@@ -359,10 +355,10 @@ class Agent(data.Learner):
         args = self.args
         z_i, kl = self.encoder(self.batches.contexts(task))  # (M, l), (M,)
         self.note(encoder_kl=kl.mean())
-        loss = args.kl_weight * kl.mean() if self.encoder.stochastic else 0
+        same, loss = task[:, None] == task[None], args.kl_weight * kl.mean()
         if args.encoder_loss == "dml":
             z_j, _ = self.encoder(self.batches.contexts(task))
-            dml = dml_loss(z_i, z_j, task[:, None] == task[None], args.beta, args.dml, args.eps)  # Eq. 13
+            dml = dml_loss(z_i, z_j, same, args.beta, args.dml, args.eps)  # Eq. 13
             self.note(encoder_loss=dml)
             loss = loss + dml
         return z_i, loss
@@ -378,7 +374,7 @@ class Agent(data.Learner):
     def settled_embedding(self, task):
         """z (M, l). Where z is a sample it is drawn afresh: from 64 samples that are kept, the policy could recognise a
         task by their noise."""
-        if self.encoder.stochastic:
+        if isinstance(self.encoder, ProbabilisticEncoder):
             return self.encoder(self.batches.contexts(task))[0]
         return self.settled[task, torch.randint(self.SETTLED, task.shape, device=task.device)]
 
