@@ -1,6 +1,6 @@
 """FOCAL: efficient fully-offline meta-reinforcement learning (Li, Yang, Luo; ICLR 2021; arXiv:2010.01112).
 
-Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are the paper's equations):
+Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are FOCAL's equations):
     repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c_j and an RL minibatch b_i from D_i
         z_i = mean of q_phi over c_i                                     deterministic task embedding in (-1, 1)^l
         phi   <- descend the distance metric loss over all pairs (13)    pulls a task together, pushes tasks apart
@@ -105,10 +105,11 @@ TABLE = {
     "walker-params": {"beta": 10, "alpha_max": 1e4},
 }
 # What differs on a machine without a GPU.
-SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 128, "meta_batch_size": 8, "batch_size": 64}
-SMALL_NETWORKS |= {"tau": 0.02, "final_lr": 0.1, "threads": 1, "eval_every": 2_000}
-SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "encoder_hidden": 64, "steps": 10_000, "encoder_steps": 400}
-SMALL_POINT |= {"eval_every": 1_000}
+SMALL_NETWORKS = {"hidden": 128, "meta_batch_size": 8, "batch_size": 64, "tau": 0.02}
+SMALL_NETWORKS |= {"final_lr": 0.1, "threads": 1, "eval_every": 2_000}
+SMALL_NETWORKS |= {"encoder_hidden": 128}
+SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 10_000, "encoder_steps": 400, "eval_every": 1_000}
+SMALL_POINT |= {"encoder_hidden": 64}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
 # FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
@@ -148,7 +149,9 @@ class BatchedLinear(nn.Module):
 
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
     """Three hidden layers, with ReLU between."""
-    layers = [linear(d_in, hidden), nn.ReLU(inplace=True), linear(hidden, hidden), nn.ReLU(inplace=True), linear(hidden, hidden), nn.ReLU(inplace=True)]
+    sizes, layers = [d_in, hidden, hidden, hidden], []
+    for i, o in zip(sizes, sizes[1:], strict=False):
+        layers += [linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers, linear(hidden, d_out))
 
 
@@ -190,20 +193,13 @@ class Critic(nn.Module):
         return self.net(rows.expand(2, *rows.shape)).view(2, *x.shape[:-1])
 
 
-def gaussian_kl(mean, variance):
-    """KL(N(mean, variance), N(0, I)), summed over the last axis."""
-    return 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
-
-
 # ================================================================================================= 3. task encoder
 class Encoder(nn.Module):
-    """q_phi: C transitions (M tasks, C, width) -> z (M, l) in (-1, 1), their mean; and 0 (M,), as it has no KL."""
+    """q_phi: C transitions (M tasks, C, width) -> z (M, l) in (-1, 1), a mean over them; and 0 (M,): it has no KL."""
 
-    stochastic = False  # of one context it gives always the same z
-
-    def __init__(self, d_in, hidden, latent):
+    def __init__(self, widths, args):
         super().__init__()
-        self.net = mlp(d_in, hidden, latent)
+        self.net = mlp(sum(widths), args.encoder_hidden, args.latent)
 
     def forward(self, context, generator=None):
         z = torch.tanh(self.net(context)).mean(1)
@@ -211,22 +207,20 @@ class Encoder(nn.Module):
 
 
 class ProbabilisticEncoder(nn.Module):
-    """q_phi(z | c), PEARL's (Rakelly et al. 2019): the product of one Gaussian for each transition; a sample of it."""
+    """q_phi(z | c), PEARL's (Rakelly et al. 2019), the product of one Gaussian for each transition: a sample z (M, l)
+    and KL(q(z | c), N(0, I)) (M,)."""
 
-    stochastic = True
-
-    def __init__(self, d_in, hidden, latent):
+    def __init__(self, widths, args):
         super().__init__()
-        self.net = mlp(d_in, hidden, 2 * latent)
+        self.net = mlp(sum(widths), args.encoder_hidden, 2 * args.latent)
 
     def forward(self, context, generator=None):
-        """z (M, l), and KL(q(z | c), N(0, I)) (M,)."""
         mean, spread = self.net(context).chunk(2, -1)
         precision = 1 / F.softplus(spread).clamp_min(1e-7)
         variance = 1 / precision.sum(1)
         mean = variance * (precision * mean).sum(1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + variance.sqrt() * noise, gaussian_kl(mean, variance)
+        z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, device=mean.device)
+        return z, 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
 
 
 # ======================================================================================================= 4. losses
@@ -309,9 +303,8 @@ class Agent(data.Learner):
         self.args, self.batches = args, batches
         obs_dim, act_dim, *_ = batches.split
         sizes, device = (obs_dim, args.latent, act_dim, args.hidden), batches.rows.device
-        context_dim = obs_dim + act_dim + 1 + (obs_dim if args.next_obs else 0)
-        encoder = Encoder if args.encoder == "deterministic" else ProbabilisticEncoder
-        self.encoder = encoder(context_dim, args.encoder_hidden, args.latent)
+        widths = [obs_dim, act_dim, obs_dim, 1] if args.next_obs else [obs_dim, act_dim, 1]  # of a context's parts
+        self.encoder = Encoder(widths, args) if args.encoder == "deterministic" else ProbabilisticEncoder(widths, args)
         self.actor, self.critic, self.target = self.ACTOR(*sizes), Critic(*sizes), Critic(*sizes).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
         regularised = args.alpha > 0 or args.tune_alpha
@@ -357,12 +350,12 @@ class Agent(data.Learner):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""
         args, m = self.args, len(task)
         twice = args.encoder_loss == "dml"  # contexts c_i, then c_j, in one pass
-        z, kl = self.encoder(self.batches.contexts(task.repeat(2) if twice else task))
+        z, kl = self.encoder(self.batches.contexts(task.repeat(2) if twice else task))  # (M, l), (M,)
         z_i, kl = z[:m], kl[:m].mean()
         self.note(encoder_kl=kl)
-        loss = args.kl_weight * kl if self.encoder.stochastic else 0
+        same, loss = task[:, None] == task[None], args.kl_weight * kl
         if args.encoder_loss == "dml":
-            dml = dml_loss(z_i, z[m:], task[:, None] == task[None], args.beta, args.dml, args.eps)  # Eq. 13
+            dml = dml_loss(z_i, z[m:], same, args.beta, args.dml, args.eps)  # Eq. 13
             self.note(encoder_loss=dml)
             loss = loss + dml
         return z_i, loss
@@ -376,9 +369,9 @@ class Agent(data.Learner):
 
     @torch.no_grad()
     def settled_embedding(self, task):
-        """z (M, l). Where z is a sample it is drawn afresh: from 64 samples that are kept, the policy could recognise a
-        task by their noise."""
-        if self.encoder.stochastic:
+        """z (M, l)."""
+        if isinstance(self.encoder, ProbabilisticEncoder):
+            # a fresh sample: by the noise of samples that are kept the policy could recognise a task
             return self.encoder(self.batches.contexts(task))[0]
         return self.settled[task, torch.randint(self.SETTLED, task.shape, device=task.device)]
 

@@ -40,7 +40,9 @@ class BCQActor(nn.Module):
         log_std = log_std.clamp(-4, 15)
         code = mean + log_std.exp() * torch.randn_like(mean)
         error = (torch.tanh(self.decode(torch.cat([s, z, code], -1))) - a).square().mean()
-        return error + 0.5 * focal.gaussian_kl(mean, (2 * log_std).exp()).mean() / self.code_dim
+        variance = (2 * log_std).exp()
+        kl = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
+        return error + 0.5 * kl.mean() / self.code_dim
 
     def propose(self, s, z, noise, slow=False):
         """Actions (..., m) from codes near 0; noise (..., 2 m) is N(0, I)."""

@@ -1,40 +1,28 @@
-"""FOCAL++: its loss against a loop, its attention, its key encoder, and that nothing else differs from FOCAL."""
+"""FOCAL++: its loss against a loop, its attention, its key encoder. (test_focal.py holds what it shares with FOCAL.)"""
 
 import copy
 import math
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import test_focal
 import torch
 from conftest import SPARSE, WALKER, WIND
-from test_focal import cuda, flags, metrics, moved, weights
+from test_focal import checkpoint, cuda, metrics, moved, weights
 
+import data
 import focal
 import focal_pp
 
-ROOT = Path(focal.__file__).resolve().parent
 PP = "--encoder-hidden 16 --blocks 2"
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
-@pytest.fixture(autouse=True)
-def _under_test(monkeypatch):
-    """The helpers of test_focal build and run focal_pp here."""
-    monkeypatch.setattr(test_focal, "focal", focal_pp)
-    for name in ("plot_curve", "plot_embeddings"):
-        monkeypatch.setattr(focal_pp, name, lambda *args: None)
-
-
-def build(name, file, more=""):
-    return test_focal.build(name, file, f"{PP} {more}")
+def build(name, file, more="", device="cpu"):
+    return test_focal.build(name, file, f"{PP} {more}", device, focal_pp)
 
 
 def run(folder, name, file, more=""):
-    focal_pp.main([*flags(name, file, f"{PP} {more}"), "--run-dir", str(folder)])
-    (path,) = folder.glob("focal_pp/*/*/seed*")
-    return path
+    return test_focal.run(folder, name, file, f"{PP} {more}", focal_pp)
 
 
 def disturbed(module, scale=0.3):
@@ -85,7 +73,7 @@ def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     torch.testing.assert_close(z_q, before.encoder(c_q)[0])
     torch.testing.assert_close(z_k, before.key_encoder(c_k)[0])
     assert torch.equal(same, torch.eye(4, dtype=torch.bool)) and tau == 0.5 and not torch.equal(c_q, c_k)
-    assert k.agent.metrics[0] == loss(z_q, z_k, same, tau)
+    assert k.agent.metrics[0, 0] == loss(z_q, z_k, same, tau)
     with torch.no_grad():
         after = loss(k.agent.encoder(c_q)[0], before.key_encoder(c_k)[0], same, tau)
     assert after < loss(z_q, z_k, same, tau)
@@ -103,7 +91,7 @@ def test_the_key_encoder_follows_and_gets_no_gradient(files, loss):
             torch.testing.assert_close(p, 0.8 * slow[key] + 0.2 * fast, rtol=1e-6, atol=1e-7)
             assert p.grad is None and not p.requires_grad
     stood = copy.deepcopy(k.agent.key_encoder.state_dict())
-    k.update(learn_encoder=False)
+    k.update(encoder_learns=False)
     assert all(torch.equal(p, stood[key]) for key, p in k.agent.key_encoder.state_dict().items())
 
 
@@ -196,18 +184,17 @@ def test_a_block_and_the_encoder_against_plain_loops():
 VARIANTS = [
     f"--attention {a} --encoder-loss {b}" for a in ("both", "batch", "seq", "none") for b in ("contrast", "dml")
 ]
-VARIANTS += ["--sparse", "--encoder-loss bellman", "--coupled", "--policy bcq"]
+VARIANTS += ["--sparse", "--encoder-loss bellman", "--coupled", "--no-next-obs"]
 
 
 @pytest.mark.parametrize("more", VARIANTS)
 def test_every_variant_trains_every_network(files, tmp_path, more):
     path, k = run(tmp_path, WALKER, files[WALKER], f"{more} --steps 8"), build(WALKER, files[WALKER], more)
-    trained = test_focal.checkpoint(path)["agent"]
+    trained = checkpoint(path)["agent"]
     # softmax does not see a shift of all keys; the mean weight hides a shift of all gates
     blind = ("qkv.bias", "gate.2.bias") + (("norms.0.weight", "norms.0.bias") if "none" in more else ())
     still = [key for key, p in weights(k.agent).items() if torch.equal(p, trained[key]) and not key.endswith(blind)]
-    unused = [key for key in still if key.startswith("key_encoder") and "bellman" in more]
-    assert [key for key in still if key not in unused] == []
+    assert still == []
 
 
 def test_rewards_do_not_reach_the_encoder(files):
@@ -223,7 +210,7 @@ def test_rewards_do_not_reach_the_encoder(files):
 
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkeypatch):
     whole = run(tmp_path / "a", WALKER, files[WALKER])
-    save, count = focal_pp.save, []
+    save, count = data.Run._save, []
 
     def killed(*args):
         save(*args)
@@ -231,12 +218,12 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkey
         if len(count) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(focal_pp, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(data.Run, "_save", killed)
         run(tmp_path / "b", WALKER, files[WALKER])
     resumed = run(tmp_path / "b", WALKER, files[WALKER], "--resume")
     assert metrics(whole) == metrics(resumed)
-    a, b = (test_focal.checkpoint(path)["agent"] for path in (whole, resumed))
+    a, b = (checkpoint(path)["agent"] for path in (whole, resumed))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -249,7 +236,7 @@ POINT = {"alpha": 0, "tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3, "disco
 
 @pytest.mark.parametrize("name", list(focal_pp.TABLE))
 def test_the_papers_settings(name):
-    args = vars(focal_pp.parse_args(["--env", name]))
+    args = vars(focal_pp.parse_args(["--env", name, "--no-small"]))
     expected = TABLE_6 | (POINT if name in (SPARSE, WIND) else MUJOCO)
     assert {key: args[key] for key in expected} == expected
     assert args["batch_size"] * args["meta_batch_size"] == 256 * (4 if "fwd-back" in name else 16)
@@ -258,31 +245,18 @@ def test_the_papers_settings(name):
 @pytest.mark.parametrize("name", list(focal_pp.TABLE))
 def test_tuning_does_not_begin_above_its_bound(name):
     for module in (focal, focal_pp):
-        for size in ([], ["--small"]):
-            args = module.parse_args(["--env", name, "--tune-alpha", *size])
+        for size in ("--no-small", "--small"):
+            args = module.parse_args(["--env", name, "--tune-alpha", size])
             assert args.alpha <= args.alpha_max
-
-
-# --------------------------------------------------------------------------------------------------- compare with FOCAL
-BANNERS = ["1. arguments", "2. networks", "3. task", "4. losses", "5. update", "6. evaluate", "7. plots", "8. main"]
-
-
-def test_only_the_idea_differs_from_focal():
-    shown = subprocess.run(["diff", "focal.py", "focal_pp.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert sum(line[0] in "<>" for line in shown.splitlines()) <= 120
-    lines = (ROOT / "focal.py").read_text().splitlines()
-    starts = [next(i for i, x in enumerate(lines, 1) if x.startswith("# ===") and name in x) for name in BANNERS]
-    places = [int(number) for number in re.findall(r"^(\d+)(?:,\d+)?[acd]", shown, re.M)]
-    touched = {sum(start <= place for start in starts) for place in places}
-    assert touched == {0, 1, 3, 4, 5}  # docstring, table and flags, encoder, losses, update
 
 
 @cuda
 @pytest.mark.parametrize("size", ["--dropout 0", "--encoder-hidden 128 --dropout 0.1"])  # fused kernels ask for widths
 def test_graph_replay_equals_eager_updates(files, tmp_path, size):
-    more = f"--device cuda --steps 16 --encoder-steps 8 --eval-every 8 {size}"
-    eager = run(tmp_path / "eager", WALKER, files[WALKER], f"{more} --no-graph")
-    graph = run(tmp_path / "graph", WALKER, files[WALKER], more)
-    for x, y in zip(metrics(eager), metrics(graph), strict=True):
-        for key in focal_pp.Agent.METRICS:
-            assert x[key] is y[key] is None or math.isclose(x[key], y[key], rel_tol=1e-2, abs_tol=1e-4)
+    test_focal.check_graph(tmp_path, WALKER, files[WALKER], f"{PP} {size}", focal_pp)
+
+
+@cuda
+@pytest.mark.parametrize("more", ["", "--coupled", "--encoder-loss dml"])
+def test_an_update_never_waits_for_the_device(files, more):
+    test_focal.check_that_nothing_waits(build(WALKER, files[WALKER], f"--device cuda {more}", "cuda"))
