@@ -58,7 +58,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -1598,6 +1598,7 @@ def _add_flags(parser: Parser, cls: type[Args], families: list[str]) -> dict[str
     return flags
 
 
+@cache
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
     """Of every field: the comment behind it, and the group in which it stands."""
     found: dict[str, tuple[str, str]] = {}
