@@ -12,37 +12,31 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run
+from retest import load_run, whole
 
 import envs
-import focal
 
 
 @torch.no_grad()
 def film(run, path, count, size):
     """`count` of the run's test tasks, each with an embedding of `context_size` transitions of its data."""
-    module, args, world, agent = load_run(run)
+    script, args, world, agent = load_run(run)
     tasks = world.env.tasks[:: args.eval_episodes][len(world.train_rows) :]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
     generator = torch.Generator().manual_seed(args.seed)
     index = torch.randint(world.test_rows.shape[1], (args.context_size,), generator=generator)
-    context = module.context_of(world.test_rows[shown][:, index], world.split, args)
+    context = script.context_of(world.test_rows[shown][:, index], world.split, args)
     z = agent.encoder(context, generator)[0]
-
-    def policy(obs):
-        s = (torch.as_tensor(obs, dtype=torch.float32) - world.mean) / world.std
-        return agent.act(s, z, generator).numpy()
-
     vector = envs.make(args.env, tasks[shown], seed=args.seed, render_mode="rgb_array", render_size=size)
-    envs.film(vector, policy, path)
+    envs.film(vector, lambda obs: agent.act(world.scaled(obs), z, generator).numpy(), path)
     vector.close()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run of focal.py or focal_pp.py")
-    parser.add_argument("--tasks", type=focal.whole, default=5, help="how many test tasks")
-    parser.add_argument("--size", type=focal.whole, default=160, help="of a picture, in pixels")
+    parser.add_argument("run", type=Path, help="folder of a run of FOCAL or FOCAL++")
+    parser.add_argument("--tasks", type=whole, default=5, help="how many test tasks")
+    parser.add_argument("--size", type=whole, default=160, help="of a picture, in pixels")
     parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
     args = parser.parse_args(argv)
     run = args.run.resolve()

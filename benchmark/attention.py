@@ -21,8 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import load_run
 
-import focal_pp
-
 WEIGHTS = "unweighted", "weighted"
 SPARSITY = np.linspace(0, 0.95, 20)
 CONTEXTS, SIZE = 16, 512  # contexts of each task at each sparsity, and transitions in each, as in the paper's Table 6
@@ -36,7 +34,7 @@ def area_under_curve(negative, positive):
 
 
 @torch.no_grad()
-def weights_of(args, world, encoder, informative, silent):
+def weights_of(script, args, world, encoder, informative, silent):
     """W of transitions that no task rewards, and of those that their task does, in contexts drawn as in training."""
     generator = torch.Generator().manual_seed(0)
     n, count, _ = world.train_rows.shape
@@ -44,7 +42,7 @@ def weights_of(args, world, encoder, informative, silent):
     seen, useful, useless = [], [], []
     for part in index.split(args.context_size, 1):
         rows = torch.stack([task[i] for task, i in zip(world.train_rows, part, strict=True)])
-        seen.append(encoder.transitions(focal_pp.context_of(rows, world.split, args))[1])
+        seen.append(encoder.transitions(script.context_of(rows, world.split, args))[1])
         useful.append(informative.gather(1, part))
         useless.append(silent[part])
     w, useful, useless = (torch.cat(parts, 1).numpy() for parts in (seen, useful, useless))
@@ -52,7 +50,7 @@ def weights_of(args, world, encoder, informative, silent):
 
 
 @torch.no_grad()
-def variances(args, world, encoder, informative, silent):
+def variances(script, args, world, encoder, informative, silent):
     """Variance of a task's embedding over contexts with a given share of silent transitions, and that variance as a
     share of z's: (2, 2, len(SPARSITY)), each without and with the last block's weights."""
     generator = torch.Generator().manual_seed(1)
@@ -62,10 +60,10 @@ def variances(args, world, encoder, informative, silent):
         n, unweighted, weighted = round(share * SIZE), [], []
         for rows, useful in zip(world.train_rows, informative, strict=True):
             index = torch.cat([draw(useless, n), draw(useful.nonzero()[:, 0], SIZE - n)], 1)
-            z, w = encoder.transitions(focal_pp.context_of(rows[index], world.split, args))
+            z, w = encoder.transitions(script.context_of(rows[index], world.split, args))
             unweighted.append(z.mean(1))
             weighted.append((w[..., None] * z).mean(1))
-        parts = [focal_pp.separation(torch.stack(means)) for means in (unweighted, weighted)]
+        parts = [script.separation(torch.stack(means)) for means in (unweighted, weighted)]
         result.append([[variance for *_, variance in parts], [2 * variance / rms**2 for _, rms, variance in parts]])
     return np.array(result).transpose(1, 2, 0)
 
@@ -92,7 +90,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run on relabelled data")
     rows = []
     for folder in parser.parse_args().runs:
-        _, args, world, agent = load_run(folder)
+        script, args, world, agent = load_run(folder)
         encoder = agent.encoder
         if args.quality != "relabelled":
             raise SystemExit(f"attention.py: {folder}: a run on {args.quality} data; expected relabelled")
@@ -102,9 +100,9 @@ def main():
             )
         reward = world.train_rows.split(world.split, -1)[2][..., 0]  # (n, N), what contexts hold
         informative, silent = reward != 0, (reward == 0).all(0)
-        zero, nonzero = weights_of(args, world, encoder, informative, silent)
+        zero, nonzero = weights_of(script, args, world, encoder, informative, silent)
         auc = area_under_curve(zero, nonzero)
-        curves = variances(args, world, encoder, informative, silent)
+        curves = variances(script, args, world, encoder, informative, silent)
         rows.append({"attention": args.attention, "seed": args.seed, "auc": round(float(auc), 4)})
         rows[-1] |= {"silent": round(silent.double().mean().item(), 3)}
         for key, (without, weighted) in zip(("lower_at", "share_lower_at"), curves, strict=True):

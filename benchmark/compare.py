@@ -41,7 +41,7 @@ def main(argv=None):
         for column in args.columns:
             if found and column not in found[0]:
                 raise SystemExit(f"compare.py: {folder}: no column {column}; expected one of {', '.join(found[0])}")
-    stages = any("merpo" in folder.resolve().parts for folder in args.folders)
+    stages = any("model_loss" in row for runs in groups.values() for row in paper.metrics(runs[0])[:1])
     try:
         paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
     except (OSError, ValueError) as error:  # no such folder, no such format

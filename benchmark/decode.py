@@ -23,12 +23,12 @@ STEPS, CONTEXTS = 4_000, 64
 
 
 @torch.no_grad()
-def embeddings(module, args, world, agent, seed):
+def embeddings(script, args, world, agent, seed):
     """z (n, CONTEXTS, l) of every training and of every test task, of contexts drawn from their data."""
     generator, out = torch.Generator().manual_seed(seed), []
     for rows in (world.train_rows, world.test_rows):
         drawn = [task[torch.randint(len(task), (CONTEXTS, args.context_size), generator=generator)] for task in rows]
-        contexts = (module.context_of(rows, world.split, args) for rows in drawn)
+        contexts = (script.context_of(rows, world.split, args) for rows in drawn)
         out.append(torch.stack([agent.encoder(context, generator)[0] for context in contexts]))
     return out
 
@@ -66,14 +66,14 @@ def errors(train, again, test, tasks, test_tasks):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of focal.py or focal_pp.py")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL or FOCAL++")
     torch.set_num_threads(1)
     for run in parser.parse_args(argv).runs:
-        module, args, world, agent = load_run(run)
+        script, args, world, agent = load_run(run)
         n, e = len(world.train_rows), args.eval_episodes
         tasks = torch.as_tensor(world.env.tasks[::e], dtype=torch.float32).flatten(1)  # each E times, training first
-        train, test = embeddings(module, args, world, agent, seed=0)
-        again = embeddings(module, args, world, agent, seed=1)[0]
+        train, test = embeddings(script, args, world, agent, seed=0)
+        again = embeddings(script, args, world, agent, seed=1)[0]
         seen, unseen, guess = errors(train, again, test, tasks[:n], tasks[n:])
         print(f"{run}  training tasks {seen:.3f}  test tasks {unseen:.3f}  guess {guess:.3f}", flush=True)
 

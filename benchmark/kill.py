@@ -6,8 +6,8 @@ python benchmark/kill.py smac merpo --kills 5 --seed 1 --no-pictures
 Each kill is a run from nothing, ended by SIGKILL, then the same command again (with --resume) to its end. Compared with
 an uninterrupted run: metrics.csv but for its column `seconds`, the checkpoint's weights, optimisers and random states;
 of data building the datasets' bytes. At the moment of the kill no file may stand half-written under a final name. Runs
-are forks of this process, which has everything imported, on one thread; those of data.py have two workers of their own.
-Pictures take most of such small runs: `--no-pictures` leaves them out.
+are forks of this process, which has everything imported, on one thread. Pictures take most of such small runs:
+`--no-pictures` leaves them out.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import random
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401  (before the forks)
@@ -47,16 +48,22 @@ FLAGS = {
     merpo: SMALL + " --layers 2 --model-hidden 16 --model-layers 2 --model-steps 12 --steps 12 --eval-every 6"
     " --inner-steps 2 --adapt-steps 5 --model-adapt-steps 5 --rollouts 20 --rollout-buffer 400",
 }  # fmt: skip
+COUNT = partial(data.parse_value, data.Count)
 NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
 
 
 # ------------------------------------------------------------------------------------------------- runs and their ends
+def without_pictures():
+    for module in (data, *FLAGS):
+        for name in (name for name in vars(module) if name.startswith("plot_")):
+            setattr(module, name, lambda *_: None)
+
+
 def build(folder):
-    """Both stages; saves many times, and its workers are forks as well."""
+    """Both stages, in this process, which saves many times."""
     data.SAVE_EVERY = 0.05
-    data.multiprocessing.get_context = lambda _: FORK
     for quality in ("mixed", "replay"):
-        data.prepare(WIND, quality, 1, folder, workers=2, **SIZES, **BEHAVIOUR)
+        data.prepare(WIND, quality, 1, folder, workers=1, **SIZES, **BEHAVIOUR)
 
 
 def learn(module, folder, dataset):
@@ -189,15 +196,14 @@ def campaign(name, kills, rng, root, dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help=", ".join(NAMES) + "; default: all")
-    parser.add_argument("--kills", type=focal.whole, default=20, help="of each program")
+    parser.add_argument("--kills", type=COUNT, default=20, help="of each program")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--no-pictures", action="store_true", help="leave out what takes most of the time")
     args = parser.parse_args()
     if not set(args.programs) <= set(NAMES):
         parser.error(f"expected some of {', '.join(NAMES)}")
-    for module in FLAGS if args.no_pictures else ():
-        for name in (name for name in vars(module) if name.startswith("plot_")):
-            setattr(module, name, lambda *_: None)
+    if args.no_pictures:
+        without_pictures()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # imports much, once

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from kill import FLAGS, FORK, NAMES, WIND, build, focal, run
+from kill import COUNT, FLAGS, FORK, NAMES, WIND, build, data, run, without_pictures
 
 TINY = "--hidden 8 --batch-size 4 --meta-batch-size 2 --eval-episodes 1"
 LENGTH = {
@@ -32,8 +32,8 @@ def resident():
 def measure(name, steps, folder, dataset):
     """Runs a script; prints the resident size at every evaluation, and how far it moved over the last half."""
     module, sizes = NAMES[name], []
-    save = module.save
-    module.save = lambda *args: (save(*args), sizes.append(resident()))
+    log = data.Run.log
+    data.Run.log = lambda *args: (log(*args), sizes.append(resident()))
     length = LENGTH[name].format(steps=steps, half=steps // 2, tenth=steps // 10)
     flags = f"{FLAGS[module]} {TINY} {length} --eval-every {max(1, steps // 40)} --env {WIND} --data {dataset}"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -48,14 +48,13 @@ def measure(name, steps, folder, dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help="scripts; default: all")
-    parser.add_argument("--steps", type=focal.whole, default=20_000, help="gradient steps (MerPO: iterations)")
+    parser.add_argument("--steps", type=COUNT, default=20_000, help="gradient steps (MerPO: iterations)")
     parser.add_argument("--no-pictures", action="store_true", help="without matplotlib, which grows over many pictures")
     args = parser.parse_args()
     if not set(args.programs) <= set(LENGTH):
         parser.error(f"expected some of {', '.join(LENGTH)}")
-    for module in (NAMES[name] for name in LENGTH if args.no_pictures):
-        for name in (name for name in vars(module) if name.startswith("plot_")):
-            setattr(module, name, lambda *_: None)
+    if args.no_pictures:
+        without_pictures()
     torch.set_num_threads(1)
     flat = True
     with tempfile.TemporaryDirectory() as root:

@@ -20,9 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run
-
-import merpo
+from retest import kind_of, load_run
 
 
 @torch.no_grad()
@@ -57,7 +55,7 @@ def experience(first, second, generator, size=None):
 
 
 @torch.no_grad()
-def evaluate(args, agent, world, context_of):
+def evaluate(script, args, agent, world):
     """Returns (n_test, E) of FOCAL or FOCAL++ with contexts that the agent collected, and of the first episode, on a
     training task's z."""
     if args.sparse:
@@ -72,17 +70,17 @@ def evaluate(args, agent, world, context_of):
         """(B, l) embeddings of training tasks, one drawn for each sub-environment."""
         task = torch.randint(n, (world.env.num_envs,), generator=generator)
         index = torch.randint(count, (len(task), args.context_size), generator=generator)
-        return agent.encoder(context_of(world.train_rows[task[:, None], index], world.split, args), generator)[0]
+        return agent.encoder(script.context_of(world.train_rows[task[:, None], index], world.split, args), generator)[0]
 
     first = play(on(known()), world, args.seed + 1)
     second = play(on(known()), world, args.seed + 2)
     own = experience(first, second, generator, args.context_size)
     own = F.pad(own, (0, width - own.shape[-1]))  # the rest of a row is the critic's
-    total = play(on(agent.encoder(context_of(own, world.split, args), generator)[0]), world, args.seed)[2]
+    total = play(on(agent.encoder(script.context_of(own, world.split, args), generator)[0]), world, args.seed)[2]
     return tuple(returns.reshape(-1, e)[n:] for returns in (total, first[2]))
 
 
-def evaluate_merpo(args, agent, world):
+def evaluate_merpo(script, args, agent, world):
     """Returns (n_test, E) of MerPO adapted to two episodes of its own, and of the first of them. Every repetition is a
     task by itself, with its own two episodes."""
     e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
@@ -95,23 +93,23 @@ def evaluate_merpo(args, agent, world):
     world.test_rows = experience(first, second, generator)
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
-        agent.test_tasks = merpo.Tasks(args, world.test_rows, world.row.obs_dim, world.row.act_dim)
-        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
-    total = merpo.evaluate(args, agent, world)[args.adapt_steps]
+        agent.test_tasks = script.Tasks(args, world, world.test_rows)
+        agent.test_tasks.settle(agent.meta_model)
+    total = script.evaluate(args, agent, world)[args.adapt_steps]
     return total, first[2].reshape(-1, e)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of these three scripts")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL, FOCAL++ or MerPO")
     for run in parser.parse_args(argv).runs:
-        module, args, world, agent = load_run(run, ("focal", "focal_pp", "merpo"))
-        if module is merpo:
-            offline = merpo.evaluate(args, agent, world)[args.adapt_steps]
-            own, blind = evaluate_merpo(args, agent, world)
+        script, args, world, agent = load_run(run, ("FOCAL", "MerPO"))
+        if kind_of(vars(args)) == "MerPO":
+            offline = script.evaluate(args, agent, world)[args.adapt_steps]
+            own, blind = evaluate_merpo(script, args, agent, world)
         else:
-            own, blind = evaluate(args, agent, world, module.context_of)
-            offline = module.evaluate(args, agent, world)[1]
+            own, blind = evaluate(script, args, agent, world)
+            offline = script.evaluate(args, agent, world)[1]
         row = {"online_return": own.mean(), "first_episode": blind.mean(), "offline_return": offline.mean()}
         row = {key: round(float(value), 4) for key, value in row.items()}
         (run / "online.json").write_text(json.dumps(row | {"step": int(agent.step)}, indent=1))

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import bcq
 import retest
 
 import data
@@ -34,8 +35,8 @@ import merpo
 import smac
 
 PEARL = "--encoder probabilistic --encoder-loss bellman"
-# figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw); flags behind | are
-# those of retest.py
+# figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw); a variant may begin
+# with the name of another script; flags behind | are those of retest.py
 FOCAL = {
     "figure2": (
         ["cheetah-vel"],
@@ -51,7 +52,7 @@ FOCAL = {
             "probabilistic encoder": "--encoder probabilistic",
             "Batch PEARL, regularised": f"{PEARL} --alpha 20 --value-penalty",
             "Batch PEARL": f"{PEARL} --alpha 0",
-            "Contextual BCQ": "--policy bcq --encoder-loss bellman",
+            "Contextual BCQ": "bcq --encoder-loss bellman",
             "z is noise": "--encoder probabilistic --kl-weight 1000",  # not in the paper: what is there without z?
         },
         ["return_mean", "train_esr", "q_mean"],
@@ -183,7 +184,7 @@ MERPO = {
         },
         ["return_mean"],
     ),
-    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--alpha adaptive"}, [*ADAPTED[:2], "alpha"]),
+    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--adaptive"}, [*ADAPTED[:2], "alpha"]),
     "figure6-longer": (  # where the paper's hundred steps are few
         FAMILIES[2:],
         "",
@@ -216,13 +217,14 @@ MERPO = {
     ),
 }
 AVERAGED = "merpo", "figure5"  # over meta-policies
-SCRIPTS = {"focal": (focal, FOCAL), "focal_pp": (focal_pp, FOCAL_PP), "smac": (smac, SMAC), "merpo": (merpo, MERPO)}
+FIGURES = {"focal": FOCAL, "focal_pp": FOCAL_PP, "smac": SMAC, "merpo": MERPO}
+SCRIPTS = {script.__name__: script for script in (focal, focal_pp, smac, merpo, bcq)}
 COLUMNS = dict.fromkeys(("focal", "focal_pp"), ["return_mean", "train_return_mean", "esr", "train_esr", "rms"])
 COLUMNS = {script: [*keys, "train_rms", "train_variance", "q_mean"] for script, keys in COLUMNS.items()}
 COLUMNS["smac"] = ["return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean"]
 COLUMNS["smac"] += ["train_return_mean", "train_offline_return_mean", "kl", "short_kl", "offline_kl", "q_mean"]
 COLUMNS["merpo"] = ["return_mean", "meta_return_mean", "q_mean", "lambda", "alpha", "beta", "d_behaviour", "d_meta"]
-STEPS = dict.fromkeys(SCRIPTS, "gradient steps") | {"merpo": "iterations of both stages"}
+STEPS = dict.fromkeys(FIGURES, "gradient steps") | {"merpo": "iterations of both stages"}
 SHOWN = {"return_mean", "meta_return_mean", "offline_return_mean", "train_esr", "train_variance", "q_mean"}
 LABELS = {"return_mean": "return on test tasks", "train_esr": "ESR", "esr": "ESR", "train_rms": "RMS", "q_mean": "Q"}
 LABELS |= {"offline_return_mean": "return, offline context", "short_kl": "KL of online posteriors"}
@@ -232,18 +234,18 @@ LABELS |= {"train_variance": "variance of a task's embedding", "variance": "vari
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("script", choices=list(SCRIPTS))
-    parser.add_argument("figures", nargs="+", choices=[figure for _, figures in SCRIPTS.values() for figure in figures])
+    parser.add_argument("script", choices=list(FIGURES))
+    parser.add_argument("figures", nargs="+", choices=[name for figures in FIGURES.values() for name in figures])
     parser.add_argument("--env", choices=list(envs.FAMILIES), help="this environment only")
-    parser.add_argument("--seeds", type=focal.whole, default=3)
-    parser.add_argument("--steps", type=focal.whole, help="gradient steps of each run")
-    parser.add_argument("--jobs", type=focal.whole, default=envs.cores(), help="runs side by side, one thread each")
+    parser.add_argument("--seeds", type=retest.whole, default=3)
+    parser.add_argument("--steps", type=retest.whole, help="gradient steps of each run")
+    parser.add_argument("--jobs", type=retest.whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
     args = parser.parse_args()
-    for figure in set(args.figures) - set(SCRIPTS[args.script][1]):
-        parser.error(f"{args.script} has no {figure}; expected {', '.join(SCRIPTS[args.script][1])}")
+    for figure in set(args.figures) - set(FIGURES[args.script]):
+        parser.error(f"{args.script} has no {figure}; expected {', '.join(FIGURES[args.script])}")
     for figure in args.figures:
-        families = SCRIPTS[args.script][1][figure][0]
+        families = FIGURES[args.script][figure][0]
         if args.env and args.env not in families:
             parser.error(f"{figure} is not of --env {args.env}; expected {', '.join(families)}")
     return args
@@ -254,7 +256,8 @@ class Run(NamedTuple):
     env: str
     variant: str
     seed: int
-    words: list  # the script's command line
+    script: str
+    words: list  # its command line
     tested: list  # flags of retest.py, if the row is a test of the run
 
 
@@ -262,55 +265,48 @@ def plan(args):
     """Every run of the figures."""
     runs = []
     for figure in args.figures:
-        families, shared, variants, _ = SCRIPTS[args.script][1][figure]
+        families, shared, variants, _ = FIGURES[args.script][figure]
         for env in [env for env in families if args.env in (None, env)]:
             for variant, flags in variants.items():
                 trained, _, tested = flags.partition("|")
+                first, _, rest = trained.partition(" ")
+                script, trained = (first, rest) if first in SCRIPTS else (args.script, trained)
                 for seed in range(args.seeds):
                     words = f"--env {env} --seed {seed} --threads 1 {shared} {trained}".split()
-                    size = [] if args.full else ["--small"]
+                    size = ["--no-small" if args.full else "--small"]
                     size += ["--steps", str(args.steps)] if args.steps else []
                     if "GOOD" in words:
-                        good = path_of(args.script, ["--env", env, *GOOD.split(), *size])
+                        good = path_of(script, ["--env", env, *GOOD.split(), *size])
                         words[words.index("GOOD")] = str(good)
-                    runs.append(Run(figure, env, variant, seed, words + size, tested.split()))
+                    runs.append(Run(figure, env, variant, seed, script, words + size, tested.split()))
     return runs
 
 
 def path_of(script, words):
     """The folder of a run, whether it exists or not."""
-    args = SCRIPTS[script][0].parse_args(words)
+    args = SCRIPTS[script].parse_args(words)
     return args.run_dir / script / args.env / args.variant / f"seed{args.seed}"
 
 
-def folder_of(script, words):
-    os.chdir(ROOT)
-    module = SCRIPTS[script][0]
-    return module.prepare_run(module.parse_args(words))
-
-
 def is_done(script, words):
-    """Whether a run has made its last step. Ends the program if it was made with what are other defaults by now."""
-    module, folder = SCRIPTS[script][0], path_of(script, words)
-    args, final = module.parse_args(words), folder / "final.json"
-    if not final.exists():
+    """Whether a run is finished. Ends the program if it was made with what are other defaults by now."""
+    folder, args = path_of(script, words), SCRIPTS[script].parse_args(words)
+    if not (folder / "final.json").exists():
         return False
-    made = json.loads(final.read_text())["step"], [row["step"] for row in metrics(folder)][-1:]
-    if made != (length(script, args), [length(script, args)]):
-        return False  # final.json alone may be of a run before, that this one has not caught up with
-    now, then = json.loads(json.dumps(module.settings(args))), json.loads((folder / "args.json").read_text())
-    for key in now.keys() & then.keys() - module.ELSEWHERE - {"variant"}:
-        if now[key] != then[key]:
-            flag = f"--{key.replace('_', '-')}"
-            raise SystemExit(f"{folder}: made with {flag} {then[key]}, now {now[key]}; delete it to run it anew")
+    then = json.loads((folder / "final.json").read_text())["args"]
+    for key, now in json.loads(json.dumps(data.settings(args))).items():
+        if key not in (*args.ELSEWHERE, "variant") and then.get(key, now) != now:
+            raise SystemExit(f"{folder}: made with {data.option(key)} {then[key]}, now {now}; delete it to run it anew")
     return True
 
 
 def execute(script, words):
     """Runs the script unless that run is done. A run that diverges keeps what it had."""
-    folder = folder_of(script, words)
+    folder = path_of(script, words)
     if not is_done(script, words):
-        command = [sys.executable, ROOT / f"{script}.py", *words, "--resume"]
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = ["--resume"] if (folder / "checkpoint.pt").exists() else []  # never from a run of another length
+        command = [sys.executable, SCRIPTS[script].__file__, *words, *begun]
         with open(folder / "log.txt", "w") as log:
             done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         last = (folder / "log.txt").read_text().splitlines()[-1:]
@@ -331,13 +327,6 @@ def execute_test(folder, tested):
 
 def result_of(folder, tested):
     return retest.result(folder, retest.arguments(tested)[1])
-
-
-def length(script, args):
-    """Gradient steps of a whole run."""
-    return args.steps + {"smac": smac.online_updates, "merpo": lambda args: args.model_steps}.get(script, lambda _: 0)(
-        args
-    )
 
 
 def build_data(parsed):
@@ -367,23 +356,22 @@ def summarise(script, runs, folders):
             row |= {f"return_after_{steps}": value for steps, value in found.get("returns", {}).items()}
             rows.append(row | {key: value for key, value in found.items() if key not in ("flags", "step", "returns")})
             continue
-        history, args = metrics(folder), SCRIPTS[script][0].parse_args(run.words)
+        history, final = metrics(folder), folder / "final.json"
         row["steps"] = int(history[-1]["step"]) if history else 0
-        row["diverged"] = int(row["steps"] < length(script, args))
+        row["diverged"] = int(not final.exists())
         for key in COLUMNS[script]:
             last = [x.get(key, float("nan")) for x in history[-3:]]
             row[key] = float(f"{np.mean(last):.6g}") if history else float("nan")
         offline = [x for x in history if x.get("online_steps") == 0][-1:]
         for key in ("return_mean", "offline_return_mean", "short_kl") if offline else ():
             row[f"{key}_after_offline_phase"] = float(f"{offline[0][key]:.6g}")
-        final = folder / "final.json"
         row["data_return"] = json.loads(final.read_text())["behaviour_return"] if final.exists() else None
         rows.append(row)
     return rows
 
 
 def draw(script, figure, env, runs, folders, suffix, rows):
-    _, _, variants, columns = SCRIPTS[script][1][figure]
+    _, _, variants, columns = FIGURES[script][figure]
     groups = {
         name: [folder for run, folder in zip(runs, folders, strict=True) if run.variant == name] for name in variants
     }
@@ -488,15 +476,14 @@ def draw_tests(path, title, groups):
 def main():
     os.chdir(ROOT)
     args = arguments()
-    module, figures = SCRIPTS[args.script]
     runs = plan(args)
-    build_data([module.parse_args(run.words + run.tested) for run in runs])
-    folders = [folder_of(args.script, run.words) for run in runs]
-    once = dict(zip(folders, (run.words for run in runs), strict=True))  # figures share runs
+    build_data([SCRIPTS[run.script].parse_args(run.words + run.tested) for run in runs])
+    folders = [path_of(run.script, run.words) for run in runs]
+    once = dict(zip(folders, ((run.script, run.words) for run in runs), strict=True))  # figures share runs
     with ThreadPoolExecutor(args.jobs) as pool:
         for after in (False, True):  # runs that need another run's policy come after it
-            words = [words for words in once.values() if ("--meta-policy" in words) == after]
-            list(pool.map(lambda words: execute(args.script, words), words))
+            chosen = [run for run in once.values() if ("--meta-policy" in run[1]) == after]
+            list(pool.map(lambda run: execute(*run), chosen))
         tests = [(folder, run.tested) for folder, run in zip(folders, runs, strict=True) if run.tested]
         list(pool.map(lambda test: execute_test(*test), tests))
     suffix = "-full" if args.full else ""
@@ -509,7 +496,7 @@ def main():
             table.writeheader()
             table.writerows(rows)
         draw(args.script, figure, env, mine, places, suffix, rows)
-        for variant in figures[figure][2]:
+        for variant in FIGURES[args.script][figure][2]:
             each = [row for row in rows if row["variant"] == variant]
             keys = [key for key in each[0] if key in SHOWN or key.endswith("phase")]
             show = {key: np.array([row[key] for row in each], float) for key in keys}

@@ -12,84 +12,79 @@ a line for each run and writes retest/<flags>.json into its folder.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path.cwd())]
 import data
-import focal
-import focal_pp
 import merpo
-import smac
 
-SCRIPTS = {"focal": focal, "focal_pp": focal_pp, "smac": smac, "merpo": merpo}
-FLAGS = dict.fromkeys(("focal", "focal_pp"), ["test_quality", "context_size", "eval_episodes"])
-FLAGS["smac"] = ["eval_episodes"]
-FLAGS["merpo"] = ["test_quality", "test_trajectories", "test_start", "adapt_steps", "adapt_lr", "eval_episodes"]
+FLAGS = {
+    "FOCAL": ["test_quality", "context_size", "eval_episodes"],
+    "SMAC": ["eval_episodes"],
+    "MerPO": ["test_quality", "test_trajectories", "test_start", "adapt_steps", "adapt_lr", "eval_episodes"],
+}
+whole, number = (partial(data.parse_value, kind) for kind in (data.Count, data.Number))
 
 
-def load_run(folder, scripts=("focal", "focal_pp"), **changes):
-    """The module, settings, tasks' data and environments, and trained agent of a run; `changes` replace settings."""
-    program, parts = Path(sys.argv[0]).name, folder.resolve().parts
-    if len(parts) < 4 or parts[-4] not in scripts:
-        wanted = f"<run-dir>/<script>/<env>/<variant>/seed<k> of {', '.join(scripts)}"
-        raise SystemExit(f"{program}: {folder}: expected {wanted}")
-    module = SCRIPTS[parts[-4]]
-    if ",single=" in parts[-2]:
-        raise SystemExit(f"{program}: {folder}: a run with --single has no test tasks; expected another")
-    for key in sorted(changes.keys() - set(FLAGS[parts[-4]])):
-        raise SystemExit(f"{program}: --{key.replace('_', '-')}: {parts[-4]}.py has no such flag of its tests")
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        checkpoint = data.read(folder / "checkpoint.pt", "cpu")
-    except OSError as error:
-        raise SystemExit(f"{program}: {error.filename}: {error.strerror}; expected the folder of a run") from None
-    except Exception as error:
-        raise SystemExit(f"{program}: {folder}: a damaged run ({type(error).__name__}); run it again") from None
+def kind_of(settings):
+    """How a script is tested, by the flags that it has: so it goes for copies under other names too."""
+    return "MerPO" if "test_start" in settings else "SMAC" if "online_steps" in settings else "FOCAL"
+
+
+def check(folder, saved, kinds, changes):
+    """DataError if a run of these settings is none of these kinds, or cannot be tested so."""
+    kind = kind_of(saved)
+    if kind not in kinds:
+        raise data.DataError(f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}")
+    if saved.get("single"):
+        raise data.DataError(f"{folder}: a run with --single has no test tasks; expected another")
+    for key in sorted(changes.keys() - set(FLAGS[kind])):
+        raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
     if saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]:
-        raise SystemExit(f"{program}: --test-quality: {folder} has its data from --data {saved['data']}")
-    paths = {key: saved[key] and Path(saved[key]) for key in ("data_dir", "data")}
-    since = vars(module.parse_args(["--env", saved["env"]]))  # flags that the script did not have then, by default
-    args = argparse.Namespace(**since | saved | paths | changes | {"device": "cpu"})
+        raise data.DataError(f"--test-quality: {folder} has its data from --data {saved['data']}")
+
+
+def load_run(folder, kinds=("FOCAL",), **changes):
+    """The script (or the one that it builds on), settings, world and agent of a run; ends in one line if it cannot."""
     try:
-        world = module.World(args, torch.device("cpu"))
-        if module is smac:
-            agent = smac.build(args, world, torch.device("cpu"))[0]
-        else:
-            agent = module.Agent(args, *((world,) if module is merpo else (*world.split[:2], len(world.train_rows))))
-        agent.load_state_dict(checkpoint["agent"])
-        learned_from = checkpoint["dataset"]
+        check(folder, json.loads((folder / "args.json").read_text()), kinds, changes)
+        _, args, world, agent = data.load_run(folder, **changes)
     except data.DataError as error:
-        raise SystemExit(f"{program}: {error}") from None
-    except (AttributeError, KeyError, RuntimeError):
-        raise SystemExit(f"{program}: {folder}: a run of another version of the script; run it again") from None
-    same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of training and test tasks
-    if learned_from[same] != world.checksum[same]:
-        raise SystemExit(f"{program}: {folder}: its data have changed; expected {learned_from}, found {world.checksum}")
-    return module, args, world, agent
+        message = error
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}; expected the folder of a run"
+    except Exception as error:  # whatever a reader raises
+        message = f"{folder}: a damaged run, or one of another version of the script ({error!r:.100}); run it again"
+    else:
+        modules = [sys.modules[base.__module__] for base in type(agent).__mro__]
+        return next(module for module in modules if hasattr(module, "evaluate")), args, world, agent
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def test(folder, changes):
     """What retest/<flags>.json holds: returns of the test tasks, and by steps of adaptation with MerPO."""
-    module, args, world, agent = load_run(folder, SCRIPTS, **changes)
+    script, args, world, agent = load_run(folder, FLAGS, **changes)
     torch.manual_seed(args.seed)
     row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
-    if module is merpo:
-        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
-        row["clone_return_mean"] = merpo.play(args, agent.test_tasks.behaviour, world).mean()
-        returns = merpo.evaluate(args, agent, world)
+    if kind_of(vars(args)) == "MerPO":
+        agent.test_tasks.settle(agent.meta_model)
+        row["clone_return_mean"] = script.play(args, agent.test_tasks.behaviour, world).mean()
+        returns = script.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
-        if not merpo.STARTS[args.test_start][0]:
+        if not script.STARTS[args.test_start][0]:
             del returns[0]  # that is the meta-policy's, from which such a task does not start
         row |= {"returns": {step: round(float(value.mean()), 4) for step, value in returns.items()}}
-    elif module is smac:  # returns on contexts of its own, and on others
-        tested = {name: values["return"][1] for name, values in smac.evaluate(args, agent, world).items()}
-        row |= {f"{name}return_mean": float(value.mean()) for name, value in tested.items()}
+    elif kind_of(vars(args)) == "SMAC":  # returns on contexts of its own, and on others
+        tested = script.evaluate(args, agent, world)[0]
+        row |= {f"{name}return_mean": tested[f"{name}return_mean"] for name in ("", "short_", "prior_", "offline_")
+                if f"{name}return_mean" in tested}  # fmt: skip
     else:
-        _, returns, _, z = module.evaluate(args, agent, world)
-        row |= {"return_mean": returns.mean(), "variance": module.separation(z)[2]}
+        _, returns, _, z = script.evaluate(args, agent, world)
+        row |= {"return_mean": returns.mean(), "variance": script.separation(z)[2]}
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
@@ -103,12 +98,12 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--test-quality", choices=data.QUALITIES, help="of the test tasks' data")
-    parser.add_argument("--context-size", type=merpo.whole, help="FOCAL, FOCAL++: transitions in a test context")
-    parser.add_argument("--test-trajectories", type=merpo.whole, help="MerPO: of each test task's data")
+    parser.add_argument("--context-size", type=whole, help="FOCAL, FOCAL++: transitions in a test context")
+    parser.add_argument("--test-trajectories", type=whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
-    parser.add_argument("--adapt-steps", type=merpo.whole, help="MerPO: steps of RAC on a test task")
-    parser.add_argument("--adapt-lr", type=merpo.number, help="MerPO: learning rate of those steps")
-    parser.add_argument("--eval-episodes", type=merpo.whole, help="episodes (SMAC: meta-episodes) of each task")
+    parser.add_argument("--adapt-steps", type=whole, help="MerPO: steps of RAC on a test task")
+    parser.add_argument("--adapt-lr", type=number, help="MerPO: learning rate of those steps")
+    parser.add_argument("--eval-episodes", type=whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)
     changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}
     return args.runs, changes

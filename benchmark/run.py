@@ -20,8 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import paper
-from paper import ROOT, SCRIPTS, envs, focal, focal_pp, merpo
+from paper import FIGURES, ROOT, SCRIPTS, envs, focal, focal_pp, merpo
 from report import read
+from retest import whole
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
 COLUMNS += ["data_return", "optimum", "minutes"]
@@ -31,17 +32,17 @@ SAME_DATA = ["--quality", "mixed", "--data-size", "10000", "--data-until", "1000
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--scripts", nargs="+", choices=list(FIGURES), default=list(FIGURES))
     parser.add_argument("--envs", nargs="+", choices=list(envs.FAMILIES), default=list(envs.FAMILIES))
-    parser.add_argument("--seeds", type=focal.whole, default=3)
-    parser.add_argument("--jobs", type=focal.whole, default=envs.cores(), help="runs side by side, one thread each")
+    parser.add_argument("--seeds", type=whole, default=3)
+    parser.add_argument("--jobs", type=whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the papers' sizes")
     parser.add_argument("--same-data", action="store_true", help="SMAC only, on the other scripts' data")
     parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
     parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
     parser.add_argument("--collect", action="store_true", help="run nothing, only write the table")
     args = parser.parse_args()
-    if args.same_data and args.scripts not in (list(SCRIPTS), ["smac"]):
+    if args.same_data and args.scripts not in (list(FIGURES), ["smac"]):
         parser.error("--same-data is of SMAC only; expected no other --scripts")
     if not plan(args):
         parser.error(
@@ -54,11 +55,11 @@ def arguments():
 
 def plan(args):
     """[(script, command line)] of every run: the families of each script's table that have several tasks."""
-    more = ([] if args.full else ["--small"]) + (SAME_DATA if args.same_data else [])
+    more = ["--no-small" if args.full else "--small"] + (SAME_DATA if args.same_data else [])
     return [
         (script, ["--env", env, "--seed", str(seed), "--threads", "1", *more])
         for script in (["smac"] if args.same_data else args.scripts)
-        for env in SCRIPTS[script][0].TABLE
+        for env in SCRIPTS[script].TABLE
         if env in args.envs and envs.family(env).differs != "nothing"
         if not args.same_data or learned_by_all(env)
         for seed in range(args.seeds)
@@ -75,7 +76,7 @@ def describe(script, words):
     """The table's row of a run that is done, or None."""
     if not paper.is_done(script, words):
         return None
-    args, folder = SCRIPTS[script][0].parse_args(words), paper.path_of(script, words)
+    args, folder = SCRIPTS[script].parse_args(words), paper.path_of(script, words)
     final, rows = json.loads((folder / "final.json").read_text()), paper.metrics(folder)
     row = {"script": script, "env": args.env, "seed": args.seed, "steps": final["step"]}
     names = (
@@ -94,7 +95,7 @@ def describe(script, words):
 def execute(script, words):
     """The run, and its agent under the online protocol where the script does not evaluate that itself."""
     paper.execute(script, words)
-    folder = paper.folder_of(script, words)
+    folder = paper.path_of(script, words)
     path, final = folder / "online.json", folder / "final.json"
     if script != "smac" and final.exists() and not (path.exists() and path.stat().st_mtime > final.stat().st_mtime):
         command = [sys.executable, ROOT / "benchmark" / "online.py", folder]
@@ -105,7 +106,7 @@ def execute(script, words):
 
 def place(row):
     """Where a row of the table stands: by script, family, seed."""
-    return list(SCRIPTS).index(row["script"]), list(SCRIPTS[row["script"]][0].TABLE).index(row["env"]), int(row["seed"])
+    return list(SCRIPTS).index(row["script"]), list(SCRIPTS[row["script"]].TABLE).index(row["env"]), int(row["seed"])
 
 
 def collect(runs, path):
@@ -133,7 +134,7 @@ def main():
         return
     if not args.collect:
         chosen = runs if args.task is None else [runs[args.task]]
-        paper.build_data([SCRIPTS[script][0].parse_args(words) for script, words in chosen])
+        paper.build_data([SCRIPTS[script].parse_args(words) for script, words in chosen])
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: execute(*run), chosen))
     if args.task is None:

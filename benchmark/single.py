@@ -1,13 +1,14 @@
 """Cuts tasks out of a dataset: a file for --data that holds nothing else, to learn and be tested on the same tasks.
 
 python benchmark/single.py --env walker-params --tasks 20 --out walker20.npz
-python focal.py --env walker-params --small --data walker20.npz --meta-batch-size 1 --batch-size 256 --steps 8000
+python focal.py --env walker-params --data walker20.npz --meta-batch-size 1 --batch-size 256 --steps 8000
 
 The first thing to try when an algorithm does not learn, and a way to see what the other tasks' data are worth.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import envs
-import focal
+
+NUMBER = partial(data.parse_value, data.Whole)
 
 
 def cut(path, env, tasks):
@@ -33,7 +35,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", choices=list(envs.FAMILIES), required=True)
     parser.add_argument("--quality", choices=data.QUALITIES, default="mixed")
-    parser.add_argument("--tasks", nargs="+", type=focal.natural, required=True, help="their numbers in the dataset")
+    parser.add_argument("--tasks", nargs="+", type=NUMBER, required=True, help="their numbers in the dataset")
     parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)

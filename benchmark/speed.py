@@ -2,12 +2,15 @@
 
 python benchmark/speed.py                                    # what this machine has: CUDA, else the CPU
 python benchmark/speed.py --only smac --size paper --threads 1 2 4
+python benchmark/speed.py --only focal --size paper --profile profile.txt
 
 A row is one kind of update: while FOCAL's encoder learns and once it stands still, SMAC's two phases, an iteration of
 MerPO's stage 1 and one inner step of its stage 2, one gradient step of SAC for all tasks that data.py trains at once.
-The floor is the time of the update's matrix products (counted by PyTorch's FLOP counter) at the rate that one large
-product reaches on the same device just before and after. On the CPU a second table has the share of each network: the
-time from the step of the optimiser before it to its own. Data are random numbers: speed does not depend on them.
+`ops` is how many operations PyTorch dispatches for it, without views. The floor is the time of the update's matrix
+products (counted by PyTorch's FLOP counter) at the rate that one large product reaches on the same device just before
+and after. On the CPU a second table has the share of each network: the time from the step of the optimiser before it to
+its own. `--profile` writes instead how many kernels a step has (on the CPU: operations), how long they take and which
+twelve take longest. Data are random numbers: speed does not depend on them.
 """
 
 import argparse
@@ -19,10 +22,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,13 +40,26 @@ import focal_pp
 import merpo
 import smac
 
-COLUMNS = ["script", "update", "size", "device", "threads", "eager_per_s", "graph_per_s", "gflop", "floor_ms"]
+SCRIPTS = {script.__name__: script for script in (focal, focal_pp, smac, merpo)}
+UPDATES = dict.fromkeys(("focal", "focal_pp"), ("encoder learns", "encoder stands still"))
+UPDATES |= {"smac": ("offline", "online"), "merpo": ("meta-model", "inner step")}
+COLUMNS = ["script", "update", "size", "device", "threads", "ops", "eager_per_s", "graph_per_s", "gflop", "floor_ms"]
 COLUMNS += ["fraction_of_floor", "peak_mb", "target_per_s"]
 # on one H100 at the papers' sizes, walker-params
 TARGETS = {"focal": 1000, "focal_pp": 400, "smac offline": 1500, "merpo inner step": 100, "sac": 1000}
 
 
 clock = time.perf_counter
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, but for views, which compute nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "aten" and not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def random_data(env, folder, count=2000):
@@ -58,31 +77,6 @@ def random_data(env, folder, count=2000):
     return path
 
 
-# Each builds {name of an update: (how many steps it is, the update, what captures it, optimisers)}.
-def build_focal(module, args, device):
-    world = module.World(args, device)
-    agent = module.Agent(args, *world.split[:2], len(world.train_rows)).to(device)
-    optimisers = module.make_optimisers(args, agent, device)
-    update = module.make_update(args, agent, optimisers, module.Batches(args, world.train_rows, world.split))
-    kinds = {"encoder learns": update, "encoder stands still": lambda: update(learn_encoder=False)}
-    return {name: (1, fn, module.capture, optimisers) for name, fn in kinds.items()}
-
-
-def build_smac(module, args, device):
-    _, optimisers, update = module.build(args, module.World(args, device), device)
-    kinds = {"offline": update, "online": lambda: update(online=True)}
-    return {name: (1, fn, module.capture, optimisers) for name, fn in kinds.items()}
-
-
-def build_merpo(module, args, device):
-    world = module.World(args, device)
-    agent = module.Agent(args, world).to(device)
-    optimisers = module.make_optimisers(args, agent, device)
-    learn_model, learn_policy = module.make_updates(args, agent, optimisers, world)
-    kinds = {"meta-model": (1, learn_model), "inner step": (args.inner_steps, learn_policy)}
-    return {name: (*kind, module.capture, optimisers) for name, kind in kinds.items()}
-
-
 def build_sac(env, size, device):
     """The paper's size: all tasks, as on CUDA; the small one: what one process trains on a CPU."""
     settings = data.settings_for(env, torch.device("cpu" if size == "small" else "cuda"), steps=4000)
@@ -94,27 +88,17 @@ def build_sac(env, size, device):
     return {"all tasks": (settings.updates, trainer.learn_eagerly, lambda _: trainer.learn, {"all": trainer.optimiser})}
 
 
-BUILD = {"focal": (focal, build_focal), "focal_pp": (focal_pp, build_focal)}
-BUILD |= {"smac": (smac, build_smac), "merpo": (merpo, build_merpo), "sac": (data, None)}
-
-
 def build(script, env, size, device, path, more=()):
-    module, make = BUILD[script]
-    if make is None:
+    """{name of an update: (how many steps it is, the update, what captures it, optimisers)}"""
+    if script == "sac":
         return build_sac(env, size, device)
-    words = [
-        "--env",
-        env,
-        "--data",
-        str(path),
-        "--device",
-        device.type,
-        *(["--small"] if size == "small" else []),
-        *more,
-    ]
-    args = module.parse_args(words)
+    words = ["--env", env, "--data", str(path), "--small" if size == "small" else "--no-small"]
+    args = SCRIPTS[script].parse_args([*words, *more])
     torch.manual_seed(0)
-    return make(module, args, device)
+    run = data.Rehearsal(SCRIPTS[script], args, device)
+    steps = {"inner step": getattr(args, "inner_steps", 1)}
+    kinds = dict(zip(UPDATES[script], run.updates, strict=True))
+    return {name: (steps.get(name, 1), fn, data.capture, run.agent.optimisers) for name, fn in kinds.items()}
 
 
 def seconds_of(call, device, limit, rounds=5):
@@ -161,6 +145,14 @@ def shares(call, optimisers, count):
     return {name: value / sum(spent.values()) for name, value in spent.most_common()}
 
 
+def graph_of(update, capture):
+    """The update as one CUDA graph, captured."""
+    replay = capture(update)
+    for _ in range(4):  # three warm-up calls, one that captures
+        replay()
+    return replay
+
+
 def measure(script, name, size, device, kind, limit):
     """One row of the table, and the shares of the networks."""
     steps, update, capture, optimisers = kind
@@ -170,18 +162,15 @@ def measure(script, name, size, device, kind, limit):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     update()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Operations() as operations:
         update()
     flop = counter.get_total_flops() / steps
     eager = seconds_of(update, device, limit) / steps
     row = {"script": script, "update": name, "size": size, "threads": torch.get_num_threads()}
-    row |= {"device": device.type, "eager_per_s": 1 / eager, "gflop": flop / 1e9}
+    row |= {"device": device.type, "ops": operations.count // steps, "eager_per_s": 1 / eager, "gflop": flop / 1e9}
     best = eager
     if device.type == "cuda":
-        replay = capture(update)
-        for _ in range(4):  # three warm-up calls, one that captures
-            replay()
-        best = seconds_of(replay, device, limit) / steps
+        best = seconds_of(graph_of(update, capture), device, limit) / steps
         row |= {"graph_per_s": 1 / best, "peak_mb": torch.cuda.max_memory_allocated() / 1e6}
         row["device"] = torch.cuda.get_device_name()
         if size == "paper":
@@ -189,6 +178,28 @@ def measure(script, name, size, device, kind, limit):
     floor = flop / ((rate + matmul_rate(device)) / 2)
     row |= {"floor_ms": 1e3 * floor, "fraction_of_floor": floor / best}
     return row, shares(update, optimisers, 2) if device.type == "cpu" else {}
+
+
+def profile(script, name, size, device, kind, calls=10, most=12):
+    """Lines of text: what a step runs on the device, on CUDA as one graph."""
+    steps, update, capture, _ = kind
+    cuda = device.type == "cuda"
+    call, activity = (graph_of(update, capture), ProfilerActivity.CUDA) if cuda else (update, ProfilerActivity.CPU)
+    call()
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(calls):
+            call()
+        if cuda:
+            torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if cuda or event.key.startswith("aten::")]
+    spent = [(event.self_device_time_total if cuda else event.self_cpu_time_total, event) for event in events]
+    spent.sort(key=lambda pair: -pair[0])
+    total, count = sum(own for own, _ in spent), sum(event.count for _, event in spent)
+    what, n = "kernels" if cuda else "operations", calls * steps
+    lines = [f"== {script}, {name}, {size}: {count / n:.0f} {what} and {total / n:.0f} us a step"]
+    for own, event in spent[:most]:
+        lines.append(f"{own / total:7.1%} {event.count / n:8.1f}x {own / event.count:9.1f} us  {event.key:.110}")
+    return lines
 
 
 def show(row):
@@ -200,14 +211,12 @@ def show(row):
     )
 
 
-def table(args, write=lambda row: None):
-    """Prints and returns all rows; `write` gets each as it comes."""
-    global clock
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    device, rows, split, failed = data.choose_device(args.device), [], [], []
+def each(args, device, work):
+    """Calls work(script, name, size, device, kind) for every update that is asked for. A script that fails does not
+    keep the others from it; the program ends, with the names of those, after the last."""
+    failed = []
     for kind in ("mem_efficient", "flash", "cudnn") if args.plain_attention else ():
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     for size in args.size:
         for script in args.only:
             kinds = {}
@@ -216,35 +225,51 @@ def table(args, write=lambda row: None):
                     file = random_data(args.env, Path(folder))
                     kinds |= build(script, args.env, size, device, file, args.flags.split())
                 for name, kind in kinds.items():
-                    for threads in args.threads or [torch.get_num_threads()]:
-                        torch.set_num_threads(threads)
-                        row, parts = measure(script, name, size, device, kind, args.seconds)
-                        rows.append(row)
-                        split.append((script, name, size, threads, parts))
-                        show(row)
-                        write(row)
-            except RuntimeError:  # the others are worth measuring all the same
+                    work(script, name, size, device, kind)
+            except RuntimeError:
                 traceback.print_exc()
                 failed.append(f"{script}, {size}")
-            kinds.clear()
-            kind = None
+            kinds = kind = None
             gc.collect()
-    for script, name, size, threads, parts in split if device.type == "cpu" else []:
-        text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
-        print(f"{script}, {name}, {size}, {threads} threads: {text}")
     if failed:
         raise SystemExit(f"speed.py: not measured: {'; '.join(failed)}")
+
+
+def table(args, device, write=lambda row: None):
+    """Prints and returns all rows; `write` gets each as it comes."""
+    global clock
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rows, split = [], []
+
+    def work(script, name, size, device, kind):
+        for threads in args.threads or [torch.get_num_threads()]:
+            torch.set_num_threads(threads)
+            row, parts = measure(script, name, size, device, kind, args.seconds)
+            rows.append(row)
+            text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
+            split.append(f"{script}, {name}, {size}, {threads} threads: {text}")
+            show(row)
+            write(row)
+
+    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+    try:
+        each(args, device, work)
+    finally:
+        print(*(split if device.type == "cpu" else []), sep="\n")
     return rows
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(BUILD), default=list(BUILD), help="these scripts")
+    parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, "sac"], default=[*SCRIPTS, "sac"], help="these scripts")
     parser.add_argument("--size", nargs="+", choices=["paper", "small"], default=["paper", "small"])
     parser.add_argument("--env", choices=list(focal.TABLE), default="walker-params")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument(
-        "--threads", nargs="+", type=focal.whole, help="numbers of PyTorch's threads to compare on the CPU"
+        "--threads",
+        nargs="+",
+        type=partial(data.parse_value, data.Count),
+        help="numbers of PyTorch's threads to compare on the CPU",
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument(
@@ -253,6 +278,7 @@ def arguments(argv=None):
     parser.add_argument("--plain-attention", action="store_true", help="on CUDA: no fused kernel for it")
     parser.add_argument("--flags", default="", help="more flags for the scripts, as one string")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV as they come")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write instead what runs in a step")
     args = parser.parse_args(argv)
     if args.cpu_time and (args.device != "cpu" or args.threads != [1]):
         parser.error("--cpu-time: expected --device cpu --threads 1 beside it")
@@ -261,14 +287,18 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
+    for flag, path in ("--out", args.out), ("--profile", args.profile):
+        if path and not path.parent.is_dir():
+            raise SystemExit(f"speed.py: {flag} {path}: there is no folder {path.parent}")
     try:
-        data.choose_device(args.device)
+        device = data.choose_device(args.device)
     except data.DataError as error:
         raise SystemExit(f"speed.py: {error}") from None
+    if args.profile:
+        with open(args.profile, "w") as file:
+            return each(args, device, lambda *kind: print(*profile(*kind), sep="\n", file=file, flush=True))
     if not args.out:
-        return table(args)
-    if not args.out.parent.is_dir():
-        raise SystemExit(f"speed.py: --out {args.out}: there is no folder {args.out.parent}")
+        return table(args, device)
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -277,7 +307,7 @@ def main(argv=None):
             writer.writerow({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()})
             file.flush()
 
-        return table(args, write)
+        return table(args, device, write)
 
 
 if __name__ == "__main__":

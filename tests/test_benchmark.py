@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,12 +25,21 @@ import smac
 ROOT = Path(focal.__file__).resolve().parent
 
 
-def script(name):
+def script(name, folder=ROOT / "benchmark"):
     """A benchmark script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmark" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """What tools do to the list of places from which modules come, and the modules of forks, go with the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("mine", "started"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -57,9 +67,9 @@ def test_the_variance_of_weighted_embeddings(monkeypatch):
             z = torch.where(r > 0, goal[int(context[0, 0, 3])] + noise[0] * s, noise[1] * s)
             return z, w / w.mean(1, keepdim=True)
 
-    args = type("Args", (), {"no_next_obs": False, "context_size": 64})
+    args = type("Args", (), {"next_obs": True, "context_size": 64})
     world = type("World", (), {"train_rows": rows, "split": split})
-    found = attention.variances(args, world, Encoder(), rewarded.expand(3, -1), ~rewarded)
+    found = attention.variances(focal_pp, args, world, Encoder(), rewarded.expand(3, -1), ~rewarded)
     for i, silent in enumerate((0.25, 0.75)):
         for j, w in enumerate((1, 3)):
             p = (
@@ -79,11 +89,11 @@ def plan(paper, monkeypatch, words):
 
 @pytest.mark.parametrize("size", ["", "--full"])
 @pytest.mark.parametrize("script", ["focal", "focal_pp", "smac", "merpo"])
-def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, tmp_path, script, size):
-    module, figures = paper.SCRIPTS[script]
+def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, script, size):
+    module, figures = paper.SCRIPTS[script], paper.FIGURES[script]
     for figure, (families, _, variants, columns) in figures.items():
         _, runs = plan(paper, monkeypatch, f"{script} {figure} {size}")
-        folders = [module.prepare_run(module.parse_args([*run.words, "--run-dir", str(tmp_path)])) for run in runs]
+        folders = [paper.path_of(run.script, run.words) for run in runs]
         places = {
             paper.result_of(folder, run.tested) if run.tested else folder
             for folder, run in zip(folders, runs, strict=True)
@@ -93,7 +103,8 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, t
         tested = [run.tested for run in runs if run.tested]
         assert len(tested) in (0, len(runs))  # draw() has one kind of picture for a figure
         for words in tested:  # flags of retest.py that this script has
-            assert set(paper.retest.arguments(words)[1]) <= set(paper.retest.FLAGS[script])
+            kind = paper.retest.kind_of(vars(module.parse_args(["--env", families[0]])))
+            assert set(paper.retest.arguments(words)[1]) <= set(paper.retest.FLAGS[kind])
         assert all(("small" in folder.parent.name) == (not size) for folder in folders)
         header = {"return_mean", "train_esr", "esr", "train_rms", "variance", "train_variance", *module.Agent.METRICS}
         header |= {"smac": {"offline_return_mean", "short_kl"}, "merpo": {"meta_return_mean"}}.get(script, set())
@@ -107,14 +118,14 @@ def test_the_good_meta_policy_is_that_of_a_run_of_the_same_figure(
 ):
     """Runs that need it come after all others."""
     args, runs = plan(paper, monkeypatch, f"merpo {figure} --env hopper --seeds 2 --jobs 1 {size}")
-    folders = {str(paper.path_of("merpo", run.words)): run for run in runs}
+    folders = {str(paper.path_of(run.script, run.words)): run for run in runs}
     needed = [run.words[run.words.index("--meta-policy") + 1] for run in runs if "--meta-policy" in run.words]
     random = {"figure4": "RAC, random meta-policy", "figure5": "alpha = 0.4, medium data, random meta-policy"}
     assert len(needed) == needing and {folders[path].variant for path in needed} == {random[figure]}
     assert {folders[path].seed for path in needed} == {0} and ("small" in needed[0]) == (size != "--full")
     done = []
     monkeypatch.setattr(paper, "build_data", lambda parsed: None)
-    monkeypatch.setattr(paper, "folder_of", lambda script, words: tmp_path / str(words))
+    monkeypatch.setattr(paper, "path_of", lambda script, words: tmp_path / str(words))
     monkeypatch.setattr(paper, "execute", lambda script, words: done.append(words))
     monkeypatch.setattr(paper, "summarise", lambda *_: sys.exit())
     with pytest.raises(SystemExit):
@@ -150,17 +161,21 @@ def test_a_figure_that_there_is_not_is_refused(paper, monkeypatch, capsys, words
     assert message in capsys.readouterr().err
 
 
-def test_a_run_begun_anew_is_not_done(paper, monkeypatch, tmp_path):
-    """Though the final.json of the run before it still stands."""
-    words = f"--env {WIND} --small --steps 4 --run-dir {tmp_path}".split()
-    folder = paper.path_of("focal", words)
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(focal.settings(focal.parse_args(words))))
-    (folder / "final.json").write_text(json.dumps({"step": 4}))
-    for steps, done in (([1, 2], False), ([1, 2, 3, 4], True)):
-        with open(folder / "metrics.csv", "w") as file:
-            csv.writer(file).writerows([["step"], *([step] for step in steps)])
-        assert paper.is_done("focal", words) == done
+def test_a_run_is_done_once_it_has_ended_and_goes_on_from_its_own_checkpoint_only(paper, monkeypatch, tmp_path):
+    words, started = f"--env {WIND} --steps 4 --run-dir {tmp_path}".split(), []
+    folder, longer = (paper.path_of("focal", [*words, "--steps", str(steps)]) for steps in (4, 8))
+    end = type("Done", (), {"returncode": 0})
+    monkeypatch.setattr(paper.subprocess, "run", lambda command, **_: started.append(command[2:]) or end)
+    for path in (longer, folder):
+        paper.execute("focal", words)  # beside a run of another length
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoint.pt").write_text("")
+    paper.execute("focal", words)
+    assert started == [words, words, [*words, "--resume"]] and not paper.is_done("focal", words)
+    settings = json.loads(json.dumps(data.settings(focal.parse_args(words))))
+    (folder / "final.json").write_text(json.dumps({"step": 4, "args": settings}))
+    paper.execute("focal", words)
+    assert len(started) == 3 and paper.is_done("focal", words)
 
 
 def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch, tmp_path):
@@ -181,8 +196,7 @@ def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch
     assert np.isnan(paper.summarise("focal", runs, folders)[1]["return_mean"])
 
 
-def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_runs_of_ones_own_are_compared(tmp_path, capsys):
     compare = script("compare")
     for law, returns in {"inverse": [[1, 2, 3, 4], [2, 3, 4, 5]], "square": [[1, 1, 1, 7]]}.items():
         for seed, values in enumerate(returns):
@@ -203,9 +217,8 @@ def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
             compare.main([*folders, *words])
 
 
-@pytest.mark.parametrize("module", [focal, focal_pp])
+@pytest.mark.parametrize("module", [focal, focal_pp, script("bcq")])
 def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     animate, seen, film = script("animate"), {}, envs.film
     monkeypatch.setattr(envs, "film", lambda vector, *rest: (seen.update(tasks=vector.tasks), film(vector, *rest)))
     flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 1 --run-dir {tmp_path} --seed 1"
@@ -216,7 +229,7 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
     dataset = data.load(files[SPARSE])
     np.testing.assert_array_equal(seen["tasks"], dataset.tasks[dataset.test_tasks])
     assert picture.size == (80, 40) and picture.n_frames == 20  # both test tasks, an episode of 20 steps
-    with pytest.raises(SystemExit, match="expected <run-dir>/<script>.* of focal, focal_pp"):
+    with pytest.raises(SystemExit, match="args.json: No such file or directory; expected the folder of a run"):
         animate.main([str(tmp_path)])
     (run / "checkpoint.pt").unlink()
     with pytest.raises(SystemExit, match="expected the folder of a run"):
@@ -224,8 +237,7 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp])
-def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, files, module):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     online, seen = script("online"), []
     flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
     module.main(flags.split())
@@ -236,7 +248,7 @@ def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, fi
         seen.append(rows)
         return module.context_of(rows, split, args)
 
-    own, first = online.evaluate(args, agent, world, context_of)
+    own, first = online.evaluate(SimpleNamespace(context_of=context_of), args, agent, world)
     assert own.shape == first.shape == (2, args.eval_episodes)  # two test tasks
     *known, context = seen
     pool = {row.numpy().tobytes() for row in world.train_rows.flatten(0, 1)}
@@ -247,7 +259,7 @@ def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, fi
     torch.testing.assert_close(s2, s + 0.1 * a, atol=1e-5, rtol=0)
     distance = (s2 - torch.as_tensor(world.env.tasks[:, None], dtype=torch.float32)).norm(dim=-1)  # each in its task
     assert ((r[..., 0] > 0) == (distance < 0.2)).all()
-    again = online.evaluate(args, agent, world, module.context_of)
+    again = online.evaluate(module, args, agent, world)
     np.testing.assert_array_equal(again[0], own)  # draws nothing from the global stream
     online.main([str(run)])
     saved = json.loads((run / "online.json").read_text())
@@ -256,11 +268,10 @@ def test_online_contexts_are_what_the_agent_itself_met(monkeypatch, tmp_path, fi
     assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
     args.sparse = True
     with pytest.raises(SystemExit, match="do not give --sparse rewards"):
-        online.evaluate(args, agent, world, module.context_of)
+        online.evaluate(module, args, agent, world)
 
 
 def test_the_third_episode_is_scored_on_a_context_of_the_first_two(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     online = script("online")
     focal.main(f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split())
     (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
@@ -273,13 +284,12 @@ def test_the_third_episode_is_scored_on_a_context_of_the_first_two(monkeypatch, 
 
     monkeypatch.setattr(online, "play", play_and_number)
     monkeypatch.setattr(online, "experience", lambda *rest: taken.extend(rest[:2]) or experience(*rest))
-    own, first = online.evaluate(args, agent, world, focal.context_of)
+    own, first = online.evaluate(focal, args, agent, world)
     assert (own == 3).all() and (first == 1).all() and len(episodes) == 3
     assert [x[0] is y[0] for x, y in zip(taken, episodes, strict=False)] == [True, True]
 
 
-def test_what_the_kills_are_checked_by_sees_a_difference(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_what_the_kills_are_checked_by_sees_a_difference(tmp_path, files):
     kill = script("kill")
     whole = {"weights": [torch.ones(2), torch.zeros(1)], "step": 3}
     for other in ({"weights": [torch.ones(2), torch.ones(1)], "step": 3}, whole | {"step": 4}, {"step": 3}):
@@ -297,13 +307,12 @@ def test_what_the_kills_are_checked_by_sees_a_difference(monkeypatch, tmp_path, 
         path.write_bytes(text)
 
 
-def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
+def test_an_online_context_ends_where_the_episode_does(files):
     """Rows of the next episode, which a fallen walker begins, are not part of it."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
     online = script("online")
     args = focal.parse_args(f"--env {WALKER} --small --data {files[WALKER]} --seed 3".split())
     world = focal.World(args, torch.device("cpu"))
-    agent = focal.Agent(args, *world.split[:2], len(world.train_rows))
+    agent = focal.Agent(args, focal.Batches(args, world.train_rows, world.split))
     z = torch.zeros(world.env.num_envs, args.latent)
     generator = torch.Generator().manual_seed(0)
     rows, counted, total = online.play(lambda s: agent.act(s, z, generator).detach(), world, 0)
@@ -327,7 +336,6 @@ def test_an_online_context_ends_where_the_episode_does(monkeypatch, files):
 
 @pytest.mark.parametrize("module", [focal, focal_pp, merpo])
 def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     retest, name = script("retest"), WIND if module is merpo else SPARSE
     folder = tmp_path / "datasets" / name / ("40+10-seed0" if name == WIND else "80+20-seed0")
     for quality, shift in (("mixed", 0), ("random", 1)):
@@ -345,9 +353,9 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     if module is merpo:  # its test tasks adapt their models anew, from other random numbers
         assert as_trained["meta_return_mean"] == pytest.approx(final["meta_return_mean"], rel=1e-5)
         assert as_trained["return_mean"] == pytest.approx(as_trained["returns"]["3"], abs=1e-3)
-        _, args, world, agent = retest.load_run(run, ("merpo",))
+        _, args, world, agent = retest.load_run(run, ["MerPO"])
         torch.manual_seed(args.seed)
-        merpo.settle_tasks(args, agent, world, agent.test_tasks, torch.device("cpu"))
+        agent.test_tasks.settle(agent.meta_model)
         clones = merpo.play(args, agent.test_tasks.behaviour, world).mean()
         assert as_trained["clone_return_mean"] == pytest.approx(clones, rel=1e-5)
         assert list(as_trained["returns"]) == ["0", "3"] and as_trained["returns"]["3"] != as_trained["returns"]["0"]
@@ -370,35 +378,28 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
         retest.main([str(run)])
 
 
-def test_a_file_of_ones_own_has_no_other_quality(monkeypatch, tmp_path, files, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files):
     words = f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split()
     focal.main(words)
     (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
     with pytest.raises(SystemExit, match="--test-quality: .* has its data from --data"):
         script("retest").main([str(run), "--test-quality", "random"])
-    for module in (focal, focal_pp, smac, merpo):
-        with pytest.raises(SystemExit):
-            module.parse_args([*words, "--test-quality", "random"])
-        assert "--test-quality random: --data has the data of all tasks" in capsys.readouterr().err
 
 
 def watch_settling(monkeypatch):
-    """Grows with every merpo.settle_tasks: (tasks, whether they are the test tasks, how far their models moved)."""
-    settled, settle = [], merpo.settle_tasks
+    """Grows with every settling: (tasks, how far their models moved)."""
+    settled, settle = [], merpo.Tasks.settle
 
-    def settle_tasks(args, agent, world, tasks, device):
-        before = tasks.models.net.layers[0].weight.clone()
-        settle(args, agent, world, tasks, device)
-        moved = (before - tasks.models.net.layers[0].weight).abs().max()
-        settled.append((tasks, tasks is agent.test_tasks, moved))
+    def watched(tasks, meta_model):
+        before = next(tasks.models.parameters()).clone()
+        settle(tasks, meta_model)
+        settled.append((tasks, (before - next(tasks.models.parameters())).abs().max()))
 
-    monkeypatch.setattr(merpo, "settle_tasks", settle_tasks)
+    monkeypatch.setattr(merpo.Tasks, "settle", watched)
     return settled
 
 
 def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys, files, short_trajectories):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     retest = script("retest")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
     merpo.main(flags.split())
@@ -406,8 +407,8 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     settled, evaluate, steps = watch_settling(monkeypatch), merpo.evaluate, []
     monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
     retest.main([str(run), "--test-trajectories", "2", "--test-start", "behaviour", "--adapt-steps", "2"])
-    ((tasks, of_test_tasks, moved),) = settled
-    assert tasks.rows.shape[:2] == (2, 40) and of_test_tasks and moved > 0 and steps == ["behaviour"]
+    ((tasks, moved),) = settled
+    assert tasks.rows.shape[:2] == (2, 40) and moved > 0 and steps == ["behaviour"]
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=2.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
@@ -418,8 +419,7 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     )
 
 
-def test_smac_is_tested_in_more_meta_episodes(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
     retest = script("retest")
     flags = f"--env {WIND} --small --data {files[WIND]} --data-size 60 --data-until 60 --context-data 60 --steps 4"
     smac.main([*f"{flags} --online-steps 0 --eval-episodes 2 --run-dir {tmp_path}".split()])
@@ -436,17 +436,16 @@ def test_smac_is_tested_in_more_meta_episodes(monkeypatch, tmp_path, files):
 
 
 def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     online = script("online")
     flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
     merpo.main(flags.split())
     (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
-    _, args, world, agent = online.load_run(run, ("merpo",))
+    _, args, world, agent = online.load_run(run, ["MerPO"])
     theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
-    own, first = online.evaluate_merpo(args, agent, world)
-    ((tasks, of_test_tasks, moved),) = settled
+    own, first = online.evaluate_merpo(merpo, args, agent, world)
+    ((tasks, moved),) = settled
     e, horizon = args.eval_episodes, world.env.horizon
-    assert own.shape == first.shape == (2, e) and moved > 0 and of_test_tasks
+    assert own.shape == first.shape == (2, e) and moved > 0 and tasks is agent.test_tasks
     assert tasks.rows.shape == (2 * e, 2 * horizon, theirs.shape[-1])  # each repetition by itself, two episodes
     s, a, r, s2, d = tasks.rows.split(world.split, -1)
     s, s2 = (x * world.std + world.mean for x in (s, s2))
@@ -457,9 +456,9 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
         np.testing.assert_allclose(reward[:, 0], expected, atol=1e-5)
     assert not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
     assert len(a.flatten(0, 1).unique(dim=0)) == 2 * e * 2 * horizon  # sampled, and each transition once
-    _, args, world, agent = online.load_run(run, ("merpo",))
+    _, args, world, agent = online.load_run(run, ["MerPO"])
     state = torch.get_rng_state()
-    np.testing.assert_array_equal(online.evaluate_merpo(args, agent, world)[0], own)
+    np.testing.assert_array_equal(online.evaluate_merpo(merpo, args, agent, world)[0], own)
     assert (torch.get_rng_state() == state).all()  # draws nothing from the global stream
     online.main([str(run)])
     saved = json.loads((run / "online.json").read_text())
@@ -468,21 +467,74 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
     assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
 
 
-def test_what_cannot_be_tested_again_is_refused(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    retest = script("retest")
-    for folder, words, message in (
-        ("x", "", "expected <run-dir>/<script>"),
-        ("runs/sac/ant-dir/small/seed0", "", "of focal, focal_pp, smac, merpo"),
-        ("runs/smac/ant-dir/small/seed0", "--test-quality random", "smac.py has no such flag"),
-        ("runs/merpo/hopper/small,single=rac/seed0", "", "has no test tasks"),
-        ("runs/focal/walker-params/small/seed0", "--test-start combo", "focal.py has no such flag"),
-        ("runs/focal/walker-params/small/seed0", "", "expected the folder of a run"),
-    ):
-        with pytest.raises(SystemExit, match=re.escape(message)):
-            retest.main([str(tmp_path / folder), *words.split()])
+@pytest.mark.parametrize(
+    "saved, words, message",
+    [
+        (None, "", "expected the folder of a run"),
+        ({"online_steps": 1}, "--test-quality random", "--test-quality: SMAC has no such flag of its tests"),
+        ({"test_start": "meta", "single": "rac"}, "", "has no test tasks"),
+        ({}, "--test-start combo", "--test-start: FOCAL has no such flag of its tests"),
+        ({"data": "x.npz", "test_quality": "mixed"}, "--test-quality random", "has its data from --data x.npz"),
+        ({"data": None}, "", "checkpoint.pt: No such file or directory; expected the folder of a run"),
+    ],
+)
+def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message):
+    if saved is not None:
+        (tmp_path / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        script("retest").main([str(tmp_path), *words.split()])
+
+
+def test_no_run_is_no_command():
     with pytest.raises(SystemExit, match="expected the folder of a run"):
-        retest.main(["--test-quality", "random"])
+        script("retest").main(["--test-quality", "random"])
+
+
+FEW = "--small --steps 2 --eval-every 2 --eval-episodes 1 --hidden 8 --encoder-hidden 8 --context-size 8"
+
+
+def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, files):
+    """It is taken from the working directory, and from the run's folder once it is gone; paths may be relative."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text((ROOT / "focal.py").read_text())
+    Path("mine.npz").write_bytes(files[SPARSE].read_bytes())
+    data._execute("mine", Path("mine.py").resolve())
+    sys.modules["mine"].main(f"--env {SPARSE} --data mine.npz {FEW}".split())
+    del sys.modules["mine"]
+    (run,) = tmp_path.glob(f"runs/mine/{SPARSE}/*/seed0")
+    decode, returned = script("decode"), json.loads((run / "final.json").read_text())["return_mean"]
+    monkeypatch.setattr(decode, "STEPS", 2)
+    for source in (tmp_path / "mine.py", run / "source.py"):
+        script("retest").main([str(run)])
+        assert sys.modules.pop("mine").__file__ == str(source)
+        tested = json.loads((run / "retest" / "as-trained.json").read_text())
+        assert tested["return_mean"] == pytest.approx(returned, rel=1e-5)
+        Path("mine.py").unlink(missing_ok=True)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    script("online").main([str(run)])
+    decode.main([str(run)])
+
+
+def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp_path, files):
+    known, table = dict(envs.FAMILIES), dict(focal.TABLE)
+    monkeypatch.chdir(tmp_path)
+    lines = ["import envs, focal", 'envs.FAMILIES["gusts"] = envs.family("point-robot-wind")']
+    lines += ['focal.TABLE["gusts"] = focal.POINT', 'if __name__ == "__main__":', "    focal.main()"]
+    Path("gusts.py").write_text("\n".join(lines))
+    data.save(tmp_path / "gusts.npz", load_arrays(files[WIND]), {})
+    monkeypatch.setattr(envs, "FAMILIES", dict(known))
+    monkeypatch.setattr(focal, "TABLE", dict(table))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gusts.py"))
+    script("gusts", tmp_path)
+    focal.main(f"--env gusts --data gusts.npz {FEW}".split())
+    (run,) = tmp_path.glob("runs/focal/gusts/*/seed0")
+    monkeypatch.setattr(envs, "FAMILIES", known)
+    monkeypatch.setattr(focal, "TABLE", table)
+    monkeypatch.chdir("/")
+    loaded, args, _, agent = data.load_run(run)
+    assert loaded is focal and args.env == "gusts" and agent.step == 2 and "gusts" in envs.FAMILIES
+    del envs.FAMILIES["gusts"], focal.TABLE["gusts"]
 
 
 @pytest.mark.parametrize("adapts", [True, False])
@@ -509,7 +561,6 @@ def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_pa
 
 
 def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))
     decode, generator = script("decode"), torch.Generator().manual_seed(0)
     monkeypatch.setattr(decode, "STEPS", 600)
     tasks, unseen = (5 + 3 * torch.randn(n, 2, generator=generator) for n in (60, 10))
@@ -536,8 +587,7 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
         np.testing.assert_allclose(found, dataset.tasks[chosen], rtol=1e-6)
 
 
-def test_tasks_are_cut_out_of_a_dataset(monkeypatch, tmp_path, files, capsys):
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     single, out = script("single"), tmp_path / "two.npz"
     single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 4 2 --out {out}".split())
     assert "120 transitions of each task" in capsys.readouterr().out

@@ -46,14 +46,14 @@ def arguments(run, monkeypatch, words=""):
 
 def test_every_run_of_the_work_list_is_one_that_its_script_accepts(run, monkeypatch):
     runs = run.plan(arguments(run, monkeypatch))
-    parsed = [run.SCRIPTS[name][0].parse_args(words) for name, words in runs]
+    parsed = [run.SCRIPTS[name].parse_args(words) for name, words in runs]
     assert len({(name, args.env, args.seed) for (name, _), args in zip(runs, parsed, strict=True)}) == len(runs)
     assert all(args.small and args.threads == 1 for args in parsed)
     last = int(re.search(r"--array=0-(\d+)", run.__doc__).group(1))
     assert last == len(runs) - 1
     one = run.plan(arguments(run, monkeypatch, "--scripts smac --envs ant-dir --seeds 2 --full"))
     assert [words for _, words in one] == [
-        ["--env", "ant-dir", "--seed", str(seed), "--threads", "1"] for seed in range(2)
+        ["--env", "ant-dir", "--seed", str(seed), "--threads", "1", "--no-small"] for seed in range(2)
     ]
 
 
@@ -69,14 +69,13 @@ def test_a_run_that_is_not_in_the_list_is_refused(run, monkeypatch, capsys):
 def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     words = ["--env", "point-robot-wind", "--small", "--run-dir", str(tmp_path)]
     assert run.describe("focal", words) is None
-    args = focal.parse_args(words)
-    folder = focal.prepare_run(args)
+    args, folder = focal.parse_args(words), run.paper.path_of("focal", words)
+    folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text(f"step,return_mean\n1,-7\n2,-5\n{args.steps},-6\n")
-    final = '{"step": %d, "behaviour_return": -8, "optimal_return": -4, "wall_clock_seconds": 90}'
-    focal.write_settings(folder, args)
-    (folder / "final.json").write_text(final % (args.steps - 1))
     assert run.describe("focal", words) is None
-    (folder / "final.json").write_text(final % args.steps)
+    final = {"step": args.steps, "behaviour_return": -8, "optimal_return": -4, "wall_clock_seconds": 90}
+    final["args"] = json.loads(json.dumps(data.settings(args)))
+    (folder / "final.json").write_text(json.dumps(final))
     row = run.describe("focal", words)
     assert (row["offline_last"], row["offline_best"], row["data_return"], row["minutes"]) == (-6, -5, -8, 1.5)
     assert "online_last" not in row
@@ -85,8 +84,8 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     assert "online_last" not in run.describe("focal", words)
     (folder / "online.json").write_text(online % args.steps)
     assert run.describe("focal", words)["online_last"] == -6.5
-    saved = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps(saved | {"lr": 0.5, "threads": 7}))  # a default was another then
+    final["args"] |= {"lr": 0.5, "threads": 7}  # a default was another then
+    (folder / "final.json").write_text(json.dumps(final))
     message = f"{folder}: made with --lr 0.5, now {args.lr}; delete it to run it anew"
     for look in (run.describe, run.execute):
         with pytest.raises(SystemExit, match=re.escape(message)):
@@ -193,9 +192,9 @@ def test_smac_has_the_data_of_the_others(run, monkeypatch):
     assert {script for script, _ in runs} == {"smac"} and len(runs) == 3 * len(families)
     assert families == {"sparse-point-robot", "point-robot-wind", "cheetah-fwd-back", "ant-fwd-back", "walker-params"}
     for _, words in runs:
-        mine = run.SCRIPTS["smac"][0].parse_args(words)
+        mine = run.SCRIPTS["smac"].parse_args(words)
         for other in ("focal", "focal_pp", "merpo"):
-            theirs = run.SCRIPTS[other][0].parse_args(["--env", mine.env, "--small"])
+            theirs = run.SCRIPTS[other].parse_args(["--env", mine.env, "--small"])
             assert mine.quality == mine.test_quality == theirs.quality == theirs.test_quality
         assert mine.data_size == mine.data_until == mine.context_data == 10_000  # all that data.py makes of a task
 

@@ -8,16 +8,12 @@ import csv
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import test_focal
-import test_focal_pp
-import test_merpo
-import test_smac
 import torch
 from conftest import WALKER, WIND
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +29,10 @@ ROOT = Path(focal.__file__).resolve().parent
 META = torch.device("meta")
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
+SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1 --no-small"
+CONTEXT = f"{SIZES} --encoder-hidden 16 --context-size 8 --latent 3"
+TINY = {focal: CONTEXT, focal_pp: CONTEXT, smac: f"{CONTEXT} --data-size 60 --context-data 40 --online-envs 2"}
+TINY[merpo] = f"{SIZES} --layers 2 --model-hidden 8 --inner-steps 2 --rollouts 10 --rollout-buffer 100"
 # what waits for the device, or gives a shape that depends on values
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique_dim"}
 WAITING |= {"_unique2", "unique_consecutive", "bincount", "nonzero_static", "repeat_interleave.Tensor", "lift_fresh"}
@@ -58,11 +58,10 @@ class NoWaiting(TorchDispatchMode):
         return out
 
 
-def without_values(thing):
-    """Moves its tensors to the device without values."""
-    for key, value in vars(thing).items():
-        if isinstance(value, torch.Tensor):
-            setattr(thing, key, value.to(META))
+def updates_of(script, file, more="", device=META, name=WALKER, tiny=None):
+    """What a script makes graphs of."""
+    words = f"--env {name} --data {file} {TINY[tiny or script]} {more}"
+    return data.Rehearsal(script, script.parse_args(words.split()), device).updates
 
 
 class Adam(torch.optim.Adam):
@@ -74,7 +73,7 @@ class Adam(torch.optim.Adam):
             group["lr"] = torch.zeros((), device=META)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def adam(monkeypatch):
     """Its fused kernel has a rule for this device only for learning rates that are numbers."""
     fused = torch._fused_adam_
@@ -97,48 +96,39 @@ def holds(*updates):
         assert mode.count > 50
 
 
-@pytest.mark.parametrize("more", ["--alpha 0", REGULARISED, "--coupled --final-lr 0.1", PEARL, "--policy bcq"])
-def test_an_update_of_focal(files, more):
-    k = test_focal.build(WALKER, files[WALKER], more)
-    without_values(k.world)
-    agent = focal.Agent(k.args, *k.world.split[:2], len(k.world.train_rows)).to(META)
-    batches = focal.Batches(k.args, k.world.train_rows, k.world.split)
-    update = focal.make_update(k.args, agent, focal.make_optimisers(k.args, agent, META), batches)
-    holds(update, lambda: update(learn_encoder=False))
+@pytest.mark.parametrize("more", ["--alpha 0", REGULARISED, "--coupled --final-lr 0.1", PEARL])
+def test_an_update_of_focal(adam, files, more):
+    holds(*updates_of(focal, files[WALKER], more))
+
+
+@pytest.mark.parametrize("more", ["", "--encoder-loss bellman"])
+def test_an_update_of_contextual_bcq(adam, files, more):
+    holds(*updates_of(script("bcq"), files[WALKER], more, tiny=focal))
 
 
 @pytest.mark.parametrize("more", ["", "--tune-alpha --encoder-loss dml", "--attention none --encoder-loss bellman"])
-def test_an_update_of_focal_pp(files, monkeypatch, more):
-    monkeypatch.setattr(test_focal, "focal", focal_pp)
-    k = test_focal_pp.build(WALKER, files[WALKER], more)
-    without_values(k.world)
-    agent = focal_pp.Agent(k.args, *k.world.split[:2], len(k.world.train_rows)).to(META)
-    batches = focal_pp.Batches(k.args, k.world.train_rows, k.world.split)
-    update = focal_pp.make_update(k.args, agent, focal_pp.make_optimisers(k.args, agent, META), batches)
-    holds(update, lambda: update(learn_encoder=False))
+def test_an_update_of_focal_pp(adam, files, more):
+    holds(*updates_of(focal_pp, files[WALKER], more))
 
 
 @pytest.mark.parametrize("more", ["", "--actor sac --final-lr 0.1", "--actor bc", "--encoder-loss reward+q"])
 @pytest.mark.parametrize("rewards", ["decoder", "oracle"])
-def test_an_update_of_smac(files, more, rewards):
-    k = test_smac.build(WALKER, files[WALKER], f"{more} --online-rewards {rewards}")
-    without_values(k.world)
-    _, _, update = smac.build(k.args, k.world, META)
-    holds(update, lambda: update(online=True))
+def test_an_update_of_smac(adam, files, monkeypatch, more, rewards):
+    monkeypatch.setattr(smac, "data_return", lambda *_: None)  # it looks at values
+    holds(*updates_of(smac, files[WALKER], f"{more} --online-rewards {rewards}"))
 
 
-@pytest.mark.parametrize("name, more", [(WALKER, ""), (WIND, "--alpha adaptive"), (WALKER, "--no-model")])
-def test_an_update_of_merpo(files, name, more):
-    k = test_merpo.build(name, files[name], more)
-    without_values(k.world)
-    agent = merpo.Agent(k.args, k.world).to(META)
-    holds(*merpo.make_updates(k.args, agent, merpo.make_optimisers(k.args, agent, META), k.world))
+@pytest.mark.parametrize("name, more", [(WALKER, ""), (WIND, "--adaptive"), (WALKER, "--no-model")])
+def test_an_update_of_merpo(adam, files, name, more):
+    holds(*updates_of(merpo, files[name], more, name=name))
 
 
-def test_an_update_of_sac():
+def test_an_update_of_sac(adam):
     settings = data.Settings(steps=400, envs=2, episode=20, batch=8, hidden=16)
     trainer = data.Trainer(WALKER, envs.sample_tasks(WALKER, 3, 0), 0, settings, torch.device("cpu"), 1)
-    without_values(trainer)
+    for key, value in vars(trainer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(trainer, key, value.to(META))
     trainer.generator, trainer.device = None, META
     trainer.agent.to(META)
     trainer.optimiser = trainer.agent.optimiser()
@@ -155,6 +145,20 @@ def test_what_waits_is_noticed():
             call()
 
 
+@pytest.mark.parametrize("name, ceilings", [("focal", (673, 569)), ("focal_pp", (1046, 574))])
+def test_operations_of_an_update(tmp_path, name, ceilings):
+    """With the papers' settings, but for widths, on which they do not depend: while the encoder learns, and then."""
+    speed = script("speed")
+    widths = ["--hidden", "8", "--batch-size", "4", "--context-size", "4", "--encoder-hidden", "16"]
+    file = speed.random_data(WALKER, tmp_path)
+    kinds = speed.build(name, WALKER, "paper", torch.device("cpu"), file, widths)
+    for (_, update, *_), ceiling in zip(kinds.values(), ceilings, strict=True):
+        update()
+        with speed.Operations() as operations:
+            update()
+        assert ceiling / 2 < operations.count <= ceiling
+
+
 def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -166,17 +170,13 @@ def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
 def go_on(path, files, more):
     """The folder of a longer run, from the checkpoint of the one at `path`, beside it."""
     argv = [*test_focal.flags(WIND, files[WIND], more), "--run-dir", str(path.parents[3]), "--resume"]
-    longer = focal.prepare_run(focal.parse_args(argv))
-    shutil.copy(path / "checkpoint.pt", longer)
     focal.main(argv)
+    (longer,) = {*path.parents[1].glob("*/seed*")} - {path}
     return longer
 
 
-def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_path):
     """What a run on CUDA stored as capturable is not so on the CPU, and the other way round."""
-    monkeypatch.undo()
-    for name in ("plot_curve", "plot_embeddings"):
-        monkeypatch.setattr(focal, name, lambda *_: None)
     path = test_focal.run(tmp_path, WIND, files[WIND])
     stored = test_focal.checkpoint(path)
     for state in stored["optimisers"].values():
@@ -189,35 +189,11 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimisers(files, tmp_pa
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA
-def updates_on_cuda(name, files):
-    """What main captures."""
-    device = "--device cuda"
-    if name == "focal":
-        k = test_focal.build(WALKER, files[WALKER], f"{device} {REGULARISED}", "cuda")
-        return focal, [k.update, lambda: k.update(learn_encoder=False)]
-    if name == "focal_pp":
-        k = test_focal_pp.build(WALKER, files[WALKER], device)
-        world, args = focal_pp.World(k.args, torch.device("cuda")), k.args
-        agent = focal_pp.Agent(args, *world.split[:2], len(world.train_rows)).to("cuda")
-        batches = focal_pp.Batches(args, world.train_rows, world.split)
-        optimisers = focal_pp.make_optimisers(args, agent, torch.device("cuda"))
-        update = focal_pp.make_update(args, agent, optimisers, batches)
-        return focal_pp, [update, lambda: update(learn_encoder=False)]
-    if name == "smac":
-        k = test_smac.build(WALKER, files[WALKER], device, "cuda")
-        return smac, [k.update, lambda: k.update(online=True)]
-    k = test_merpo.build(WALKER, files[WALKER], device, "cuda")
-    return merpo, [k.learn_model, k.learn_policy]
-
-
 @test_focal.cuda
-@pytest.mark.parametrize("name", ["focal", "focal_pp", "smac", "merpo"])
-def test_replays_neither_wait_nor_allocate(files, monkeypatch, name):
-    monkeypatch.undo()
-    if name == "focal_pp":
-        monkeypatch.setattr(test_focal, "focal", focal_pp)
-    module, updates = updates_on_cuda(name, files)
-    for replay in [module.capture(update) for update in updates]:  # the second beside the first one's graph
+@pytest.mark.parametrize("script", [focal, focal_pp, smac, merpo])
+def test_replays_neither_wait_nor_allocate(files, script):
+    updates = updates_of(script, files[WALKER], device=torch.device("cuda"))
+    for replay in [data.capture(update) for update in updates]:  # the second beside the first one's graph
         for _ in range(4):
             replay()
         torch.cuda.synchronize()
@@ -232,10 +208,7 @@ def test_replays_neither_wait_nor_allocate(files, monkeypatch, name):
 
 
 @test_focal.cuda
-def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path, monkeypatch):
-    monkeypatch.undo()
-    for name in ("plot_curve", "plot_embeddings"):
-        monkeypatch.setattr(focal, name, lambda *_: None)
+def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path):
     more = "--device cuda --encoder-steps 6 --eval-every 8"
     whole = test_focal.run(tmp_path / "whole", WIND, files[WIND], f"{more} --steps 24")
     parts = go_on(
@@ -247,8 +220,7 @@ def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path, monkeyp
 
 
 @test_focal.cuda
-def test_sac_graph_replay_equals_eager_updates(monkeypatch):
-    monkeypatch.undo()
+def test_sac_graph_replay_equals_eager_updates():
     settings, device = data.Settings(steps=400, envs=2, episode=20, batch=8, hidden=16), torch.device("cuda")
     weights, start = [], None
     for eager in (True, False):
@@ -264,9 +236,8 @@ def test_sac_graph_replay_equals_eager_updates(monkeypatch):
 
 
 @test_focal.cuda
-def test_sac_on_cuda_learns_beside_its_environments(tmp_path, monkeypatch):
+def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
     """A whole dataset on CUDA: policies move, and rows are finite."""
-    monkeypatch.undo()
     path = data.prepare(WIND, "mixed", data_dir=tmp_path, train=3, test=1, device="cuda", steps=1600, checkpoints=4,
                         trajectories=4)  # fmt: skip
     policies = torch.load(path.parent / "behaviour.pt", weights_only=True)["policies"]
@@ -283,8 +254,7 @@ def script(name):
     return module
 
 
-def test_the_speed_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.undo()
+def test_the_speed_table(tmp_path, capsys):
     speed, out = script("speed"), tmp_path / "speed.csv"
     flags = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1"
     words = ["--only", "focal", "--size", "small", "--device", "cpu", "--seconds", "0.05", "--out", str(out)]
@@ -301,12 +271,23 @@ def test_the_speed_table(monkeypatch, tmp_path, capsys):
     # 3 tasks x 8 rows; products of 16-wide layers over 2 + 2 + 5 inputs at the least: one pass of the critics
     assert stands_still["gflop"] * 1e9 > 24 * 2 * 2 * (9 * 16 + 16 * 16 + 16 * 16 + 16)
     assert all(0 < row["fraction_of_floor"] <= 1 and row["eager_per_s"] > 0 for row in rows)
+    assert stands_still["ops"] < learns["ops"]
     shares = re.findall(r"(\w+) (\d+)%", capsys.readouterr().out)
     assert {"critic", "actor", "discriminator", "encoder", "rest"} <= {name for name, _ in shares}
 
 
+def test_what_runs_in_a_step_is_written_down(tmp_path):
+    words = f"--only sac --size small --env {WIND} --device cpu --profile {tmp_path / 'profile.txt'}".split()
+    script("speed").main(words)
+    title, *lines = (tmp_path / "profile.txt").read_text().splitlines()
+    assert re.fullmatch(r"== sac, all tasks, small: \d+ operations and \d+ us a step", title) and len(lines) == 12
+    share, count, mean, _, name = lines[0].split()
+    assert name.startswith("aten::") and 0 < float(share[:-1]) < 100 and float(count[:-1]) > 0 and float(mean) > 0
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+
+
 def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeypatch, tmp_path):
-    monkeypatch.undo()
     cuda, out = script("cuda"), tmp_path / "out"
     words = ["--out", str(out), "--work", str(tmp_path / "work"), "--device", "cpu", "--tiny", "--seeds", "1"]
     part = cuda.Part("slow", 1.0, {"sleeper": ["-c", "print('awake', flush=True); import time; time.sleep(60)"]})
@@ -336,7 +317,6 @@ def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeyp
 
 
 def test_what_failed_once_and_what_is_there_is_not_done_again(monkeypatch, tmp_path):
-    monkeypatch.undo()
     cuda, made = script("cuda"), tmp_path / "made"
     fails, makes = ["-c", "raise SystemExit(7)"], ["-c", f"open({str(made)!r}, 'w')"]
     plan = [cuda.Part("fragile", 20.0, {"bad": fails}, once=True), cuda.Part("again", 20.0, {"bad": fails})]
@@ -352,7 +332,6 @@ def test_what_failed_once_and_what_is_there_is_not_done_again(monkeypatch, tmp_p
 
 
 def test_what_ran_past_its_own_limit_is_not_begun_again_but_what_had_no_time_left_is(monkeypatch, tmp_path):
-    monkeypatch.undo()
     cuda = script("cuda")
     monkeypatch.setattr(cuda, "GRACE", 0.5)
     sleeps = ["-c", "import time; time.sleep(60)"]
@@ -371,7 +350,6 @@ def test_what_ran_past_its_own_limit_is_not_begun_again_but_what_had_no_time_lef
 
 
 def test_data_that_nothing_left_needs_are_not_built(monkeypatch, tmp_path):
-    monkeypatch.undo()
     cuda, made = script("cuda"), tmp_path / "made"
     makes, reads = [["-c", f"open({str(made)!r}, {mode!r})"] for mode in "wr"]
     plan = [cuda.Part("data", 20.0, {"a": makes}, makes=[made]), cuda.Part("reader", 20.0, {"b": reads}, needs=[made])]
@@ -398,7 +376,6 @@ def test_every_test_of_cuda_is_run_there():
 
 
 def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.undo()
     speed = script("speed")
     build = speed.build
     monkeypatch.setattr(speed, "build", lambda name, *rest: build(name, *rest) if name == "sac" else broken())
@@ -414,8 +391,7 @@ def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkey
         assert {row["script"] for row in csv.DictReader(file)} == {"sac"}
 
 
-def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
-    monkeypatch.undo()
+def test_no_part_starts_when_no_time_is_left(tmp_path):
     cuda = script("cuda")
     assert (
         cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 1
@@ -424,8 +400,7 @@ def test_no_part_starts_when_no_time_is_left(monkeypatch, tmp_path):
     assert len(log) == 15 and all("no time left" in line for line in log) and "not done: tests" in last
 
 
-def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(monkeypatch, tmp_path):
-    monkeypatch.undo()
+def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(tmp_path):
     cuda = script("cuda")
     folders = [cuda.folder_of(words) for part in cuda.parts(cuda.arguments(["--out", str(tmp_path)]))
                for words in part.commands.values() if words[0] in cuda.SCRIPTS]  # fmt: skip
