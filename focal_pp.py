@@ -245,11 +245,12 @@ class Block(nn.Module):
         """Tokens x (M tasks, B, tokens, h) and weights W (M, B), whose mean over B is 1 (Definition 3.7)."""
         p = self.dropout if torch.is_grad_enabled() else 0.0  # none in keys and evaluations
         n = self.norms[0](x)
-        y, w = torch.zeros_like(x), torch.ones_like(x[..., 0, 0])
         if hasattr(self, "gate"):
             w = torch.sigmoid(self.gate(n.mean(2)))[..., 0]
             w = w / w.mean(1, keepdim=True)
             y = (w[..., None, None] - 1) * x  # so that x + y = w x
+        else:
+            y, w = torch.zeros_like(x), torch.ones_like(x[..., 0, 0])
         if hasattr(self, "qkv"):
             # softmax(q k^T / sqrt(e)) v over a transition's tokens, in 8 heads of size e; q, k, v (M, B, tokens, 8, e)
             q, k, v = self.qkv(n).unflatten(-1, (3, 8, -1)).unbind(3)
