@@ -1570,7 +1570,9 @@ def parse(cls: type[Args], table: dict[str, dict], small: dict[str, dict], argv:
     if given.get("test_quality") == given.get("quality", row["quality"]):
         given.pop("test_quality", None)  # the same is no variant
     args = cls(**row | given)
-    args.variant = variant(args, {key: value for key, value in given.items() if value != row[key]})
+    follow_others = {field.name for field in dataclasses.fields(cls) if field.default is None}
+    changed = {key: value for key, value in given.items() if value != row[key] or key in follow_others}
+    args.variant = variant(args, changed)
     args.complete(given)
     return args
 
