@@ -52,6 +52,13 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """Runs without their pictures, which take most of such small ones."""
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(data, name, lambda *args: None)
+
+
+@pytest.fixture
 def short_trajectories(monkeypatch):
     """The tiny data's trajectories are as long as an episode."""
     monkeypatch.setitem(envs.FAMILIES, WIND, dataclasses.replace(envs.FAMILIES[WIND], data_horizon=20))
