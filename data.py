@@ -1532,6 +1532,8 @@ class Args:
             if key in given:
                 expected = "has the data of all tasks; expected one or the other"
                 raise DataError(f"{option(key)} {given[key]}: --data {expected}")
+        if self.resume and self.overwrite:
+            raise DataError("--resume goes on from a checkpoint, --overwrite begins anew; expected one of them")
         self.test_quality = self.test_quality or self.quality
 
 
@@ -1572,7 +1574,9 @@ def parse(cls: type[Args], table: dict[str, dict], small: dict[str, dict], argv:
     if given.get("test_quality") == given.get("quality", row["quality"]):
         given.pop("test_quality", None)  # the same is no variant
     args = cls(**row | given)
-    args.variant = variant(args, {key: value for key, value in given.items() if value != row[key]})
+    follow_others = {field.name for field in dataclasses.fields(cls) if field.default is None}
+    changed = {key: value for key, value in given.items() if value != row[key] or key in follow_others}
+    args.variant = variant(args, changed)
     args.complete(given)
     return args
 
@@ -1646,12 +1650,12 @@ def variant(args: Args, changed: dict[str, Any]) -> str:
     for key in [key for key in vars(args) if key in changed.keys() - {*args.ELSEWHERE, "steps"}]:
         value = changed[key]
         if isinstance(value, Path):  # files of one name in different folders are different data
-            value = f"{value.stem}-{hashlib.sha256(str(value.resolve()).encode()).hexdigest()[:6]}"
+            value = f"{re.sub('[,=]', '-', value.stem)}-{hashlib.sha256(os.fsencode(value.resolve())).hexdigest()[:6]}"
         parts.append(f"{key.replace('_', '-')}={value}")
     name = ",".join(parts)
     safe = re.sub(r"[^A-Za-z0-9.,=_-]", "-", name)
     if safe != name or len(safe) > 100:
-        safe = f"{safe[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        safe = f"{safe[:90]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
     return f"{safe},steps={args.steps}" if "steps" in changed else safe
 
 
@@ -1766,7 +1770,8 @@ class Run:
         self.args, self.script, self.device = args, script, choose_device(args.device)
         self.folder = args.run_dir / script.stem / args.env / args.variant / f"seed{args.seed}"
         self.agent = self.world = None
-        self.step, self.saved, self.last, self.rows, self.marks = 0, 0, 0, [], ()
+        self.step, self.rows, self.marks = 0, [], ()
+        self.saved = None  # step and folder of the checkpoint that stands
         self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean and _std in the rows
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1785,25 +1790,29 @@ class Run:
         torch.set_num_threads(min(args.threads, 1024) or envs.cores())
         seconds, checkpoint = 0.0, self._checkpoint()
         if args.overwrite:
-            for old in self.folder.iterdir():
+            for old in filter(Path.is_file, list(self.folder.iterdir())):
                 old.unlink()
         elif checkpoint and args.resume:
             seconds = self._resume(checkpoint)
             print(f"going on from step {self.step} of {checkpoint}", flush=True)
+        elif checkpoint or (self.folder / "final.json").exists():
+            self._standing()
         elif args.resume:
             print("no checkpoint yet: from the start", flush=True)
-        elif checkpoint and checkpoint.parent == self.folder:
-            self._standing(checkpoint)
-        self.saved = self.last = self.step
         self.began = time.time() - seconds
         self._write_text("args.json", json.dumps(settings(args) | {"checksums": self._sources()}, indent=1))
 
-    def _standing(self, checkpoint: Path) -> None:
+    def _standing(self) -> None:
         """What stands in the folder is never replaced unasked."""
-        if not (self.folder / "final.json").exists():
-            raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
-        final = json.loads((self.folder / "final.json").read_text())
-        if final["dataset_checksums"] != self.world.checksum:
+        path = self.folder / "final.json"
+        if not path.exists():
+            either = "--resume goes on from there, --overwrite begins anew; expected one of them"
+            raise DataError(f"{self.folder / 'checkpoint.pt'}: {either}")
+        try:
+            checksums = json.loads(path.read_text())["dataset_checksums"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: damaged; --overwrite begins anew") from None
+        if checksums != self.world.checksum:
             raise DataError(f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir")
         print(f"this run is finished: {self.folder} (--overwrite begins anew)")
         raise SystemExit(0)
@@ -1826,10 +1835,11 @@ class Run:
         self.total, self.marks = total, {*marks, total}
         bar = Progress(self.script.stem, total, "steps")
         bar.shown = time.time()  # of the first line
-        for step in range(self.step + 1, total + 1):
+        restored = self.step
+        for step in range(restored + 1, total + 1):
             self.step = step
             yield step
-            bar.show(step, self.saved)
+            bar.show(step, restored)
 
     def due(self, step: int) -> bool:
         """Whether an evaluation is due. A run that diverged ends here, before anything is saved over what was good."""
@@ -1850,7 +1860,6 @@ class Run:
         self._write_text("metrics.csv", "\n".join(lines) + "\n")
         plot_curve(self)
         self._save(seconds)
-        self.saved = self.last = self.step
         best = f" of {self.world.optimum:.2f}" if self.world.optimum is not None else ""
         data = f", data {self.world.behaviour:.2f}" if self.world.behaviour is not None else ""
         rate = self.step / max(seconds, 0.1)
@@ -1883,6 +1892,7 @@ class Run:
             "standardisation": [self.world.mean, self.world.std],  # of observations: all that networks need besides
         }  # fmt: skip
         write(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        self.saved = self.step, self.folder
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps."""
@@ -1902,10 +1912,11 @@ class Run:
             then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
         except Exception as error:
             raise DataError(f"{path}: not a checkpoint of this script ({type(error).__name__}); {anew}") from None
-        defaults = {field.name: field.default for field in dataclasses.fields(args)}
-        for key, value in settings(args).items():
-            found = then.get(key, defaults.get(key))  # a flag that is newer than the checkpoint had its default
-            if key not in {*args.ELSEWHERE, *args.GROWS, "variant"} and (torch.is_tensor(found) or found != value):
+        now, skip = settings(args), {*args.ELSEWHERE, "data"}  # of the data their checksums tell more
+        for key, default in [(field.name, field.default) for field in dataclasses.fields(args)]:
+            value, found = now[key], then.get(key, default)  # a flag that is newer than the checkpoint had its default
+            grew = key in args.GROWS and kind([found, value]) == [int, int] and found < value
+            if key not in skip and not grew and (torch.is_tensor(found) or found != value):
                 raise DataError(f"{option(key)}: the checkpoint was made with {found!r:.80}, found {value!r}; {anew}")
         if dataset != self.world.checksum:
             raise DataError(f"{path}: made with other data, of checksums {dataset!r:.200}; {anew}")
@@ -1921,15 +1932,17 @@ class Run:
         except Exception as error:
             raise DataError(f"{path}: its weights are not this script's ({type(error).__name__}); {anew}") from None
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
+        self.saved = self.step, path.parent
         return checkpoint["seconds"]
 
     def where(self) -> str:
         """What an interrupted run has, in words."""
         if self.agent is None:
             return "no step was made yet; the same command goes on building data from the last save"
-        if not self.rows:
+        if not self.saved:
             return "there is no checkpoint yet"
-        return f"the checkpoint of step {self.saved} is kept in {self.folder}; --resume goes on from it"
+        step, folder = self.saved
+        return f"the checkpoint of step {step} is kept in {folder}; --resume goes on from it"
 
 
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:

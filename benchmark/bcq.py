@@ -94,11 +94,20 @@ class Agent(focal.Agent):
         return a[best, torch.arange(a.shape[1], device=a.device)]
 
 
+class Args(focal.Args):
+    """FOCAL's, but for what regularises its policy."""
+
+    WITHOUT = {"alpha": 0, "tune_alpha": False, "value_penalty": False}
+
+    def complete(self, given):
+        super().complete(given)
+        for key in self.WITHOUT.keys() & given.keys():
+            raise data.DataError(f"{data.option(key)}: BCQ does not regularise its policy; expected it left out")
+
+
 def parse_args(argv=None):
-    """FOCAL's arguments, but for what regularises its policy."""
-    without = {"alpha": 0, "tune_alpha": False, "value_penalty": False}
-    table, small = ({env: row | without for env, row in rows.items()} for rows in (focal.TABLE, focal.SMALL))
-    return data.parse(focal.Args, table, small, argv)
+    tables = ({env: row | Args.WITHOUT for env, row in rows.items()} for rows in (focal.TABLE, focal.SMALL))
+    return data.parse(Args, *tables, argv)
 
 
 def train(args, run):

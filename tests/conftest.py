@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes as cores run tests side by side
 
@@ -49,6 +50,36 @@ def files(tmp_path_factory):
     for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
         data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Runs without their pictures, which take most of such small ones."""
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(data, name, lambda *args: None)
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A function: from its nth writing on the disk has no room for more than `size` bytes of the file `name`."""
+    before, write = resource.getrlimit(resource.RLIMIT_FSIZE), data.write
+
+    def fill(name, nth=1, size=60):
+        calls = []
+
+        def limited(path, save):
+            calls.extend([0] * (path.name == name))
+            if path.name == name and len(calls) >= nth:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            try:
+                write(path, save)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        monkeypatch.setattr(data, "write", limited)
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

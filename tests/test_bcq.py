@@ -1,0 +1,140 @@
+"""Contextual BCQ, benchmark/bcq.py: an update against a loop over single transitions, who trains whom, whole runs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import test_focal
+import torch
+from conftest import SPARSE, WALKER, WIND
+from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, weights
+from torch.distributions import Normal, kl_divergence
+
+import data
+import focal
+
+PATH = Path(focal.__file__).resolve().parent / "benchmark" / "bcq.py"
+sys.path.append(str(PATH.parent))
+import bcq  # noqa: E402
+
+BELLMAN = "--encoder-loss bellman"  # the critic trains the encoder, as in PEARL
+CASES = ["", BELLMAN, f"{BELLMAN} --encoder probabilistic", "--coupled"]
+
+
+def build(name, file, more="", device="cpu"):
+    return test_focal.build(name, file, more, device, bcq)
+
+
+def run(folder, name, file, more=""):
+    return test_focal.run(folder, name, file, more, bcq)
+
+
+# ------------------------------------------------------------------- one update against a loop over single transitions
+def proposed(agent, shift, s, z, noise):
+    a = agent.actor.decode(torch.cat([s, z, noise.clamp(-0.5, 0.5)])).tanh().detach()
+    return (a + 0.05 * shift(torch.cat([s, z, a])).tanh()).clamp(-1, 1)
+
+
+def best_value(args, agent, n, batch, z):
+    """Of ten proposed actions where the nth transition leads."""
+    i, (_, _, _, s2, *_) = batch[n]
+    values = []
+    for noise in fixed(10, len(batch), agent.actor.code_dim)[:, n]:
+        q = q_values(agent.target, s2, z[i], proposed(agent, agent.actor.slow_shift, s2, z[i], noise))
+        values.append(0.75 * min(q) + 0.25 * max(q))
+    return max(values)
+
+
+def naive_actor(args, agent, batch, z, rate):
+    errors, losses, noise = 0, 0, fixed(len(batch), agent.actor.code_dim)
+    for n, (i, (s, a, *_)) in enumerate(batch):
+        mu, log_std = agent.actor.encode(torch.cat([s, z[i], a])).chunk(2)
+        code = mu + log_std.exp() * test_focal.NOISE
+        again = agent.actor.decode(torch.cat([s, z[i], code])).tanh()
+        kl = kl_divergence(Normal(mu, log_std.exp()), Normal(0, 1))
+        errors = errors + (again - a).square().mean() + 0.5 * kl.mean()
+        losses = losses - q_values(agent.critic, s, z[i], proposed(agent, agent.actor.shift, s, z[i], noise[n]))[0]
+    vae, loss = errors / len(batch), losses / len(batch)
+    test_focal.descend(agent.actor, vae + loss, rate)
+    for slow, fast in zip(agent.actor.slow_shift.parameters(), agent.actor.shift.parameters(), strict=True):
+        slow.data = (1 - args.tau) * slow + args.tau * fast.data
+    return {"actor_loss": loss, "vae_loss": vae}
+
+
+@pytest.mark.parametrize("more", CASES)
+def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more):
+    k = build(WIND, files[WIND], f"{test_focal.NAIVE} {more}")
+    test_focal.check_update(k, monkeypatch, best_value, naive_actor)
+
+
+# --------------------------------------------------------------------------------------------------- who trains whom
+@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
+def test_only_the_network_with_a_learning_rate_moves(files, name):
+    k = build(WALKER, files[WALKER], BELLMAN)
+    k.args.encoder_lr *= name == "encoder"
+    for key, optimiser in k.optimisers.items():
+        optimiser.param_groups[0]["lr"] *= key == name
+    before = weights(k.agent)
+    for _ in range(2):
+        k.update()
+    assert moved(before, weights(k.agent)) == {name} | ({"target"} if name == "critic" else set())
+    assert all(p.grad is None for p in k.agent.target.parameters())
+
+
+def test_rewards_reach_the_encoder_through_the_bellman_error_only(files):
+    for more, expected in (("", False), (BELLMAN, True)):
+        after = []
+        for scale in (5, 50):
+            k = build(WALKER, files[WALKER], f"{more} --reward-scale {scale}")
+            for _ in range(3):
+                k.update()
+            after.append(weights(k.agent))
+        assert moved(*after) == {"critic", "target", "actor"} | ({"encoder"} if expected else set())
+
+
+def test_slow_networks_begin_as_the_fast_ones(files):
+    agent = build(WIND, files[WIND]).agent
+    for slow, fast in ((agent.target, agent.critic), (agent.actor.slow_shift, agent.actor.shift)):
+        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_the_best_of_ten_proposed_actions_is_taken(files):
+    k = build(WALKER, files[WALKER])
+    s, z = torch.randn(5, k.world.split[0]), torch.randn(5, k.args.latent)
+    generator = lambda: torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        a, *_ = k.agent.propose(s, z, generator=generator())
+        chosen = k.agent.act(s, z, generator())
+        values = [[q_values(k.agent.critic, s[n], z[n], a[i, n])[0].item() for n in range(5)] for i in range(10)]
+    best = [max(range(10), key=lambda i: values[i][n]) for n in range(5)]
+    assert len(set(best)) > 1 and torch.equal(chosen, torch.stack([a[i, n] for n, i in enumerate(best)]))
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize("name, more", [(WALKER, BELLMAN), (WALKER, "--encoder probabilistic"), (SPARSE, "--sparse")])
+def test_a_run_trains_every_network(files, tmp_path, no_plots, name, more):
+    path, k = run(tmp_path, name, files[name], f"{more} --eval-every 6"), build(name, files[name], more)
+    trained = checkpoint(path)["agent"]
+    assert all(not torch.equal(value, trained[key]) for key, value in weights(k.agent).items())
+    assert "discriminator.0.weight" not in trained and path.parts[-4] == "bcq"
+    (row,) = metrics(path)
+    assert row["vae_loss"] > 0 and row["discriminator_loss"] is None
+    assert (path / "source.py").read_text() == PATH.read_text()
+
+
+@pytest.mark.parametrize("more", ["--alpha 3", "--tune-alpha", "--value-penalty"])
+def test_flags_of_brac_are_refused(files, more):
+    with pytest.raises(data.DataError, match=more.split()[0]):
+        bcq.parse_args(test_focal.flags(WIND, files[WIND], more))
+
+
+# --------------------------------------------------------------------------------------------------------------- CUDA
+@cuda
+def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots):
+    test_focal.check_graph(tmp_path, WALKER, files[WALKER], BELLMAN, bcq)
+
+
+@cuda
+def test_an_update_never_waits_for_the_device(files):
+    test_focal.check_that_nothing_waits(build(WALKER, files[WALKER], f"--device cuda {BELLMAN}", "cuda"))
