@@ -41,16 +41,14 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import signal
+import pickle
+import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -423,6 +421,11 @@ class Trainer:
             self.anneal()
             self.learn()
 
+    def mean_return(self) -> float:
+        """Of the last episode of each sub-environment; not a number before the first has ended."""
+        ended = self.last_score[np.isfinite(self.last_score)]
+        return float(ended.mean()) if len(ended) else math.nan
+
     def keep(self) -> None:
         """Notes the policies of now, a row (T, parameters), where a checkpoint is due."""
         while len(self.policies) < len(self.marks) and self.marks[len(self.policies)] <= self.iteration:
@@ -604,32 +607,25 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
-_progress: Any = None  # in a worker, three numbers for each shard: iterations done, of them restored; mean return
-_stop: Any = None  # in a worker: 1 where the others are to stop
+BUILT_IN = dict(envs.FAMILIES)  # the families that a worker, which never runs the user's script, knows too
+WORKER = (
+    "import sys; sys.path[0] = sys.argv[1]; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    "import data; data.work()"
+)  # Ctrl-C is for the parent to answer
 
 
-def _start_worker(progress: Any, stop: Any, parent: int) -> None:
-    global _progress, _stop
-    _progress, _stop = progress, stop
-    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    torch.set_num_threads(1)
+def _train_shard(
+    path: Path, env: str, tasks: np.ndarray, seed: int, settings: dict[str, Any], device: str, threads: int
+) -> Iterator[tuple[int, int, float]]:
+    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`.
 
-
-def _outlive_nobody(parent: int) -> None:
-    """Ends a worker whose parent was killed, even one that waits for work; the last save stands."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _train_shard(job: tuple) -> None:
-    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`."""
-    index, path, env, tasks, seed, settings, device, threads = job
-    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    Yields twice a second how many iterations are done, how many of them by an earlier process, and the mean return.
+    """
+    settings = Settings(**settings)
+    label, iterations = _label(env, settings, tasks), settings.steps // settings.envs
     saved = _load_checkpoint(path, label) if path.exists() else {}
     if "policies" in saved:
-        _progress[3 * index] = _progress[3 * index + 1] = settings.steps // settings.envs
+        yield iterations, iterations, math.nan
         return
     trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
     if saved:
@@ -637,26 +633,79 @@ def _train_shard(job: tuple) -> None:
             trainer.load_state_dict(saved["trainer"])
         except Exception as error:
             raise _damaged(path, error) from None
-    _progress[3 * index] = _progress[3 * index + 1] = trainer.iteration
-    saved_at, pause = time.time(), SAVE_EVERY
+    restored, saved_at, told_at, pause = trainer.iteration, time.time(), time.time(), SAVE_EVERY
     while not trainer.finished:
         trainer.step()
-        if trainer.iteration % 32 == 0 or trainer.finished:
-            scores = trainer.last_score[np.isfinite(trainer.last_score)]
-            _progress[3 * index] = trainer.iteration
-            _progress[3 * index + 2] = scores.mean() if len(scores) else math.nan
-        if _stop is not None and _stop.value:
-            os._exit(1)  # the parent stops: the last save stands
+        if time.time() - told_at > 0.5:
+            told_at = time.time()
+            yield trainer.iteration, restored, trainer.mean_return()
         if time.time() - saved_at > pause and not trainer.finished:
             began = time.time()
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
             pause = SAVE_EVERY * max(1, (saved_at - began) / 6)  # gigabytes on CUDA: at most a tenth of the time
     write(path, lambda file: torch.save(label | trainer.result(), file))
-    trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
+    yield iterations, restored, trainer.mean_return()
+    trainer.learn = None  # it refers to the trainer; without this cycle the device's memory is free at once
+
+
+def work() -> None:
+    """All that a worker does: trains the shards that standard input holds, and reports how far each is, a line of JSON
+    in one piece on standard output. Once nobody reads that, the parent was stopped or killed, and the worker ends."""
+
+    def report(*parts: Any) -> None:
+        os.write(1, f"{json.dumps(parts)}\n".encode())
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for i, job in pickle.load(sys.stdin.buffer):
+                for progress in _train_shard(**job):
+                    report(i, *progress)
+        except BrokenPipeError:
+            raise
+        except (DataError, OSError, MemoryError, RuntimeError) as error:
+            known = _cannot_build(error, job["path"]) if isinstance(error, OSError) else error
+            report(type(known).__name__, str(known))
+
+
+def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) -> None:
+    """Shares the shards out among processes of one thread each, which all report through one pipe; raises what one of
+    them does, DataError if one is killed."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", WORKER, str(Path(envs.__file__).resolve().parent)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    running: list[subprocess.Popen] = []
+    try:
+        with open(reader) as reports:  # once it is closed, each worker's next report fails and ends it
+            try:
+                for k in range(workers):
+                    running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer, env=one_thread))
+                    with contextlib.suppress(BrokenPipeError), running[-1].stdin as file:
+                        pickle.dump([*enumerate(jobs)][k::workers], file)
+            finally:
+                os.close(writer)
+            for line in reports:
+                i, *report = json.loads(line)
+                if isinstance(i, str):
+                    known = {"DataError": DataError, "Diverged": Diverged, "MemoryError": MemoryError}
+                    raise known.get(i, RuntimeError)(*report)
+                show(i, *report)
+                if any(worker.poll() for worker in running):
+                    break
+    finally:
+        codes = [worker.wait() for worker in running]
+    if any(codes):
+        where = jobs[0]["path"].parent
+        raise DataError(f"{where}: a process was killed (no memory?) or failed; the same command goes on from its save")
 
 
 STAGE_2 = {"core_minutes", "trajectories"}  # settings that no agent in training sees
+
+
+def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
+    """What a behaviour file says it was made for."""
+    return {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
 
 
 def _load_checkpoint(path: Path, label: dict) -> dict:
@@ -675,7 +724,7 @@ def _load_checkpoint(path: Path, label: dict) -> dict:
         raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
     try:
         if "policies" in saved:
-            _check_behaviour(saved)
+            check_behaviour(saved)
         elif not isinstance(saved["trainer"], dict):
             raise TypeError
     except Exception as error:
@@ -687,7 +736,11 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew")
 
 
-def _check_behaviour(saved: dict) -> None:
+def _cannot_build(error: OSError, place: Path) -> DataError:
+    return DataError(f"{error.filename or place}: cannot build there ({error.strerror or error})")
+
+
+def check_behaviour(saved: dict) -> None:
     """ValueError unless policies and early transitions have the shapes that settings and tasks give, all finite."""
     row, settings, count = envs.family(saved["env"]), Settings(**saved["settings"]), len(saved["tasks"])
     actor = BatchedMLP(1, row.obs_dim, settings.hidden, 2 * row.act_dim)
@@ -715,8 +768,7 @@ def build_behaviour(
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
     """
-    path = folder / "behaviour.pt"
-    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    path, label = folder / "behaviour.pt", _label(env, settings, tasks)
     if path.exists():
         whole = _load_checkpoint(path, label)
         for part in folder.glob("behaviour-part*.pt"):  # killed before it could remove them
@@ -724,85 +776,48 @@ def build_behaviour(
         return whole
     on_cpu = device.type == "cpu"
     shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
-    workers = min(workers or envs.cores(), len(shards)) if on_cpu else 1
+    job = {"env": env, "settings": label["settings"], "device": str(device), "threads": 1 if on_cpu else envs.cores()}
     jobs = [
-        (i, folder / f"behaviour-part{i}.pt", env, tasks[shard], 1_000_003 * seed + i, settings, str(device),
-         1 if on_cpu else envs.cores())
+        job | {"path": folder / f"behaviour-part{i}.pt", "tasks": tasks[shard], "seed": 1_000_003 * seed + i}
         for i, shard in enumerate(shards)
-    ]  # fmt: skip
-    _run_jobs(jobs, workers, env, settings)
-    parts = [_load_checkpoint(job[1], label | {"tasks": torch.from_numpy(job[3])}) for job in jobs]
+    ]
+    _run_jobs(jobs, min(workers or envs.cores(), len(jobs)))
+    parts = [_load_checkpoint(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
     whole = label | {
         "policies": torch.cat([part["policies"] for part in parts], dim=1),
         "early": torch.cat([part["early"] for part in parts]),
     }
     write(path, lambda file: torch.save(whole, file))
     for job in jobs:
-        job[1].unlink(missing_ok=True)
+        job["path"].unlink(missing_ok=True)
     return whole
 
 
-def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> None:
-    iterations = settings.steps // settings.envs
-    tasks = [len(job[3]) for job in jobs]
-    bar = Progress(f"SAC on {env}, {sum(tasks)} tasks", iterations * settings.envs * sum(tasks), "steps")
-    context = multiprocessing.get_context("spawn")
-    progress = context.Array("d", [0.0, 0.0, math.nan] * len(jobs), lock=False)
+def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
+    """Trains all shards, see `_train_shard`, and shows how far they are."""
+    env, settings, tasks = jobs[0]["env"], jobs[0]["settings"], np.array([len(job["tasks"]) for job in jobs])
+    state = np.array([[0, 0, math.nan]] * len(jobs))
+    per_iteration = tasks * settings["envs"]
+    total = settings["steps"] // settings["envs"] * per_iteration.sum()
+    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total), "steps")
 
-    def show():
-        done, restored, score = (np.array(progress[i::3]) for i in range(3))
+    def show(i: int, *report: float) -> None:
+        state[i] = report
+        done, restored, score = state.T
         known = np.isfinite(score)
-        note = f", return {np.average(score[known], weights=np.array(tasks)[known]):.1f}" if known.any() else ""
-        bar.show(*(int((x * tasks).sum()) * settings.envs for x in (done, restored)), note)
+        note = f", return {np.average(score[known], weights=tasks[known]):.1f}" if known.any() else ""
+        bar.show(int(done @ per_iteration), int(restored @ per_iteration), note)
 
-    if jobs[0][6] != "cpu":  # in this process; progress from a thread beside it
-        _start_here(progress)
-        with _every(1.0, show):
-            _train_shard(jobs[0])
-        return show()
-    threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
-    stop = context.Value("b", 0, lock=False)  # a lock might die with the worker that holds it
+    if workers > 1 and envs.family(env) is BUILT_IN.get(env):
+        return _run_in_workers(jobs, workers, show)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop, os.getpid())) as pool:
-            try:
-                waiting = {pool.submit(_train_shard, job) for job in jobs}
-                while waiting:
-                    done, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                    show()
-            finally:
-                stop.value = 1
-                pool.shutdown(cancel_futures=True)
-    except BrokenProcessPool:
-        where = jobs[0][1].parent
-        raise DataError(f"{where}: a process was killed (no memory?); the same command goes on from its save") from None
+        for i, job in enumerate(jobs):
+            for report in _train_shard(**job):
+                show(i, *report)
     finally:
-        for key, value in threads.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def _start_here(progress: Any) -> None:
-    global _progress
-    _progress = progress
-
-
-@contextlib.contextmanager
-def _every(seconds: float, call):
-    stop = threading.Event()
-
-    def loop():
-        while not stop.wait(seconds):
-            call()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
@@ -812,7 +827,7 @@ def collect(
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
     `record` returns. Diverged if an action is not finite."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
-    actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
+    actor = load_policies(policies.flatten(0, 1), row, settings.hidden)
     generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -891,7 +906,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     return _arrays(out.reshape(len(tasks), trajectories, steps, -1), row)
 
 
-def _load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
+def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
     """The actors (n, parameters) as one module."""
     actor = BatchedMLP(len(flat), row.obs_dim, hidden, 2 * row.act_dim).requires_grad_(False)
     parts = flat.split([p[0].numel() for p in actor.parameters()], dim=1)
@@ -1237,7 +1252,7 @@ def prepare(
             meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
             _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
+        raise _cannot_build(error, folder) from None
     return path
 
 
@@ -1315,7 +1330,7 @@ def _announce(path: Path, settings: Settings, env: str, device: torch.device, wo
     print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------ what data are like
 def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end.
 
@@ -1328,14 +1343,14 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return _episode_returns(*arrays, horizon)
 
 
-def _numbered(episodes: np.ndarray) -> np.ndarray:
+def numbered(episodes: np.ndarray) -> np.ndarray:
     """Episode numbers (T, N) of any kind, as from 0 and without gaps in every task."""
     return (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)
 
 
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
-    episodes = _numbered(episodes)
+    episodes = numbered(episodes)
     count = int(episodes.max()) + 1
     key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
     first = np.full(t * count, t * n)
@@ -1349,125 +1364,13 @@ def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.nd
     return index // count, first[index] / max(n - 1, 1), total[index]
 
 
-def plot(path: Path) -> Path:
-    """A dataset at a glance, beside its file: returns in the order of the data, and what its tasks are about."""
-    from matplotlib.figure import Figure
-
-    dataset = load(path)
-    task, place, returns = episode_returns(dataset)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    row, picture = envs.FAMILIES.get(dataset.meta.get("env")), path.with_suffix(".png")
-    if row is not None and row.script:
-        _plot_behaviours(left, right, dataset, row)
-        write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
-        return picture
-    left.scatter(place, returns, c=task, cmap="turbo", s=4, alpha=0.5, linewidths=0)
-    if len(returns):
-        bins = np.minimum((place * 20).astype(int), 19)
-        count = np.bincount(bins, minlength=20)
-        mean = np.bincount(bins, returns, 20)[count > 0] / count[count > 0]
-        left.plot((np.flatnonzero(count) + 0.5) / 20, mean, color="black", label="mean over tasks")
-        left.legend(fontsize="small")
-    name = dataset.meta.get("env", path.stem)
-    order = "place in the data (mixed: untrained policies left, last ones right)"
-    left.set(
-        title=f"{name}, {dataset.meta.get('quality', 'your own data')}", xlabel=order, ylabel="return of an episode"
-    )
-    _plot_tasks(right, dataset, row)
-    write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
-    return picture
-
-
 def successes(dataset: Dataset) -> np.ndarray:
     """(T, episodes) whether a behaviour that ends in a reward of 0 (and has less before) was ever achieved."""
-    episodes = _numbered(dataset.episodes.cpu().numpy())
+    episodes = numbered(dataset.episodes.cpu().numpy())
     task, i = np.nonzero(dataset.rewards.cpu().numpy() == 0)
     achieved = np.zeros((len(episodes), episodes.max() + 1), bool)
     achieved[task, episodes[task, i]] = True
     return achieved
-
-
-def _plot_behaviours(left: Any, right: Any, dataset: Dataset, row: envs.Family) -> None:
-    """Which share of each task's trajectories achieve what is wanted there, and the hand's paths in those that do."""
-    wanted, achieved = dataset.tasks[:, row.script.column].astype(int), successes(dataset)
-    share, place = achieved.mean(1), 0
-    for k, name in enumerate(row.script.names):
-        rows = np.flatnonzero(wanted == k)
-        order, colour = rows[np.argsort(share[rows])], f"C{k}"
-        label = f"{name}: {share[rows].mean():.0%}" if len(rows) else f"{name}: no task"
-        left.bar(place + np.arange(len(rows)), share[order], color=colour, width=0.8, label=label)
-        place += len(rows) + 1
-        for i in rows:
-            for episode in np.flatnonzero(achieved[i])[:3]:
-                path = dataset.next_observations[i][dataset.episodes[i] == int(episode)][:, :2]
-                right.plot(*path.cpu().numpy().T, color=colour, linewidth=0.5, alpha=0.5)
-    left.legend(fontsize="small")
-    title = f"{dataset.meta['env']}: {achieved.mean():.0%} of the trajectories achieve what is wanted"
-    left.set(title=title, xlabel="tasks, by what is wanted", ylabel="share of trajectories", xticks=[], ylim=(0, 1))
-    right.set(title="paths of the hand, from above, in some of these", xlabel="x", ylabel="y", aspect="equal")
-
-
-def _plot_tasks(axes: Any, dataset: Dataset, row: envs.Family | None) -> None:
-    """Paths in the plane where the body moves in one; else each task's speed, against its parameter if it has one."""
-    t, n = dataset.rewards.shape
-    obs = dataset.next_observations.cpu().numpy()
-    last = dataset.episodes.cpu().numpy() == dataset.episodes[:, -1:].cpu().numpy()
-    if row is None or (row.xml and not row.velocity):
-        axes.hist(dataset.rewards.flatten().cpu().numpy(), bins=60, color="tab:gray")
-        axes.set(title="rewards", xlabel="reward", ylabel="transitions")
-    elif not row.xml or len(row.velocity) == 2:
-        shown = np.unique(np.linspace(0, t - 1, min(t, 24)).round().astype(int))
-        dt = 1.0 if not row.xml else envs.make(dataset.meta["env"], dataset.tasks[:1], threads=1).physics.dt
-        for i, colour in zip(shown, _colours(len(shown)), strict=True):
-            rows = np.flatnonzero(last[i]) if last[i].sum() > 1 else np.arange(n)
-            path = obs[i, rows] if not row.xml else np.cumsum(obs[i][rows][:, row.velocity] * dt, axis=0)
-            axes.plot(*path.T, "-" if last[i].sum() > 1 else ",", color=colour, linewidth=0.8)
-        if row.goal:
-            reach = np.abs(np.array([axes.get_xlim(), axes.get_ylim()])).max() if row.xml else 1
-            axes.scatter(*row.goal(dataset.tasks[shown]).T * reach, c=_colours(len(shown)), marker="*", s=50)
-        axes.set(title="paths of last episodes, a colour a task", xlabel="x", ylabel="y", aspect="equal")
-    else:
-        tail = obs[:, -max(1, n // 5) :, row.velocity[0]]
-        speed, spread = tail.mean(1), tail.std(1)
-        target = dataset.tasks[:, 0] if dataset.tasks.shape[1] == 1 and t > 2 else np.arange(t)
-        axes.errorbar(target, speed, spread, fmt="o", markersize=3, linewidth=0.6, color="tab:blue", label="last fifth")
-        if dataset.tasks.shape[1] == 1 and t > 2:
-            axes.plot(target, target, color="black", linewidth=0.8, label="target")
-        axes.legend(fontsize="small")
-        axes.set(title="speed of the torso, mean and std", xlabel="task (parameter)", ylabel="m/s")
-
-
-def _colours(n: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["turbo"](np.linspace(0, 1, max(n, 2)))[:n]
-
-
-def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int = 4) -> None:
-    """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies, or the script."""
-    row, trained, agents = envs.family(env), folder / "behaviour.pt", None
-    try:
-        if trained.exists() or row.script is None:
-            agents = read(trained)
-            _check_behaviour(agents)
-    except Exception as error:
-        raise DataError(f"{trained}: no policies to film there ({type(error).__name__})") from None
-    tasks = agents["tasks"].numpy() if agents else load(folder / f"{quality}.npz").tasks
-    shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
-    vector = envs.make(
-        env, tasks[shown], seed, horizon=row.horizon if agents else row.data_horizon, render_mode="rgb_array"
-    )
-    if agents is None:
-        return envs.film(vector, Performer(row, tasks[shown], seed).act, path)
-    hidden = agents["settings"]["hidden"]
-    actor = _load_policies(agents["policies"][0 if quality == "random" else -1, shown], row, hidden)
-
-    @torch.no_grad()
-    def policy(obs):
-        return torch.tanh(gaussian(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]))[0])[:, 0].numpy()
-
-    envs.film(vector, policy, path)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -1515,9 +1418,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not one graph")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
     parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
-    parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
     parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
-    parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")
     for field in numbers:
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
@@ -1527,10 +1428,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     global GRAPHS
     args = vars(parse_args(argv))
-    pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
-    GRAPHS = not args.pop("no_graph")
-    if gif and len(args["quality"]) > 1:
-        _fail(f"--render {gif}: one film; expected one --quality, found {len(args['quality'])}")
+    sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
     try:
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
@@ -1539,14 +1437,6 @@ def main(argv: list[str] | None = None) -> None:
                 dataset = load(path)
                 threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
                 print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
-            if pictures:
-                print(f"  {plot(path)}")
-            if gif:
-                try:
-                    film(args["env"], quality, gif, path.parent, args["seed"])
-                except RuntimeError as error:
-                    _fail(f"--render {gif}: {error}")
-                print(f"  {gif}")
     except DataError as error:
         _fail(error, error.code)
     except OSError as error:
