@@ -150,7 +150,7 @@ SMALL = {
     "walker2d": ONE | {"episode": 1000},
 }
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # over a family's row but its own tau
-
+WIDER = 4  # times the sub-environments and gradient steps of an iteration on CUDA, where it costs the host about as much
 
 MOST = 2**32 - 1
 LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
@@ -181,6 +181,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     elif device.type == "cuda":
         own = {"tau": row["tau"]} if "tau" in row else {}
         row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
+        row |= {key: WIDER * row.get(key, getattr(Settings, key)) for key in ("envs", "updates")}
     settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
     if settings.envs > settings.steps:
         raise DataError(f"--sac-envs: expected at most the {settings.steps} of --sac-steps, found {settings.envs}")
@@ -315,10 +316,14 @@ def n_step(rows: torch.Tensor, d: int, m: int, discount: float) -> torch.Tensor:
 
 
 class Trainer:
-    """SAC, its replay and its environments for some tasks; may be saved after any iteration, and goes on exactly."""
+    """SAC, its replay and its environments for some tasks; may be saved after any iteration, and goes on exactly.
+
+    On CUDA the host waits for the device once in a step: for the actions. What goes there lies in pinned memory, so
+    that its copies are only queued; by the next wait they are done and the memory is free to be written again.
+    """
 
     def __init__(self, env: str, tasks: np.ndarray, seed: int, settings: Settings, device: torch.device, threads: int):
-        row = envs.family(env)
+        row, cuda = envs.family(env), device.type == "cuda"
         self.settings, self.device, self.n, e = settings, device, len(tasks), settings.envs
         self.vector = envs.make(env, tasks.repeat(e, axis=0), seed, horizon=settings.episode, threads=threads)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -328,28 +333,36 @@ class Trainer:
         width = 2 * row.obs_dim + row.act_dim + 3  # s, a, r, s', terminal, ended
         # row t of the replay is the t-th step of every sub-environment
         self.replay = torch.zeros(self.n, self.iterations, e, width, device=device)  # nothing is ever dropped
-        self.filled = torch.zeros((), device=device)  # on the device, so that drawing needs no new graph
+        self.filled = torch.zeros((), device=device)  # how many rows; on the device, where a graph can read it
+        self.host_obs, self.host_rows = (torch.zeros(self.n, e, k, pin_memory=cuda) for k in (row.obs_dim, width))
+        self.seen, self.action = self.host_obs.to(device), torch.zeros(self.n, e, row.act_dim, device=device)
         self.marks = np.linspace(0, self.iterations, settings.checkpoints).round().astype(int)
         self.policies: list[torch.Tensor] = []
         self.iteration = 0
         self.obs = self.vector.reset()[0]
         self.score = np.zeros(len(self.obs))  # running return of each sub-environment
         self.last_score = np.full(len(self.obs), np.nan)  # of the last episode that ended
-        captured = GRAPHS and device.type == "cuda"
-        self.learn = capture(self.learn_eagerly, self.generator) if captured else self.learn_eagerly
+        self.choose, self.learn = self.choose_eagerly, self.learn_eagerly
+        if GRAPHS and cuda:
+            self.choose, self.learn = (capture(fn, self.generator) for fn in (self.choose, self.learn))
 
     def act(self) -> np.ndarray:
         """Sampled actions (n x envs, m)."""
-        e, m = self.settings.envs, self.agent.act_dim
-        if self.iteration * e < self.settings.start:
-            action = 2 * torch.rand(self.n, e, m, generator=self.generator, device=self.device) - 1
-            return action.view(-1, m).cpu().numpy()
-        noise = torch.randn(self.n, e, m, generator=self.generator, device=self.device)
-        obs = torch.as_tensor(self.obs, dtype=torch.float32).view(self.n, e, -1).to(self.device)
-        with torch.no_grad():
-            action = sample_action(self.agent.actor(obs), noise)[0].view(-1, m).cpu().numpy()
-        self.check(np.isfinite(action).reshape(self.n, -1).all(1))  # here anyway: no wait for the device
+        if self.iteration * self.settings.envs < self.settings.start:
+            self.action.copy_(2 * torch.rand(self.action.shape, generator=self.generator, device=self.device) - 1)
+        else:
+            self.host_obs.copy_(torch.from_numpy(self.obs).view_as(self.host_obs))
+            self.seen.copy_(self.host_obs, non_blocking=True)
+            self.choose()
+        action = self.action.flatten(0, 1).cpu().numpy().copy()  # waits for the device
+        self.check(np.isfinite(action).reshape(self.n, -1).all(1))
         return action
+
+    @torch.no_grad()
+    def choose_eagerly(self) -> None:
+        """From the observations in `seen` to actions in `action`."""
+        noise = torch.randn(self.action.shape, generator=self.generator, device=self.device)
+        self.action.copy_(sample_action(self.agent.actor(self.seen), noise)[0])
 
     def check(self, finite: np.ndarray) -> None:
         """Diverged if one of the tasks (T,) is not finite."""
@@ -369,16 +382,16 @@ class Trainer:
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", self.obs), self.obs)
         parts = obs, action, reward[:, None], after, terminated[:, None], ended[:, None]
-        rows = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
-        rows = rows.view(self.n, self.settings.envs, -1)
-        if info["blew_up"].any():  # that step never happened: its place takes the step before, as an end
+        self.host_rows.copy_(torch.from_numpy(np.concatenate(parts, axis=1)).view_as(self.host_rows))
+        rows = self.host_rows.to(self.device, non_blocking=True)
+        if info["blew_up"].any():  # no step was taken: the one before stands in its place too, and ends its episode
             if not self.iteration:
                 raise DataError(f"{self.vector.name}: the physics blew up in the first step of an episode")
             blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
             before = self.replay[:, self.iteration - 1]
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
-            rows = torch.where(blown, before, rows.to(self.device))
-        self.replay[:, self.iteration] = rows.to(self.device)
+            rows = torch.where(blown, before, rows)
+        self.replay[:, self.iteration] = rows
         self.score += reward
         self.last_score[ended] = self.score[ended]
         self.score[ended] = 0
@@ -646,7 +659,7 @@ def _train_shard(
             pause = SAVE_EVERY * max(1, (saved_at - began) / 6)  # gigabytes on CUDA: at most a tenth of the time
     write(path, lambda file: torch.save(label | trainer.result(), file))
     yield iterations, restored, trainer.mean_return()
-    trainer.learn = None  # it refers to the trainer; without this cycle the device's memory is free at once
+    trainer.choose = trainer.learn = None  # they refer to the trainer: without the cycle its memory is free at once
 
 
 def work() -> None:

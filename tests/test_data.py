@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_speed import META, NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import data
@@ -272,6 +273,33 @@ def test_exploration_samples_the_policy():
     assert noise.mean() == pytest.approx(0, abs=0.1) and noise.std() == pytest.approx(1, abs=0.05)
     assert (noise[1:] * noise[:-1]).mean() == pytest.approx(0, abs=0.05)
     assert np.abs(np.corrcoef(noise.T) - np.eye(16)).max() < 0.3
+
+
+def test_choosing_actions_fits_into_a_graph():
+    """No operation waits for the device, or reads from the host."""
+    trainer = make_trainer(WALKER, envs.sample_tasks(WALKER, 2, 0))
+    without_values(trainer)
+    trainer.generator, trainer.device = None, META
+    trainer.agent.to(META)
+    with NoWaiting() as mode:
+        trainer.choose_eagerly()
+    assert mode.count > 10
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_actions_from_a_graph_are_those_of_the_policy(monkeypatch):
+    """Before it is captured and after, with the same draws as one operation after the other."""
+    trainers = []
+    for graphs in (True, False):
+        monkeypatch.setattr(data, "GRAPHS", graphs)
+        tasks = envs.sample_tasks(WALKER, 2, 0)
+        trainers.append(data.Trainer(WALKER, tasks, 0, tiny(start=0), torch.device("cuda"), 1))
+    for _ in range(8):
+        a, b = (trainer.act() for trainer in trainers)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        for trainer in trainers:
+            trainer.obs = trainer.obs + 0.1
 
 
 def test_a_blow_up_is_not_learned_from():
@@ -587,8 +615,10 @@ def test_settings_that_would_teach_nothing_are_refused():
 def test_settings_on_cuda():
     """A family's own, where it has some, the larger sizes elsewhere."""
     hopper, walker = (data.settings_for(env, torch.device("cuda")) for env in ("hopper-params", WALKER))
-    assert (hopper.tau, hopper.updates, hopper.hidden, hopper.steps) == (0.005, 8, 256, 400_000)
+    assert (hopper.tau, hopper.hidden, hopper.steps) == (0.005, 256, 400_000)
     assert (walker.tau, walker.alpha, walker.hidden, walker.lr) == (0.01, 0.2, 256, 3e-4)
+    for found, updates in ((hopper, 8), (walker, 2)):  # as many gradient steps for a transition
+        assert (found.envs, found.updates) == (8 * data.WIDER, updates * data.WIDER)
 
 
 def test_more_tasks_than_there_are_is_refused(tmp_path):
