@@ -150,7 +150,7 @@ SMALL = {
     "walker2d": ONE | {"episode": 1000},
 }
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # over a family's row but its own tau
-WIDER = 4  # times the sub-environments and gradient steps of an iteration on CUDA, where it costs the host about as much
+WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iteration: most of its cost is fixed
 
 MOST = 2**32 - 1
 LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
