@@ -15,7 +15,8 @@ Families with a script (sawyer) need no SAC: a controller that does not know wha
 the scene, in random order, and its trajectories are the `mixed` data.
 
 A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
-episode. Your own data needs the same arrays (those marked * may be left out):
+episode. Your own data needs the same arrays (those marked * may be left out). Other types of number (float64, integers,
+bool) become these when a file is loaded, and whatever else is in the file is not read:
 
     observations, next_observations  (T, N, d) float32      actions  (T, N, m) float32, in [-1, 1]
     rewards, terminals               (T, N)    float32      terminals: 1 where the MDP itself ended, not at a time limit
@@ -592,6 +593,8 @@ def locked(folder: Path):
             except BlockingIOError:
                 print(f"waiting for another process that builds in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"{folder}: no locks there ({error.strerror}); let only one process build", flush=True)
         yield
 
 
@@ -768,13 +771,7 @@ def check_behaviour(saved: dict) -> None:
 
 
 def build_behaviour(
-    env: str,
-    tasks: np.ndarray,
-    seed: int,
-    settings: Settings,
-    folder: Path,
-    device: torch.device,
-    workers: int | None = None,
+    env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device, workers: int | None
 ) -> dict:
     """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`.
 
@@ -928,23 +925,26 @@ def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedM
     return actor
 
 
+def _columns(rows: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
+    """Dataset arrays from rows (T, N, D) of s, a, r, s', terminal, ..."""
+    d, m = row.obs_dim, row.act_dim
+    s, a, r, s2, terminal, _ = np.split(rows, np.cumsum([d, m, 1, d, 1]), axis=-1)
+    rest = {"rewards": r[..., 0], "next_observations": s2, "terminals": terminal[..., 0]}
+    return {"observations": s, "actions": a} | rest
+
+
 def _arrays(out: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
     """Dataset arrays from rows (T, trajectories, steps, D) of s, a, r, s', terminal, sparse r, episode."""
-    d, m, (t, s, steps) = row.obs_dim, row.act_dim, out.shape[:3]
+    t, s, steps = out.shape[:3]
     episode = out[..., -1].astype(int)
-    first = np.zeros((t, s, steps), bool)
-    first[..., 0] = True
+    first = np.ones((t, s, steps), bool)
     first[..., 1:] = episode[..., 1:] != episode[..., :-1]
     counted = (episode == episode[..., :1]) & (np.arange(steps) < row.horizon)
     flat = out.reshape(t, s * steps, -1)
     return {
-        "observations": flat[..., :d],
-        "actions": flat[..., d : d + m],
-        "rewards": flat[..., d + m],
-        "next_observations": flat[..., d + m + 1 : 2 * d + m + 1],
-        "terminals": flat[..., -3],
+        **_columns(flat, row),
         **({"sparse_rewards": flat[..., -2]} if row.sparse_reward else {}),
-        "episodes": (first.reshape(t, -1).cumsum(1) - 1).astype(np.int32),
+        "episodes": first.reshape(t, -1).cumsum(1) - 1,
         "first_return": (out[..., -2] * counted).sum(2, dtype=np.float64),
     }
 
@@ -1000,28 +1000,20 @@ def can_relabel(row: envs.Family) -> bool:
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
-    """SAC's first transitions (T, iterations, envs, D), episode by episode, in the order in which they began."""
-    row = envs.family(env)
-    rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
-    d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
-    reported = rows[..., d + m]
-    if row.sparse_reward:
-        t, s, steps, _ = rows.shape
-        flat = rows.reshape(t * s * steps, -1)
-        state, action, after = flat[:, :d], flat[:, d : d + m], flat[:, d + m + 1 : 2 * d + m + 1]
-        reported = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
-    episode = np.concatenate([np.zeros_like(ended[:, :, :1]), ended[:, :, :-1].cumsum(2)], axis=2)
-    arrays = _arrays(np.concatenate([rows[..., :-1], reported[..., None], episode], axis=-1).astype(np.float32), row)
-    t, e, steps = episode.shape[:3]
-    first = np.concatenate([np.ones_like(ended[:, :, :1]), ended[:, :, :-1]], axis=2)[..., 0] > 0
+    """SAC's first transitions (T, iterations, envs, [s, a, r, s', terminal, ended]), episode by episode, in the order
+    in which they began."""
+    row, (t, steps, e, width) = envs.family(env), early.shape
+    rows, n = early.transpose(1, 2).numpy(), e * steps
+    first = np.concatenate([np.ones((t, e, 1), bool), rows[:, :, :-1, -1] > 0], axis=2)
     began = np.maximum.accumulate(np.where(first, np.arange(steps), 0), axis=2)  # the iteration of its first step
-    order = ((began * e + np.arange(e)[:, None]) * steps + np.arange(steps)).reshape(t, -1).argsort(1)
-    for key, value in arrays.items():
-        if key not in ("episodes", "first_return"):
-            arrays[key] = np.take_along_axis(value, order.reshape(order.shape + (1,) * (value.ndim - 2)), axis=1)
-    first = np.take_along_axis(first.reshape(t, -1), order, axis=1)
-    arrays["episodes"] = (first.cumsum(1) - 1).astype(np.int32)
-    rewards = arrays["sparse_rewards" if row.sparse_reward else "rewards"]
+    order = (began * e + np.arange(e)[:, None]).reshape(t, n).argsort(axis=1, kind="stable")
+    arrays = _columns(np.take_along_axis(rows.reshape(t, n, width), order[..., None], axis=1), row)
+    arrays["episodes"] = np.take_along_axis(first.reshape(t, n), order, axis=1).cumsum(1) - 1
+    if row.sparse_reward:
+        each = (arrays[key].reshape(t * n, -1) for key in ("observations", "actions", "next_observations"))
+        reported = row.sparse_reward(tasks.repeat(n, axis=0), *each, 1.0)
+        arrays["sparse_rewards"] = reported.reshape(t, n).astype(np.float32)
+    rewards = arrays.get("sparse_rewards", arrays["rewards"])
     task, _, total = _episode_returns(rewards, arrays["episodes"], arrays["terminals"], row.horizon)
     whole = np.bincount(task, minlength=t)
     mean = np.bincount(task, total, t) / np.maximum(whole, 1)
@@ -1079,12 +1071,17 @@ def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
 
 
 def load(path: Path | str, env: str | None = None, device: torch.device | str = "cpu") -> Dataset:
-    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`."""
+    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`.
+
+    A line on standard error says so where rows of your own data do not follow each other as episodes do.
+    """
     path = Path(path)
     arrays, meta = _read(path)
     problem = _problem(arrays, meta, env)
     if problem:
         raise DataError(f"{path}: {problem}")
+    if "settings" not in meta and (doubt := _doubt(arrays)):
+        print(f"{path}: {doubt}", file=sys.stderr)
     meta.setdefault("checksum", checksum(arrays))
     if env is not None:
         meta.setdefault("env", env)
@@ -1120,25 +1117,33 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a dataset (.npz)")
+    """The arrays that a dataset needs, and `meta`; DataError where they cannot be read."""
+    names, arrays, name = ["meta", *REQUIRED, *OPTIONAL], {}, ""
     try:
         with zipfile.ZipFile(path) as file:  # a zip tells the sizes of what it holds, and cannot grow beyond them
-            size = sum(info.file_size for info in file.infolist())
+            size = sum(info.file_size for info in file.infolist() if info.filename.removesuffix(".npy") in names)
+            for info in file.infolist():
+                file.open(info).close()  # a zip says each name twice: a damaged one cannot hide an array
         if size > _memory():
             raise DataError(f"{path}: holds {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:,.0f} GB of memory")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError
-        meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
+            for name in (name for name in names if name in file.files):
+                arrays[name] = np.asarray(file[name])
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected a dataset (.npz)") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # np.load raises a different error for each way a file can be damaged
+        if "Object arrays" in str(error):
+            raise DataError(f"{path}: {name} holds Python objects, expected numbers (of meta: JSON text)") from None
         raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: meta is not a JSON object")
-    return {name: array for name, array in arrays.items() if name in REQUIRED | OPTIONAL}, meta
+    text = str(arrays.pop("meta", "{}"))
+    with contextlib.suppress(ValueError):
+        if isinstance(meta := json.loads(text), dict):
+            return arrays, meta
+    raise DataError(f"{path}: meta is {text!r:.60}, expected a JSON object, or no meta")
 
 
 def _memory() -> float:
@@ -1160,13 +1165,24 @@ def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str 
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         return f"lacks {', '.join(missing)}"
-    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
-        if name in arrays and (arrays[name].ndim != ndim or arrays[name].dtype != dtype):
-            found = f"{arrays[name].dtype} with {arrays[name].ndim} axes"
-            return f"{name} is {found}, expected {np.dtype(dtype)} with {ndim}"
     if "checksum" in meta and checksum(arrays) != meta["checksum"]:
         return "the checksum does not match: the file was changed or damaged"
-    return _shape_problem(arrays, env) or _value_problem(arrays, env)
+    return _type_problem(arrays) or _shape_problem(arrays, env) or _value_problem(arrays, env)
+
+
+def _type_problem(arrays: dict[str, np.ndarray]) -> str | None:
+    """Gives each array its type; what cannot have it, in words, or None."""
+    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
+        array = arrays.get(name)
+        if array is None:
+            continue
+        if array.ndim != ndim or array.dtype.kind not in "biuf":
+            return f"{name} is {array.dtype} with {array.ndim} axes, expected {np.dtype(dtype)} with {ndim}"
+        with np.errstate(all="ignore"):
+            arrays[name] = array.astype(dtype, copy=False)
+        if np.issubdtype(dtype, np.integer) and (changed := arrays[name] != array).any():
+            return f"{name} holds {array[changed][0]}, expected whole numbers ({np.dtype(dtype)})"
+    return None
 
 
 def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
@@ -1192,21 +1208,43 @@ def _value_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
     for name, array in arrays.items():
         if array.dtype.kind == "f" and name != "returns" and not np.isfinite(array).all():
             return f"{name} holds values that are not finite"
-    if np.abs(arrays["actions"]).max() > 1:
-        return f"actions reach {np.abs(arrays['actions']).max():.3g}, expected them in [-1, 1]"
+    if (largest := np.abs(arrays["actions"]).max()) > 1:
+        return f"actions reach {largest!s}, expected them in [-1, 1]"
     if not np.isin(arrays["terminals"], (0, 1)).all():
         return "terminals hold values other than 0 and 1"
     if (arrays["episodes"][:, 1:] < arrays["episodes"][:, :-1]).any():
         return "episodes are not in order"
     t, train, test = len(arrays["tasks"]), arrays["train_tasks"], arrays["test_tasks"]
     for name, index in (("train_tasks", train), ("test_tasks", test)):
-        if len(index) == 0 or index.min() < 0 or index.max() >= t or len(set(index.tolist())) < len(index):
-            return f"{name} are not distinct indices below {t}"
+        if len(index) == 0:
+            return f"{name} is empty, expected at least one of the {t} tasks"
+        if (wrong := (index < 0) | (index >= t)).any():
+            return f"{name} holds {index[wrong][0]}, expected indices from 0 to {t - 1}"
+        if (count := np.bincount(index)).max() > 1:
+            return f"{name} holds {count.argmax()} more than once"
     overlap = set(train.tolist()) & set(test.tolist())
     if overlap and set(train.tolist()) != set(test.tolist()):
         return f"tasks {sorted(overlap)} are both training and test tasks"
     if env is not None and not (known := envs.is_task(env, arrays["tasks"])).all():
         return f"task {known.argmin()} has parameters that no task of {env} can have"
+    return None
+
+
+def _doubt(arrays: dict[str, np.ndarray]) -> str | None:
+    """What looks wrong where one row follows another, in words, or None."""
+    apart = inside = led_on = ends = 0
+    rows = (arrays[key] for key in ("observations", "next_observations", "episodes"))
+    for obs, following, episodes in zip(*rows, strict=True):
+        same = episodes[1:] == episodes[:-1]
+        apart += (~np.isclose(following[:-1], obs[1:], rtol=1e-4, atol=1e-5).all(1))[same].sum()
+        led_on += (following[:-1] == obs[1:]).all(1)[~same].sum()
+        inside, ends = inside + same.sum(), ends + (~same).sum()
+    if led_on > ends / 2:
+        found = f"{led_on:,} of {ends:,} last rows of an episode lead to the next one's first observation"
+        return f"warning: {found}; are next_observations shifted by a row, or episodes too short?"
+    if apart:
+        found = f"{apart:,} of {inside:,} rows inside an episode do not end where the next row begins"
+        return f"warning: {found}; look at episodes and next_observations (fine if rows are shuffled)"
     return None
 
 
@@ -1228,22 +1266,17 @@ def prepare(
     DataError, in one sentence, for what there is not or cannot be written, and where another setting made what is
     there; Diverged if the agents do.
     """
-    row = envs.family(env)
+    row, device = envs.family(env), choose_device(device)
     own = "scripted" if row.script else "sac"
     behaviour = behaviour or own
-    problem = _impossible(env, row, quality, behaviour, bool(train or test))
-    if problem:
+    if problem := _impossible(env, row, quality, behaviour, bool(train or test)):
         raise DataError(problem)
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
-    device = choose_device(device)
     settings = settings_for(env, device, **changes)
-    if quality == "replay" and settings.replay < settings.envs:
-        raise DataError(f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}")
-    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
-        raise DataError(f"--trajectories: {quality} data are of several policies; expected at least 2, found 1")
+    if problem := _too_few(settings, quality, behaviour):
+        raise DataError(problem)
     train, test = train or row.train, test or row.test
-    suffix = "" if behaviour == own else f"-{behaviour}"
-    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
+    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{'' if behaviour == own else f'-{behaviour}'}"
     path = folder / f"{quality}.npz"
     if path.exists():
         return _made_with(path, changes)
@@ -1251,8 +1284,8 @@ def prepare(
         tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     except ValueError as error:
         raise DataError(error) from None
-    train_tasks = np.arange(train)
-    index = {"train_tasks": train_tasks, "test_tasks": train_tasks if row.only else np.arange(train, train + test)}
+    every = np.arange(len(tasks))
+    index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
     try:
         with locked(folder):
             if path.exists():
@@ -1261,7 +1294,11 @@ def prepare(
                 print(f"building {path}: the script in every task", flush=True)
                 arrays = perform(env, tasks, settings.trajectories, seed)
             else:
-                arrays = _train_and_roll_out(env, tasks, train_tasks, path, settings, seed, device, workers)
+                _announce(path, settings, env, device, workers, len(tasks))
+                agents = build_behaviour(env, tasks, seed, settings, folder, device, workers)
+                arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+            if quality == "relabelled":
+                arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
             meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
             _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
     except OSError as error:
@@ -1280,24 +1317,6 @@ def _made_with(path: Path, changes: dict[str, Any]) -> Path:
         if name != "core_minutes" and value is not None and then.get(name, value) != value:
             raise DataError(f"{path}: made with {flag(name)} {then[name]}, asked for {value}; use another --data-dir")
     return path
-
-
-def _train_and_roll_out(
-    env: str,
-    tasks: np.ndarray,
-    train_tasks: np.ndarray,
-    path: Path,
-    settings: Settings,
-    seed: int,
-    device: torch.device,
-    workers: int | None,
-) -> dict[str, np.ndarray]:
-    """The arrays of the dataset at `path`, whose quality is its name: stage 1, or what is there of it, and stage 2."""
-    quality = path.stem
-    _announce(path, settings, env, device, workers, len(tasks))
-    agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
-    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
-    return relabel(env, tasks, train_tasks, arrays, seed) if quality == "relabelled" else arrays
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
@@ -1327,6 +1346,15 @@ def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts
         return f"the scripted data of {env} are all of quality mixed, found {quality}; behaviour sac has the others"
     if row.only and counts:
         return f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed"
+    return None
+
+
+def _too_few(settings: Settings, quality: str, behaviour: str) -> str | None:
+    """Which number is too small for data of this quality, in words, or None."""
+    if quality == "replay" and settings.replay < settings.envs:
+        return f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"
+    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
+        return f"--trajectories: {quality} data are of several policies; expected at least 2, found 1"
     return None
 
 

@@ -1,16 +1,19 @@
 """Batched SAC against loops over tasks, builds that are killed and go on, what is in a dataset, and files refused."""
 
 import dataclasses
+import errno
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -716,6 +719,16 @@ def test_one_builder_at_a_time(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
 
+@pytest.mark.skipif(data.fcntl is None, reason="needs file locks")
+def test_a_file_system_without_locks_is_built_on(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    assert data.prepare("sawyer", "mixed", data_dir=tmp_path, train=1, test=1, trajectories=1).exists()
+    assert f"no locks there ({os.strerror(errno.ENOLCK)})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_write_leaves_the_old_file(error, tmp_path):
     def fail(file):
@@ -895,12 +908,8 @@ def test_replay_dataset_is_made_of_the_first_steps():
     assert_equal(arrays["rewards"], rows[..., 4])
     assert_equal(arrays["terminals"], rows[..., 7])
     assert arrays["episodes"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2, 2, 3]]
-    sparse, in_order = (
-        [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, x, strict=True)] for x in (by_env, rows)
-    )
-    np.testing.assert_allclose(arrays["sparse_rewards"], in_order, atol=1e-6)
-    counted = np.array([[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]])
-    np.testing.assert_allclose(arrays["first_return"], (np.reshape(sparse, (2, 2, 4)) * counted).sum(2), atol=1e-6)
+    sparse = [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, rows, strict=True)]
+    np.testing.assert_allclose(arrays["sparse_rewards"], sparse, atol=1e-6)
     assert 3 < np.count_nonzero(sparse) < 16
 
 
@@ -993,6 +1002,64 @@ def test_your_own_file_loads(tmp_path):
     assert "2 training, 1 test" in data.describe(tmp_path / "own.npz")
 
 
+def test_numbers_of_other_types_are_cast(tmp_path):
+    arrays = sample()
+    arrays["actions"] = np.ones_like(arrays["actions"])
+    arrays["rewards"] = np.round(3 * arrays["rewards"])
+    types = dict.fromkeys(("observations", "next_observations", "returns"), float) | {"actions": int, "rewards": "i1"}
+    types |= {"terminals": bool, "episodes": float, "train_tasks": "u2", "test_tasks": float, "tasks": ">f8"}
+    np.savez(tmp_path / "x.npz", **arrays | {key: arrays[key].astype(kind) for key, kind in types.items()})
+    np.savez(tmp_path / "y.npz", **arrays)
+    x, y = (vars(data.load(tmp_path / name)) for name in ("x.npz", "y.npz"))
+    for key in y.keys() - {"meta"}:
+        assert (x[key] == y[key]).all() and x[key].dtype == y[key].dtype
+
+
+def test_what_else_is_in_a_file_is_not_read(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **sample(), timeouts=np.zeros(3, bool), infos=np.array([{"k": 1}], dtype=object))
+    with zipfile.ZipFile(path, "a") as file:
+        for name in ("__MACOSX/._rewards.npy", "README.txt"):
+            file.writestr(name, b"anything")
+    assert_equal(data.load(path).rewards, sample()["rewards"])
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    refused(tmp_path / ("x" * 300 + ".npz"), "cannot be read (File name too long)")
+    monkeypatch.setattr(data.zipfile, "ZipFile", forbidden)
+    refused(tmp_path / "x.npz", "cannot be read (Permission denied)")
+
+
+def in_a_row():
+    """Rows as an environment gives them: two episodes of three steps in each of three tasks."""
+    arrays = sample()
+    position = np.cumsum(arrays["actions"].reshape(3, 2, 3, 2), axis=2)
+    before = np.concatenate([np.zeros_like(position[:, :, :1]), position[:, :, :-1]], axis=2)
+    return arrays | {"observations": before.reshape(3, 6, 2), "next_observations": position.reshape(3, 6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: {}, None),
+        (lambda a: {"next_observations": np.roll(a["observations"], -1, 1)}, "3 of 3 last rows .* shifted by a row"),
+        (lambda a: {"episodes": 0 * a["episodes"]}, "3 of 15 rows inside an episode .* look at episodes"),
+        (lambda a: {key: a[key][:, [2, 0, 1, 3, 4, 5]] for key in ("observations", "next_observations")}, ".*shuffled"),
+        (lambda a: {"episodes": np.arange(6) + 0 * a["episodes"]}, "12 of 15 last rows"),
+    ],
+)
+def test_rows_that_do_not_follow_each_other_are_spoken_of(change, said, tmp_path, capsys):
+    """In one line; they are loaded all the same."""
+    arrays = in_a_row()
+    np.savez(tmp_path / "x.npz", **arrays | change(arrays))
+    data.load(tmp_path / "x.npz", WIND)
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said is None or re.search(f"x.npz: warning: {said}", err)), err
+
+
 def test_tasks_may_be_both_training_and_test_tasks_if_all_are(tmp_path):
     np.savez(tmp_path / "x.npz", **sample() | {"train_tasks": np.arange(3), "test_tasks": np.array([2, 1, 0])})
     assert data.load(tmp_path / "x.npz").test_tasks.tolist() == [2, 1, 0]
@@ -1011,8 +1078,8 @@ DAMAGE |= {f"{key} longer": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 0)}
            for key in (*FLOATS, "episodes", "returns")}  # fmt: skip
 DAMAGE |= {f"{key} wider": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 1)}, ["shape"])
            for key in (*FLOATS, "episodes") if key != "tasks"}  # fmt: skip
-DAMAGE |= {f"{key} of another type": (lambda a, k=key: {k: a[k].astype(np.float16)}, [key, "float16"])
-           for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
+DAMAGE |= {f"{key} of another type": (lambda a, k=key, t=kind: {k: a[k].astype(t)}, [key, kind])
+           for key, kind in zip(data.REQUIRED | data.OPTIONAL, ["complex64", "<U32"] * 9, strict=False)}  # fmt: skip
 DAMAGE |= {f"{key} flat": (lambda a, k=key: {k: a[k][..., None]}, [key, "axes"])
            for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
 DAMAGE |= {
@@ -1022,11 +1089,15 @@ DAMAGE |= {
     "half terminal": (lambda a: {"terminals": put(a["terminals"], 0.5)}, ["terminals"]),
     "episodes fall": (lambda a: {"episodes": put(a["episodes"], 0, 2, 5)}, ["episodes"]),
     "both kinds of task": (lambda a: {"test_tasks": np.array([1, 2])}, ["2", "training", "test"]),
-    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks", "3"]),
-    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks"]),
-    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks"]),
-    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks"]),
-}
+    "an action one rounding too large": (lambda a: {"actions": put(a["actions"], np.nextafter(np.float32(1), 2))},
+                                         ["actions reach 1.0000001,"]),
+    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks holds 3,", "from 0 to 2"]),
+    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks holds -1,"]),
+    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks holds 0 more than once"]),
+    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks is empty"]),
+    "half a task": (lambda a: {"test_tasks": np.array([0.5])}, ["test_tasks holds 0.5,", "whole numbers"]),
+    "reward too large for float32": (lambda a: {"rewards": put(a["rewards"].astype(float), 1e300)}, ["not finite"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", DAMAGE)
@@ -1080,9 +1151,12 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
         def __reduce__(self):
             return (tmp_path / "trodden").mkdir, ()
 
-    for key in ("observations", "extra"):
+    for key in ("observations", "meta", "extra"):
         np.savez(tmp_path / "x.npz", **sample() | {key: np.array([Trap()], dtype=object)})
-        refused(tmp_path / "x.npz")
+        if key == "extra":
+            data.load(tmp_path / "x.npz")  # what no dataset needs is not read
+        else:
+            refused(tmp_path / "x.npz", f"{key} holds Python objects")
     assert names(tmp_path) == {"x.npz"}
 
 
@@ -1100,9 +1174,9 @@ def test_another_format_and_bad_meta_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, meta=np.array(json.dumps({"format": data.FORMAT + 1})), **sample())
     refused(path, "format", str(data.FORMAT), str(data.FORMAT + 1))
-    for meta in ("{", "", "[1, 2]", "null", "3"):
+    for meta in ("{", "", "[1, 2]", "null", "3", "collected in spring"):
         np.savez(path, meta=np.array(meta), **sample())
-        refused(path)
+        refused(path, f"meta is {meta!r}")
 
 
 @pytest.mark.parametrize("key", data.REQUIRED | data.OPTIONAL)
