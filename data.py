@@ -133,7 +133,7 @@ POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes
 ONE = {"shard": 1, "hidden": 128, "batch": 128, "core_minutes": 12.0}  # few tasks: a process for each
 WARM = {"nstep": 1, "alpha": 1.0, "alpha_lr": 3e-4}  # a temperature that falls fast leaves cheetah and ant standing
 CHEETAH = WARM | {"envs": 4}
-# a slow target network and four times the gradient steps: else most hoppers leap and fall
+# with a faster target network, or fewer gradient steps, most hoppers leap and fall
 HOPPER = WARM | {"updates": 8, "discount": 0.995, "tau": 0.005}
 SMALL = {
     "sparse-point-robot": POINT,
@@ -145,18 +145,18 @@ SMALL = {
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
-    "sawyer": {"episode": 50},  # of SAC's; the default is the script's
+    "sawyer": {"episode": 50},  # for SAC; its script has no use for it
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
 }
-FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # over a family's row but its own tau
+FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # on CUDA, but for a family's own tau
 WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iteration: most of its cost is fixed
 
 MOST = 2**32 - 1
 LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
-LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number is a count, from 1,
-LIMITS |= {"checkpoints": (2, MOST)}  # and of checkpoints from the untrained and the last policy
+LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number counts from 1
+LIMITS |= {"checkpoints": (2, MOST)}  # the untrained policy and the last one
 
 
 def flag(name: str) -> str:
@@ -186,7 +186,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
     if settings.envs > settings.steps:
         raise DataError(f"--sac-envs: expected at most the {settings.steps} of --sac-steps, found {settings.envs}")
-    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # whole steps of all of them
+    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # all sub-environments step at once
     if settings.start >= most:  # nothing would be learned
         raise DataError(f"--start: expected less than {most} with these --sac-steps, found {settings.start}")
     if settings.nstep > settings.steps // settings.envs:
@@ -464,7 +464,7 @@ class Trainer:
             "iteration": self.iteration,
             "agent": self.agent.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "replay": self.replay[:, : self.iteration].contiguous().cpu(),  # of a view all its storage would be saved
+            "replay": self.replay[:, : self.iteration].contiguous().cpu(),  # a view would be saved with all its storage
             "policies": torch.stack(self.policies),
             "generator": self.generator.get_state(),
             "vector": {key: torch.from_numpy(value) for key, value in self.vector.state_dict().items()},
@@ -475,7 +475,7 @@ class Trainer:
         self.iteration = state["iteration"]
         self.agent.load_state_dict(state["agent"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for group in self.optimiser.param_groups:  # its state is there already
+        for group in self.optimiser.param_groups:  # load_state_dict moves all but these
             group["lr"] = group["lr"].to(self.device)
         self.replay[:, : self.iteration].copy_(state["replay"].view_as(self.replay[:, : self.iteration]))
         self.filled.fill_(self.iteration * self.settings.envs)
@@ -673,15 +673,15 @@ def work() -> None:
         os.write(1, f"{json.dumps(parts)}\n".encode())
 
     torch.set_num_threads(1)
-    with contextlib.suppress(BrokenPipeError):
-        try:
-            for i, job in pickle.load(sys.stdin.buffer):
-                for progress in _train_shard(**job):
-                    report(i, *progress)
-        except BrokenPipeError:
-            raise
-        except (DataError, OSError, MemoryError, RuntimeError) as error:
-            known = _cannot_build(error, job["path"]) if isinstance(error, OSError) else error
+    try:
+        for i, job in pickle.load(sys.stdin.buffer):
+            for progress in _train_shard(**job):
+                report(i, *progress)
+    except BrokenPipeError:
+        return
+    except (DataError, OSError, MemoryError, RuntimeError) as error:
+        known = _cannot_build(error, job["path"]) if isinstance(error, OSError) else error
+        with contextlib.suppress(BrokenPipeError):
             report(type(known).__name__, str(known))
 
 
@@ -960,7 +960,7 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     if quality == "mixed":
         return collect(env, tasks, policies[:, spread], settings, stream)
     chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
-    if quality == "medium":  # chosen among no fewer policies, however few of its trajectories are wanted
+    if quality == "medium":  # chosen among 50 policies or more, even where fewer trajectories of it are wanted
         probe = dataclasses.replace(settings, trajectories=count)
         returns = roll_out(env, tasks, "mixed", behaviour, probe, seed)["first_return"]
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
@@ -1140,7 +1140,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             raise DataError(f"{path}: {name} holds Python objects, expected numbers (of meta: JSON text)") from None
         raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
     text = str(arrays.pop("meta", "{}"))
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(meta := json.loads(text), dict):
             return arrays, meta
     raise DataError(f"{path}: meta is {text!r:.60}, expected a JSON object, or no meta")
@@ -1269,11 +1269,9 @@ def prepare(
     row, device = envs.family(env), choose_device(device)
     own = "scripted" if row.script else "sac"
     behaviour = behaviour or own
-    if problem := _impossible(env, row, quality, behaviour, bool(train or test)):
-        raise DataError(problem)
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
     settings = settings_for(env, device, **changes)
-    if problem := _too_few(settings, quality, behaviour):
+    if problem := _impossible(env, row, quality, behaviour, bool(train or test), settings):
         raise DataError(problem)
     train, test = train or row.train, test or row.test
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{'' if behaviour == own else f'-{behaviour}'}"
@@ -1332,7 +1330,9 @@ def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
-def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts: bool) -> str | None:
+def _impossible(
+    env: str, row: envs.Family, quality: str, behaviour: str, counts: bool, settings: Settings
+) -> str | None:
     """Why there is no such dataset, in words, or None."""
     if quality not in QUALITIES:
         return f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"
@@ -1346,11 +1346,6 @@ def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts
         return f"the scripted data of {env} are all of quality mixed, found {quality}; behaviour sac has the others"
     if row.only and counts:
         return f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed"
-    return None
-
-
-def _too_few(settings: Settings, quality: str, behaviour: str) -> str | None:
-    """Which number is too small for data of this quality, in words, or None."""
     if quality == "replay" and settings.replay < settings.envs:
         return f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"
     if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
