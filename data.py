@@ -15,7 +15,8 @@ Families with a script (sawyer) need no SAC: a controller that does not know wha
 the scene, in random order, and its trajectories are the `mixed` data.
 
 A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
-episode. Your own data needs the same arrays (those marked * may be left out):
+episode. Your own data needs the same arrays (those marked * may be left out). Other types of number (float64, integers,
+bool) become these when a file is loaded, and whatever else is in the file is not read:
 
     observations, next_observations  (T, N, d) float32      actions  (T, N, m) float32, in [-1, 1]
     rewards, terminals               (T, N)    float32      terminals: 1 where the MDP itself ended, not at a time limit
@@ -44,19 +45,16 @@ import importlib.util
 import inspect
 import json
 import math
-import multiprocessing
 import os
+import pickle
 import platform
 import re
-import signal
+import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -142,7 +140,7 @@ POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes
 ONE = {"shard": 1, "hidden": 128, "batch": 128, "core_minutes": 12.0}  # few tasks: a process for each
 WARM = {"nstep": 1, "alpha": 1.0, "alpha_lr": 3e-4}  # a temperature that falls fast leaves cheetah and ant standing
 CHEETAH = WARM | {"envs": 4}
-# a slow target network and four times the gradient steps: else most hoppers leap and fall
+# with a faster target network, or fewer gradient steps, most hoppers leap and fall
 HOPPER = WARM | {"updates": 8, "discount": 0.995, "tau": 0.005}
 SMALL = {
     "sparse-point-robot": POINT,
@@ -154,18 +152,18 @@ SMALL = {
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
-    "sawyer": {"episode": 50},  # of SAC's; the default is the script's
+    "sawyer": {"episode": 50},  # for SAC; its script has no use for it
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
 }
-FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # over a family's row but its own tau
-
+FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # on CUDA, but for a family's own tau
+WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iteration: most of its cost is fixed
 
 MOST = 2**32 - 1
 LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
-LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number is a count, from 1,
-LIMITS |= {"checkpoints": (2, MOST)}  # and of checkpoints from the untrained and the last policy
+LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number counts from 1
+LIMITS |= {"checkpoints": (2, MOST)}  # the untrained policy and the last one
 
 
 def flag(name: str) -> str:
@@ -191,10 +189,11 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     elif device.type == "cuda":
         own = {"tau": row["tau"]} if "tau" in row else {}
         row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
+        row |= {key: WIDER * row.get(key, getattr(Settings, key)) for key in ("envs", "updates")}
     settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
     if settings.envs > settings.steps:
         raise DataError(f"--sac-envs: expected at most the {settings.steps} of --sac-steps, found {settings.envs}")
-    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # whole steps of all of them
+    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # all sub-environments step at once
     if settings.start >= most:  # nothing would be learned
         raise DataError(f"--start: expected less than {most} with these --sac-steps, found {settings.start}")
     if settings.nstep > settings.steps // settings.envs:
@@ -325,10 +324,14 @@ def n_step(rows: torch.Tensor, d: int, m: int, discount: float) -> torch.Tensor:
 
 
 class Trainer:
-    """SAC, its replay and its environments for some tasks; may be saved after any iteration, and goes on exactly."""
+    """SAC, its replay and its environments for some tasks; may be saved after any iteration, and goes on exactly.
+
+    On CUDA the host waits for the device once in a step: for the actions. What goes there lies in pinned memory, so
+    that its copies are only queued; by the next wait they are done and the memory is free to be written again.
+    """
 
     def __init__(self, env: str, tasks: np.ndarray, seed: int, settings: Settings, device: torch.device, threads: int):
-        row = envs.family(env)
+        row, cuda = envs.family(env), device.type == "cuda"
         self.settings, self.device, self.n, e = settings, device, len(tasks), settings.envs
         self.vector = envs.make(env, tasks.repeat(e, axis=0), seed, horizon=settings.episode, threads=threads)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -338,28 +341,36 @@ class Trainer:
         width = 2 * row.obs_dim + row.act_dim + 3  # s, a, r, s', terminal, ended
         # row t of the replay is the t-th step of every sub-environment
         self.replay = torch.zeros(self.n, self.iterations, e, width, device=device)  # nothing is ever dropped
-        self.filled = torch.zeros((), device=device)  # on the device, so that drawing needs no new graph
+        self.filled = torch.zeros((), device=device)  # how many rows; on the device, where a graph can read it
+        self.host_obs, self.host_rows = (torch.zeros(self.n, e, k, pin_memory=cuda) for k in (row.obs_dim, width))
+        self.seen, self.action = self.host_obs.to(device), torch.zeros(self.n, e, row.act_dim, device=device)
         self.marks = np.linspace(0, self.iterations, settings.checkpoints).round().astype(int)
         self.policies: list[torch.Tensor] = []
         self.iteration = 0
         self.obs = self.vector.reset()[0]
         self.score = np.zeros(len(self.obs))  # running return of each sub-environment
         self.last_score = np.full(len(self.obs), np.nan)  # of the last episode that ended
-        captured = GRAPHS and device.type == "cuda"
-        self.learn = capture(self.learn_eagerly, self.generator) if captured else self.learn_eagerly
+        self.choose, self.learn = self.choose_eagerly, self.learn_eagerly
+        if GRAPHS and cuda:
+            self.choose, self.learn = (capture(fn, self.generator) for fn in (self.choose, self.learn))
 
     def act(self) -> np.ndarray:
         """Sampled actions (n x envs, m)."""
-        e, m = self.settings.envs, self.agent.act_dim
-        if self.iteration * e < self.settings.start:
-            action = 2 * torch.rand(self.n, e, m, generator=self.generator, device=self.device) - 1
-            return action.view(-1, m).cpu().numpy()
-        noise = torch.randn(self.n, e, m, generator=self.generator, device=self.device)
-        obs = torch.as_tensor(self.obs, dtype=torch.float32).view(self.n, e, -1).to(self.device)
-        with torch.no_grad():
-            action = sample_action(self.agent.actor(obs), noise)[0].view(-1, m).cpu().numpy()
-        self.check(np.isfinite(action).reshape(self.n, -1).all(1))  # here anyway: no wait for the device
+        if self.iteration * self.settings.envs < self.settings.start:
+            self.action.copy_(2 * torch.rand(self.action.shape, generator=self.generator, device=self.device) - 1)
+        else:
+            self.host_obs.copy_(torch.from_numpy(self.obs).view_as(self.host_obs))
+            self.seen.copy_(self.host_obs, non_blocking=True)
+            self.choose()
+        action = self.action.flatten(0, 1).cpu().numpy().copy()  # waits for the device
+        self.check(np.isfinite(action).reshape(self.n, -1).all(1))
         return action
+
+    @torch.no_grad()
+    def choose_eagerly(self) -> None:
+        """From the observations in `seen` to actions in `action`."""
+        noise = torch.randn(self.action.shape, generator=self.generator, device=self.device)
+        self.action.copy_(sample_action(self.agent.actor(self.seen), noise)[0])
 
     def check(self, finite: np.ndarray) -> None:
         """Diverged if one of the tasks (T,) is not finite."""
@@ -379,16 +390,16 @@ class Trainer:
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", self.obs), self.obs)
         parts = obs, action, reward[:, None], after, terminated[:, None], ended[:, None]
-        rows = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
-        rows = rows.view(self.n, self.settings.envs, -1)
-        if info["blew_up"].any():  # that step never happened: its place takes the step before, as an end
+        self.host_rows.copy_(torch.from_numpy(np.concatenate(parts, axis=1)).view_as(self.host_rows))
+        rows = self.host_rows.to(self.device, non_blocking=True)
+        if info["blew_up"].any():  # no step was taken: the one before stands in its place too, and ends its episode
             if not self.iteration:
                 raise DataError(f"{self.vector.name}: the physics blew up in the first step of an episode")
             blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
             before = self.replay[:, self.iteration - 1]
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
-            rows = torch.where(blown, before, rows.to(self.device))
-        self.replay[:, self.iteration] = rows.to(self.device)
+            rows = torch.where(blown, before, rows)
+        self.replay[:, self.iteration] = rows
         self.score += reward
         self.last_score[ended] = self.score[ended]
         self.score[ended] = 0
@@ -431,6 +442,11 @@ class Trainer:
             self.anneal()
             self.learn()
 
+    def mean_return(self) -> float:
+        """Of the last episode of each sub-environment; not a number before the first has ended."""
+        ended = self.last_score[np.isfinite(self.last_score)]
+        return float(ended.mean()) if len(ended) else math.nan
+
     def keep(self) -> None:
         """Notes the policies of now, a row (T, parameters), where a checkpoint is due."""
         while len(self.policies) < len(self.marks) and self.marks[len(self.policies)] <= self.iteration:
@@ -455,7 +471,7 @@ class Trainer:
             "iteration": self.iteration,
             "agent": self.agent.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "replay": self.replay[:, : self.iteration].contiguous().cpu(),  # of a view all its storage would be saved
+            "replay": self.replay[:, : self.iteration].contiguous().cpu(),  # a view would be saved with all its storage
             "policies": torch.stack(self.policies),
             "generator": self.generator.get_state(),
             "vector": {key: torch.from_numpy(value) for key, value in self.vector.state_dict().items()},
@@ -466,7 +482,7 @@ class Trainer:
         self.iteration = state["iteration"]
         self.agent.load_state_dict(state["agent"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for group in self.optimiser.param_groups:  # its state is there already
+        for group in self.optimiser.param_groups:  # load_state_dict moves all but these
             group["lr"] = group["lr"].to(self.device)
         self.replay[:, : self.iteration].copy_(state["replay"].view_as(self.replay[:, : self.iteration]))
         self.filled.fill_(self.iteration * self.settings.envs)
@@ -586,6 +602,8 @@ def locked(folder: Path):
             except BlockingIOError:
                 print(f"waiting for another process that builds in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"{folder}: no locks there ({error.strerror}); let only one process build", flush=True)
         yield
 
 
@@ -616,32 +634,25 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
-_progress: Any = None  # in a worker, three numbers for each shard: iterations done, of them restored; mean return
-_stop: Any = None  # in a worker: 1 where the others are to stop
+BUILT_IN = dict(envs.FAMILIES)  # the families that a worker, which never runs the user's script, knows too
+WORKER = (
+    "import sys; sys.path[0] = sys.argv[1]; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    "import data; data.work()"
+)  # Ctrl-C is for the parent to answer
 
 
-def _start_worker(progress: Any, stop: Any, parent: int) -> None:
-    global _progress, _stop
-    _progress, _stop = progress, stop
-    threading.Thread(target=_outlive_nobody, args=(parent,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    torch.set_num_threads(1)
+def _train_shard(
+    path: Path, env: str, tasks: np.ndarray, seed: int, settings: dict[str, Any], device: str, threads: int
+) -> Iterator[tuple[int, int, float]]:
+    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`.
 
-
-def _outlive_nobody(parent: int) -> None:
-    """Ends a worker whose parent was killed, even one that waits for work; the last save stands."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _train_shard(job: tuple) -> None:
-    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`."""
-    index, path, env, tasks, seed, settings, device, threads = job
-    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    Yields twice a second how many iterations are done, how many of them by an earlier process, and the mean return.
+    """
+    settings = Settings(**settings)
+    label, iterations = _label(env, settings, tasks), settings.steps // settings.envs
     saved = _load_checkpoint(path, label) if path.exists() else {}
     if "policies" in saved:
-        _progress[3 * index] = _progress[3 * index + 1] = settings.steps // settings.envs
+        yield iterations, iterations, math.nan
         return
     trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
     if saved:
@@ -649,26 +660,79 @@ def _train_shard(job: tuple) -> None:
             trainer.load_state_dict(saved["trainer"])
         except Exception as error:
             raise _damaged(path, error) from None
-    _progress[3 * index] = _progress[3 * index + 1] = trainer.iteration
-    saved_at, pause = time.time(), SAVE_EVERY
+    restored, saved_at, told_at, pause = trainer.iteration, time.time(), time.time(), SAVE_EVERY
     while not trainer.finished:
         trainer.step()
-        if trainer.iteration % 32 == 0 or trainer.finished:
-            scores = trainer.last_score[np.isfinite(trainer.last_score)]
-            _progress[3 * index] = trainer.iteration
-            _progress[3 * index + 2] = scores.mean() if len(scores) else math.nan
-        if _stop is not None and _stop.value:
-            os._exit(1)  # the parent stops: the last save stands
+        if time.time() - told_at > 0.5:
+            told_at = time.time()
+            yield trainer.iteration, restored, trainer.mean_return()
         if time.time() - saved_at > pause and not trainer.finished:
             began = time.time()
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
             pause = SAVE_EVERY * max(1, (saved_at - began) / 6)  # gigabytes on CUDA: at most a tenth of the time
     write(path, lambda file: torch.save(label | trainer.result(), file))
-    trainer.learn = None  # it holds the trainer; without this cycle the device's memory is free at once
+    yield iterations, restored, trainer.mean_return()
+    trainer.choose = trainer.learn = None  # they refer to the trainer: without the cycle its memory is free at once
+
+
+def work() -> None:
+    """All that a worker does: trains the shards that standard input holds, and reports how far each is, a line of JSON
+    in one piece on standard output. Once nobody reads that, the parent was stopped or killed, and the worker ends."""
+
+    def report(*parts: Any) -> None:
+        os.write(1, f"{json.dumps(parts)}\n".encode())
+
+    torch.set_num_threads(1)
+    try:
+        for i, job in pickle.load(sys.stdin.buffer):
+            for progress in _train_shard(**job):
+                report(i, *progress)
+    except BrokenPipeError:
+        return
+    except (DataError, OSError, MemoryError, RuntimeError) as error:
+        known = _cannot_build(error, job["path"]) if isinstance(error, OSError) else error
+        with contextlib.suppress(BrokenPipeError):
+            report(type(known).__name__, str(known))
+
+
+def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) -> None:
+    """Shares the shards out among processes of one thread each, which all report through one pipe; raises what one of
+    them does, DataError if one is killed."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", WORKER, str(Path(envs.__file__).resolve().parent)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    running: list[subprocess.Popen] = []
+    try:
+        with open(reader) as reports:  # once it is closed, each worker's next report fails and ends it
+            try:
+                for k in range(workers):
+                    running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer, env=one_thread))
+                    with contextlib.suppress(BrokenPipeError), running[-1].stdin as file:
+                        pickle.dump([*enumerate(jobs)][k::workers], file)
+            finally:
+                os.close(writer)
+            for line in reports:
+                i, *report = json.loads(line)
+                if isinstance(i, str):
+                    known = {"DataError": DataError, "Diverged": Diverged, "MemoryError": MemoryError}
+                    raise known.get(i, RuntimeError)(*report)
+                show(i, *report)
+                if any(worker.poll() for worker in running):
+                    break
+    finally:
+        codes = [worker.wait() for worker in running]
+    if any(codes):
+        where = jobs[0]["path"].parent
+        raise DataError(f"{where}: a process was killed (no memory?) or failed; the same command goes on from its save")
 
 
 STAGE_2 = {"core_minutes", "trajectories"}  # settings that no agent in training sees
+
+
+def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
+    """What a behaviour file says it was made for."""
+    return {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
 
 
 def _load_checkpoint(path: Path, label: dict) -> dict:
@@ -687,7 +751,7 @@ def _load_checkpoint(path: Path, label: dict) -> dict:
         raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
     try:
         if "policies" in saved:
-            _check_behaviour(saved)
+            check_behaviour(saved)
         elif not isinstance(saved["trainer"], dict):
             raise TypeError
     except Exception as error:
@@ -699,7 +763,11 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew")
 
 
-def _check_behaviour(saved: dict) -> None:
+def _cannot_build(error: OSError, place: Path) -> DataError:
+    return DataError(f"{error.filename or place}: cannot build there ({error.strerror or error})")
+
+
+def check_behaviour(saved: dict) -> None:
     """ValueError unless policies and early transitions have the shapes that settings and tasks give, all finite."""
     row, settings, count = envs.family(saved["env"]), Settings(**saved["settings"]), len(saved["tasks"])
     actor = BatchedMLP(1, row.obs_dim, settings.hidden, 2 * row.act_dim)
@@ -714,21 +782,14 @@ def _check_behaviour(saved: dict) -> None:
 
 
 def build_behaviour(
-    env: str,
-    tasks: np.ndarray,
-    seed: int,
-    settings: Settings,
-    folder: Path,
-    device: torch.device,
-    workers: int | None = None,
+    env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device, workers: int | None
 ) -> dict:
     """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`.
 
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
     """
-    path = folder / "behaviour.pt"
-    label = {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
+    path, label = folder / "behaviour.pt", _label(env, settings, tasks)
     if path.exists():
         whole = _load_checkpoint(path, label)
         for part in folder.glob("behaviour-part*.pt"):  # killed before it could remove them
@@ -736,85 +797,48 @@ def build_behaviour(
         return whole
     on_cpu = device.type == "cpu"
     shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
-    workers = min(workers or envs.cores(), len(shards)) if on_cpu else 1
+    job = {"env": env, "settings": label["settings"], "device": str(device), "threads": 1 if on_cpu else envs.cores()}
     jobs = [
-        (i, folder / f"behaviour-part{i}.pt", env, tasks[shard], 1_000_003 * seed + i, settings, str(device),
-         1 if on_cpu else envs.cores())
+        job | {"path": folder / f"behaviour-part{i}.pt", "tasks": tasks[shard], "seed": 1_000_003 * seed + i}
         for i, shard in enumerate(shards)
-    ]  # fmt: skip
-    _run_jobs(jobs, workers, env, settings)
-    parts = [_load_checkpoint(job[1], label | {"tasks": torch.from_numpy(job[3])}) for job in jobs]
+    ]
+    _run_jobs(jobs, min(workers or envs.cores(), len(jobs)))
+    parts = [_load_checkpoint(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
     whole = label | {
         "policies": torch.cat([part["policies"] for part in parts], dim=1),
         "early": torch.cat([part["early"] for part in parts]),
     }
     write(path, lambda file: torch.save(whole, file))
     for job in jobs:
-        job[1].unlink(missing_ok=True)
+        job["path"].unlink(missing_ok=True)
     return whole
 
 
-def _run_jobs(jobs: list[tuple], workers: int, env: str, settings: Settings) -> None:
-    iterations = settings.steps // settings.envs
-    tasks = [len(job[3]) for job in jobs]
-    bar = Progress(f"SAC on {env}, {sum(tasks)} tasks", iterations * settings.envs * sum(tasks), "steps")
-    context = multiprocessing.get_context("spawn")
-    progress = context.Array("d", [0.0, 0.0, math.nan] * len(jobs), lock=False)
+def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
+    """Trains all shards, see `_train_shard`, and shows how far they are."""
+    env, settings, tasks = jobs[0]["env"], jobs[0]["settings"], np.array([len(job["tasks"]) for job in jobs])
+    state = np.array([[0, 0, math.nan]] * len(jobs))
+    per_iteration = tasks * settings["envs"]
+    total = settings["steps"] // settings["envs"] * per_iteration.sum()
+    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total), "steps")
 
-    def show():
-        done, restored, score = (np.array(progress[i::3]) for i in range(3))
+    def show(i: int, *report: float) -> None:
+        state[i] = report
+        done, restored, score = state.T
         known = np.isfinite(score)
-        note = f", return {np.average(score[known], weights=np.array(tasks)[known]):.1f}" if known.any() else ""
-        bar.show(*(int((x * tasks).sum()) * settings.envs for x in (done, restored)), note)
+        note = f", return {np.average(score[known], weights=tasks[known]):.1f}" if known.any() else ""
+        bar.show(int(done @ per_iteration), int(restored @ per_iteration), note)
 
-    if jobs[0][6] != "cpu":  # in this process; progress from a thread beside it
-        _start_here(progress)
-        with _every(1.0, show):
-            _train_shard(jobs[0])
-        return show()
-    threads = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(threads, "1"))  # read when a worker starts
-    stop = context.Value("b", 0, lock=False)  # a lock might die with the worker that holds it
+    if workers > 1 and envs.family(env) is BUILT_IN.get(env):
+        return _run_in_workers(jobs, workers, show)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (progress, stop, os.getpid())) as pool:
-            try:
-                waiting = {pool.submit(_train_shard, job) for job in jobs}
-                while waiting:
-                    done, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()
-                    show()
-            finally:
-                stop.value = 1
-                pool.shutdown(cancel_futures=True)
-    except BrokenProcessPool:
-        where = jobs[0][1].parent
-        raise DataError(f"{where}: a process was killed (no memory?); the same command goes on from its save") from None
+        for i, job in enumerate(jobs):
+            for report in _train_shard(**job):
+                show(i, *report)
     finally:
-        for key, value in threads.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def _start_here(progress: Any) -> None:
-    global _progress
-    _progress = progress
-
-
-@contextlib.contextmanager
-def _every(seconds: float, call):
-    stop = threading.Event()
-
-    def loop():
-        while not stop.wait(seconds):
-            call()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
@@ -824,7 +848,7 @@ def collect(
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
     `record` returns. Diverged if an action is not finite."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
-    actor = _load_policies(policies.flatten(0, 1), row, settings.hidden)
+    actor = load_policies(policies.flatten(0, 1), row, settings.hidden)
     generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -903,7 +927,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     return _arrays(out.reshape(len(tasks), trajectories, steps, -1), row)
 
 
-def _load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
+def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
     """The actors (n, parameters) as one module."""
     actor = BatchedMLP(len(flat), row.obs_dim, hidden, 2 * row.act_dim).requires_grad_(False)
     parts = flat.split([p[0].numel() for p in actor.parameters()], dim=1)
@@ -912,23 +936,26 @@ def _load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> Batched
     return actor
 
 
+def _columns(rows: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
+    """Dataset arrays from rows (T, N, D) of s, a, r, s', terminal, ..."""
+    d, m = row.obs_dim, row.act_dim
+    s, a, r, s2, terminal, _ = np.split(rows, np.cumsum([d, m, 1, d, 1]), axis=-1)
+    rest = {"rewards": r[..., 0], "next_observations": s2, "terminals": terminal[..., 0]}
+    return {"observations": s, "actions": a} | rest
+
+
 def _arrays(out: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
     """Dataset arrays from rows (T, trajectories, steps, D) of s, a, r, s', terminal, sparse r, episode."""
-    d, m, (t, s, steps) = row.obs_dim, row.act_dim, out.shape[:3]
+    t, s, steps = out.shape[:3]
     episode = out[..., -1].astype(int)
-    first = np.zeros((t, s, steps), bool)
-    first[..., 0] = True
+    first = np.ones((t, s, steps), bool)
     first[..., 1:] = episode[..., 1:] != episode[..., :-1]
     counted = (episode == episode[..., :1]) & (np.arange(steps) < row.horizon)
     flat = out.reshape(t, s * steps, -1)
     return {
-        "observations": flat[..., :d],
-        "actions": flat[..., d : d + m],
-        "rewards": flat[..., d + m],
-        "next_observations": flat[..., d + m + 1 : 2 * d + m + 1],
-        "terminals": flat[..., -3],
+        **_columns(flat, row),
         **({"sparse_rewards": flat[..., -2]} if row.sparse_reward else {}),
-        "episodes": (first.reshape(t, -1).cumsum(1) - 1).astype(np.int32),
+        "episodes": first.reshape(t, -1).cumsum(1) - 1,
         "first_return": (out[..., -2] * counted).sum(2, dtype=np.float64),
     }
 
@@ -944,7 +971,7 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     if quality == "mixed":
         return collect(env, tasks, policies[:, spread], settings, stream)
     chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
-    if quality == "medium":  # chosen among no fewer policies, however few of its trajectories are wanted
+    if quality == "medium":  # chosen among 50 policies or more, even where fewer trajectories of it are wanted
         probe = dataclasses.replace(settings, trajectories=count)
         returns = roll_out(env, tasks, "mixed", behaviour, probe, seed)["first_return"]
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
@@ -984,28 +1011,20 @@ def can_relabel(row: envs.Family) -> bool:
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
-    """SAC's first transitions (T, iterations, envs, D), episode by episode, in the order in which they began."""
-    row = envs.family(env)
-    rows = early.transpose(1, 2).numpy()  # (T, envs, iterations, [s, a, r, s', terminal, ended])
-    d, m, ended = row.obs_dim, row.act_dim, rows[..., -1:]
-    reported = rows[..., d + m]
-    if row.sparse_reward:
-        t, s, steps, _ = rows.shape
-        flat = rows.reshape(t * s * steps, -1)
-        state, action, after = flat[:, :d], flat[:, d : d + m], flat[:, d + m + 1 : 2 * d + m + 1]
-        reported = row.sparse_reward(tasks.repeat(s * steps, axis=0), state, action, after, 1.0).reshape(t, s, steps)
-    episode = np.concatenate([np.zeros_like(ended[:, :, :1]), ended[:, :, :-1].cumsum(2)], axis=2)
-    arrays = _arrays(np.concatenate([rows[..., :-1], reported[..., None], episode], axis=-1).astype(np.float32), row)
-    t, e, steps = episode.shape[:3]
-    first = np.concatenate([np.ones_like(ended[:, :, :1]), ended[:, :, :-1]], axis=2)[..., 0] > 0
+    """SAC's first transitions (T, iterations, envs, [s, a, r, s', terminal, ended]), episode by episode, in the order
+    in which they began."""
+    row, (t, steps, e, width) = envs.family(env), early.shape
+    rows, n = early.transpose(1, 2).numpy(), e * steps
+    first = np.concatenate([np.ones((t, e, 1), bool), rows[:, :, :-1, -1] > 0], axis=2)
     began = np.maximum.accumulate(np.where(first, np.arange(steps), 0), axis=2)  # the iteration of its first step
-    order = ((began * e + np.arange(e)[:, None]) * steps + np.arange(steps)).reshape(t, -1).argsort(1)
-    for key, value in arrays.items():
-        if key not in ("episodes", "first_return"):
-            arrays[key] = np.take_along_axis(value, order.reshape(order.shape + (1,) * (value.ndim - 2)), axis=1)
-    first = np.take_along_axis(first.reshape(t, -1), order, axis=1)
-    arrays["episodes"] = (first.cumsum(1) - 1).astype(np.int32)
-    rewards = arrays["sparse_rewards" if row.sparse_reward else "rewards"]
+    order = (began * e + np.arange(e)[:, None]).reshape(t, n).argsort(axis=1, kind="stable")
+    arrays = _columns(np.take_along_axis(rows.reshape(t, n, width), order[..., None], axis=1), row)
+    arrays["episodes"] = np.take_along_axis(first.reshape(t, n), order, axis=1).cumsum(1) - 1
+    if row.sparse_reward:
+        each = (arrays[key].reshape(t * n, -1) for key in ("observations", "actions", "next_observations"))
+        reported = row.sparse_reward(tasks.repeat(n, axis=0), *each, 1.0)
+        arrays["sparse_rewards"] = reported.reshape(t, n).astype(np.float32)
+    rewards = arrays.get("sparse_rewards", arrays["rewards"])
     task, _, total = _episode_returns(rewards, arrays["episodes"], arrays["terminals"], row.horizon)
     whole = np.bincount(task, minlength=t)
     mean = np.bincount(task, total, t) / np.maximum(whole, 1)
@@ -1063,12 +1082,17 @@ def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
 
 
 def load(path: Path | str, env: str | None = None, device: torch.device | str = "cpu") -> Dataset:
-    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`."""
+    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`.
+
+    A line on standard error says so where rows of your own data do not follow each other as episodes do.
+    """
     path = Path(path)
     arrays, meta = _read(path)
     problem = _problem(arrays, meta, env)
     if problem:
         raise DataError(f"{path}: {problem}")
+    if "settings" not in meta and (doubt := _doubt(arrays)):
+        print(f"{path}: {doubt}", file=sys.stderr)
     meta.setdefault("checksum", checksum(arrays))
     if env is not None:
         meta.setdefault("env", env)
@@ -1104,25 +1128,33 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a dataset (.npz)")
+    """The arrays that a dataset needs, and `meta`; DataError where they cannot be read."""
+    names, arrays, name = ["meta", *REQUIRED, *OPTIONAL], {}, ""
     try:
         with zipfile.ZipFile(path) as file:  # a zip tells the sizes of what it holds, and cannot grow beyond them
-            size = sum(info.file_size for info in file.infolist())
+            size = sum(info.file_size for info in file.infolist() if info.filename.removesuffix(".npy") in names)
+            for info in file.infolist():
+                file.open(info).close()  # a zip says each name twice: a damaged one cannot hide an array
         if size > _memory():
             raise DataError(f"{path}: holds {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:,.0f} GB of memory")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError
-        meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
+            for name in (name for name in names if name in file.files):
+                arrays[name] = np.asarray(file[name])
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; expected a dataset (.npz)") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # np.load raises a different error for each way a file can be damaged
+        if "Object arrays" in str(error):
+            raise DataError(f"{path}: {name} holds Python objects, expected numbers (of meta: JSON text)") from None
         raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: meta is not a JSON object")
-    return {name: array for name, array in arrays.items() if name in REQUIRED | OPTIONAL}, meta
+    text = str(arrays.pop("meta", "{}"))
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(meta := json.loads(text), dict):
+            return arrays, meta
+    raise DataError(f"{path}: meta is {text!r:.60}, expected a JSON object, or no meta")
 
 
 def _memory() -> float:
@@ -1144,13 +1176,24 @@ def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str 
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         return f"lacks {', '.join(missing)}"
-    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
-        if name in arrays and (arrays[name].ndim != ndim or arrays[name].dtype != dtype):
-            found = f"{arrays[name].dtype} with {arrays[name].ndim} axes"
-            return f"{name} is {found}, expected {np.dtype(dtype)} with {ndim}"
     if "checksum" in meta and checksum(arrays) != meta["checksum"]:
         return "the checksum does not match: the file was changed or damaged"
-    return _shape_problem(arrays, env) or _value_problem(arrays, env)
+    return _type_problem(arrays) or _shape_problem(arrays, env) or _value_problem(arrays, env)
+
+
+def _type_problem(arrays: dict[str, np.ndarray]) -> str | None:
+    """Gives each array its type; what cannot have it, in words, or None."""
+    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
+        array = arrays.get(name)
+        if array is None:
+            continue
+        if array.ndim != ndim or array.dtype.kind not in "biuf":
+            return f"{name} is {array.dtype} with {array.ndim} axes, expected {np.dtype(dtype)} with {ndim}"
+        with np.errstate(all="ignore"):
+            arrays[name] = array.astype(dtype, copy=False)
+        if np.issubdtype(dtype, np.integer) and (changed := arrays[name] != array).any():
+            return f"{name} holds {array[changed][0]}, expected whole numbers ({np.dtype(dtype)})"
+    return None
 
 
 def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
@@ -1176,21 +1219,43 @@ def _value_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
     for name, array in arrays.items():
         if array.dtype.kind == "f" and name != "returns" and not np.isfinite(array).all():
             return f"{name} holds values that are not finite"
-    if np.abs(arrays["actions"]).max() > 1:
-        return f"actions reach {np.abs(arrays['actions']).max():.3g}, expected them in [-1, 1]"
+    if (largest := np.abs(arrays["actions"]).max()) > 1:
+        return f"actions reach {largest!s}, expected them in [-1, 1]"
     if not np.isin(arrays["terminals"], (0, 1)).all():
         return "terminals hold values other than 0 and 1"
     if (arrays["episodes"][:, 1:] < arrays["episodes"][:, :-1]).any():
         return "episodes are not in order"
     t, train, test = len(arrays["tasks"]), arrays["train_tasks"], arrays["test_tasks"]
     for name, index in (("train_tasks", train), ("test_tasks", test)):
-        if len(index) == 0 or index.min() < 0 or index.max() >= t or len(set(index.tolist())) < len(index):
-            return f"{name} are not distinct indices below {t}"
+        if len(index) == 0:
+            return f"{name} is empty, expected at least one of the {t} tasks"
+        if (wrong := (index < 0) | (index >= t)).any():
+            return f"{name} holds {index[wrong][0]}, expected indices from 0 to {t - 1}"
+        if (count := np.bincount(index)).max() > 1:
+            return f"{name} holds {count.argmax()} more than once"
     overlap = set(train.tolist()) & set(test.tolist())
     if overlap and set(train.tolist()) != set(test.tolist()):
         return f"tasks {sorted(overlap)} are both training and test tasks"
     if env is not None and not (known := envs.is_task(env, arrays["tasks"])).all():
         return f"task {known.argmin()} has parameters that no task of {env} can have"
+    return None
+
+
+def _doubt(arrays: dict[str, np.ndarray]) -> str | None:
+    """What looks wrong where one row follows another, in words, or None."""
+    apart = inside = led_on = ends = 0
+    rows = (arrays[key] for key in ("observations", "next_observations", "episodes"))
+    for obs, following, episodes in zip(*rows, strict=True):
+        same = episodes[1:] == episodes[:-1]
+        apart += (~np.isclose(following[:-1], obs[1:], rtol=1e-4, atol=1e-5).all(1))[same].sum()
+        led_on += (following[:-1] == obs[1:]).all(1)[~same].sum()
+        inside, ends = inside + same.sum(), ends + (~same).sum()
+    if led_on > ends / 2:
+        found = f"{led_on:,} of {ends:,} last rows of an episode lead to the next one's first observation"
+        return f"warning: {found}; are next_observations shifted by a row, or episodes too short?"
+    if apart:
+        found = f"{apart:,} of {inside:,} rows inside an episode do not end where the next row begins"
+        return f"warning: {found}; look at episodes and next_observations (fine if rows are shuffled)"
     return None
 
 
@@ -1212,22 +1277,15 @@ def prepare(
     DataError, in one sentence, for what there is not or cannot be written, and where another setting made what is
     there; Diverged if the agents do.
     """
-    row = envs.family(env)
+    row, device = envs.family(env), choose_device(device)
     own = "scripted" if row.script else "sac"
     behaviour = behaviour or own
-    problem = _impossible(env, row, quality, behaviour, bool(train or test))
-    if problem:
-        raise DataError(problem)
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
-    device = choose_device(device)
     settings = settings_for(env, device, **changes)
-    if quality == "replay" and settings.replay < settings.envs:
-        raise DataError(f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}")
-    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
-        raise DataError(f"--trajectories: {quality} data are of several policies; expected at least 2, found 1")
+    if problem := _impossible(env, row, quality, behaviour, bool(train or test), settings):
+        raise DataError(problem)
     train, test = train or row.train, test or row.test
-    suffix = "" if behaviour == own else f"-{behaviour}"
-    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{suffix}"
+    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{'' if behaviour == own else f'-{behaviour}'}"
     path = folder / f"{quality}.npz"
     if path.exists():
         return _made_with(path, changes)
@@ -1235,8 +1293,8 @@ def prepare(
         tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     except ValueError as error:
         raise DataError(error) from None
-    train_tasks = np.arange(train)
-    index = {"train_tasks": train_tasks, "test_tasks": train_tasks if row.only else np.arange(train, train + test)}
+    every = np.arange(len(tasks))
+    index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
     try:
         with locked(folder):
             if path.exists():
@@ -1245,11 +1303,15 @@ def prepare(
                 print(f"building {path}: the script in every task", flush=True)
                 arrays = perform(env, tasks, settings.trajectories, seed)
             else:
-                arrays = _train_and_roll_out(env, tasks, train_tasks, path, settings, seed, device, workers)
+                _announce(path, settings, env, device, workers, len(tasks))
+                agents = build_behaviour(env, tasks, seed, settings, folder, device, workers)
+                arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+            if quality == "relabelled":
+                arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
             meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
             _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot build there ({error.strerror or error})") from None
+        raise _cannot_build(error, folder) from None
     return path
 
 
@@ -1266,24 +1328,6 @@ def _made_with(path: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-def _train_and_roll_out(
-    env: str,
-    tasks: np.ndarray,
-    train_tasks: np.ndarray,
-    path: Path,
-    settings: Settings,
-    seed: int,
-    device: torch.device,
-    workers: int | None,
-) -> dict[str, np.ndarray]:
-    """The arrays of the dataset at `path`, whose quality is its name: stage 1, or what is there of it, and stage 2."""
-    quality = path.stem
-    _announce(path, settings, env, device, workers, len(tasks))
-    agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
-    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
-    return relabel(env, tasks, train_tasks, arrays, seed) if quality == "relabelled" else arrays
-
-
 def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     """Saves a dataset with its tasks' returns, unless something in it is not finite or not in its range."""
     if "first_return" in arrays and "returns" not in arrays:
@@ -1297,7 +1341,9 @@ def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
     print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
-def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts: bool) -> str | None:
+def _impossible(
+    env: str, row: envs.Family, quality: str, behaviour: str, counts: bool, settings: Settings
+) -> str | None:
     """Why there is no such dataset, in words, or None."""
     if quality not in QUALITIES:
         return f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"
@@ -1311,6 +1357,10 @@ def _impossible(env: str, row: envs.Family, quality: str, behaviour: str, counts
         return f"the scripted data of {env} are all of quality mixed, found {quality}; behaviour sac has the others"
     if row.only and counts:
         return f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed"
+    if quality == "replay" and settings.replay < settings.envs:
+        return f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"
+    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
+        return f"--trajectories: {quality} data are of several policies; expected at least 2, found 1"
     return None
 
 
@@ -1327,7 +1377,7 @@ def _announce(path: Path, settings: Settings, env: str, device: torch.device, wo
     print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------ what data are like
 def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end.
 
@@ -1340,14 +1390,14 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return _episode_returns(*arrays, horizon)
 
 
-def _numbered(episodes: np.ndarray) -> np.ndarray:
+def numbered(episodes: np.ndarray) -> np.ndarray:
     """Episode numbers (T, N) of any kind, as from 0 and without gaps in every task."""
     return (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)
 
 
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
-    episodes = _numbered(episodes)
+    episodes = numbered(episodes)
     count = int(episodes.max()) + 1
     key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
     first = np.full(t * count, t * n)
@@ -1361,125 +1411,13 @@ def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.nd
     return index // count, first[index] / max(n - 1, 1), total[index]
 
 
-def plot(path: Path) -> Path:
-    """A dataset at a glance, beside its file: returns in the order of the data, and what its tasks are about."""
-    from matplotlib.figure import Figure
-
-    dataset = load(path)
-    task, place, returns = episode_returns(dataset)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    row, picture = envs.FAMILIES.get(dataset.meta.get("env")), path.with_suffix(".png")
-    if row is not None and row.script:
-        _plot_behaviours(left, right, dataset, row)
-        write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
-        return picture
-    left.scatter(place, returns, c=task, cmap="turbo", s=4, alpha=0.5, linewidths=0)
-    if len(returns):
-        bins = np.minimum((place * 20).astype(int), 19)
-        count = np.bincount(bins, minlength=20)
-        mean = np.bincount(bins, returns, 20)[count > 0] / count[count > 0]
-        left.plot((np.flatnonzero(count) + 0.5) / 20, mean, color="black", label="mean over tasks")
-        left.legend(fontsize="small")
-    name = dataset.meta.get("env", path.stem)
-    order = "place in the data (mixed: untrained policies left, last ones right)"
-    left.set(
-        title=f"{name}, {dataset.meta.get('quality', 'your own data')}", xlabel=order, ylabel="return of an episode"
-    )
-    _plot_tasks(right, dataset, row)
-    write(picture, lambda file: figure.savefig(file, dpi=110, format="png"))
-    return picture
-
-
 def successes(dataset: Dataset) -> np.ndarray:
     """(T, episodes) whether a behaviour that ends in a reward of 0 (and has less before) was ever achieved."""
-    episodes = _numbered(dataset.episodes.cpu().numpy())
+    episodes = numbered(dataset.episodes.cpu().numpy())
     task, i = np.nonzero(dataset.rewards.cpu().numpy() == 0)
     achieved = np.zeros((len(episodes), episodes.max() + 1), bool)
     achieved[task, episodes[task, i]] = True
     return achieved
-
-
-def _plot_behaviours(left: Any, right: Any, dataset: Dataset, row: envs.Family) -> None:
-    """Which share of each task's trajectories achieve what is wanted there, and the hand's paths in those that do."""
-    wanted, achieved = dataset.tasks[:, row.script.column].astype(int), successes(dataset)
-    share, place = achieved.mean(1), 0
-    for k, name in enumerate(row.script.names):
-        rows = np.flatnonzero(wanted == k)
-        order, colour = rows[np.argsort(share[rows])], f"C{k}"
-        label = f"{name}: {share[rows].mean():.0%}" if len(rows) else f"{name}: no task"
-        left.bar(place + np.arange(len(rows)), share[order], color=colour, width=0.8, label=label)
-        place += len(rows) + 1
-        for i in rows:
-            for episode in np.flatnonzero(achieved[i])[:3]:
-                path = dataset.next_observations[i][dataset.episodes[i] == int(episode)][:, :2]
-                right.plot(*path.cpu().numpy().T, color=colour, linewidth=0.5, alpha=0.5)
-    left.legend(fontsize="small")
-    title = f"{dataset.meta['env']}: {achieved.mean():.0%} of the trajectories achieve what is wanted"
-    left.set(title=title, xlabel="tasks, by what is wanted", ylabel="share of trajectories", xticks=[], ylim=(0, 1))
-    right.set(title="paths of the hand, from above, in some of these", xlabel="x", ylabel="y", aspect="equal")
-
-
-def _plot_tasks(axes: Any, dataset: Dataset, row: envs.Family | None) -> None:
-    """Paths in the plane where the body moves in one; else each task's speed, against its parameter if it has one."""
-    t, n = dataset.rewards.shape
-    obs = dataset.next_observations.cpu().numpy()
-    last = dataset.episodes.cpu().numpy() == dataset.episodes[:, -1:].cpu().numpy()
-    if row is None or (row.xml and not row.velocity):
-        axes.hist(dataset.rewards.flatten().cpu().numpy(), bins=60, color="tab:gray")
-        axes.set(title="rewards", xlabel="reward", ylabel="transitions")
-    elif not row.xml or len(row.velocity) == 2:
-        shown = np.unique(np.linspace(0, t - 1, min(t, 24)).round().astype(int))
-        dt = 1.0 if not row.xml else envs.make(dataset.meta["env"], dataset.tasks[:1], threads=1).physics.dt
-        for i, colour in zip(shown, _colours(len(shown)), strict=True):
-            rows = np.flatnonzero(last[i]) if last[i].sum() > 1 else np.arange(n)
-            path = obs[i, rows] if not row.xml else np.cumsum(obs[i][rows][:, row.velocity] * dt, axis=0)
-            axes.plot(*path.T, "-" if last[i].sum() > 1 else ",", color=colour, linewidth=0.8)
-        if row.goal:
-            reach = np.abs(np.array([axes.get_xlim(), axes.get_ylim()])).max() if row.xml else 1
-            axes.scatter(*row.goal(dataset.tasks[shown]).T * reach, c=_colours(len(shown)), marker="*", s=50)
-        axes.set(title="paths of last episodes, a colour a task", xlabel="x", ylabel="y", aspect="equal")
-    else:
-        tail = obs[:, -max(1, n // 5) :, row.velocity[0]]
-        speed, spread = tail.mean(1), tail.std(1)
-        target = dataset.tasks[:, 0] if dataset.tasks.shape[1] == 1 and t > 2 else np.arange(t)
-        axes.errorbar(target, speed, spread, fmt="o", markersize=3, linewidth=0.6, color="tab:blue", label="last fifth")
-        if dataset.tasks.shape[1] == 1 and t > 2:
-            axes.plot(target, target, color="black", linewidth=0.8, label="target")
-        axes.legend(fontsize="small")
-        axes.set(title="speed of the torso, mean and std", xlabel="task (parameter)", ylabel="m/s")
-
-
-def _colours(n: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["turbo"](np.linspace(0, 1, max(n, 2)))[:n]
-
-
-def film(env: str, quality: str, path: Path, folder: Path, seed: int, count: int = 4) -> None:
-    """Writes a GIF of `count` tasks side by side under the untrained (`random`) or the last policies, or the script."""
-    row, trained, agents = envs.family(env), folder / "behaviour.pt", None
-    try:
-        if trained.exists() or row.script is None:
-            agents = read(trained)
-            _check_behaviour(agents)
-    except Exception as error:
-        raise DataError(f"{trained}: no policies to film there ({type(error).__name__})") from None
-    tasks = agents["tasks"].numpy() if agents else load(folder / f"{quality}.npz").tasks
-    shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
-    vector = envs.make(
-        env, tasks[shown], seed, horizon=row.horizon if agents else row.data_horizon, render_mode="rgb_array"
-    )
-    if agents is None:
-        return envs.film(vector, Performer(row, tasks[shown], seed).act, path)
-    hidden = agents["settings"]["hidden"]
-    actor = _load_policies(agents["policies"][0 if quality == "random" else -1, shown], row, hidden)
-
-    @torch.no_grad()
-    def policy(obs):
-        return torch.tanh(gaussian(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]))[0])[:, 0].numpy()
-
-    envs.film(vector, policy, path)
 
 
 # --------------------------------------------------------------------------------------------- runs: the command line
@@ -2147,9 +2085,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not one graph")
     parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
     parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
-    parser.add_argument("--plot", action="store_true", help="write a picture of each dataset beside its file")
     parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
-    parser.add_argument("--render", type=Path, metavar="GIF", help="film the policies on four tasks side by side")
     for field in numbers:
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
@@ -2159,10 +2095,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     global GRAPHS
     args = vars(parse_args(argv))
-    pictures, sparse_too, gif = args.pop("plot"), args.pop("sparse"), args.pop("render")
-    GRAPHS = not args.pop("no_graph")
-    if gif and len(args["quality"]) > 1:
-        _fail(f"--render {gif}: one film; expected one --quality, found {len(args['quality'])}")
+    sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
     try:
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
@@ -2171,14 +2104,6 @@ def main(argv: list[str] | None = None) -> None:
                 dataset = load(path)
                 threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
                 print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
-            if pictures:
-                print(f"  {plot(path)}")
-            if gif:
-                try:
-                    film(args["env"], quality, gif, path.parent, args["seed"])
-                except RuntimeError as error:
-                    _fail(f"--render {gif}: {error}")
-                print(f"  {gif}")
     except DataError as error:
         _fail(error, error.code)
     except OSError as error:

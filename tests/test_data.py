@@ -1,21 +1,26 @@
 """Batched SAC against loops over tasks, builds that are killed and go on, what is in a dataset, and files refused."""
 
 import dataclasses
+import errno
+import importlib.util
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_speed import META, NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import data
@@ -273,6 +278,33 @@ def test_exploration_samples_the_policy():
     assert np.abs(np.corrcoef(noise.T) - np.eye(16)).max() < 0.3
 
 
+def test_choosing_actions_fits_into_a_graph():
+    """No operation waits for the device, or reads from the host."""
+    trainer = make_trainer(WALKER, envs.sample_tasks(WALKER, 2, 0))
+    without_values(trainer)
+    trainer.generator, trainer.device = None, META
+    trainer.agent.to(META)
+    with NoWaiting() as mode:
+        trainer.choose_eagerly()
+    assert mode.count > 10
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_actions_from_a_graph_are_those_of_the_policy(monkeypatch):
+    """Before it is captured and after, with the same draws as one operation after the other."""
+    trainers = []
+    for graphs in (True, False):
+        monkeypatch.setattr(data, "GRAPHS", graphs)
+        tasks = envs.sample_tasks(WALKER, 2, 0)
+        trainers.append(data.Trainer(WALKER, tasks, 0, tiny(start=0), torch.device("cuda"), 1))
+    for _ in range(8):
+        a, b = (trainer.act() for trainer in trainers)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        for trainer in trainers:
+            trainer.obs = trainer.obs + 0.1
+
+
 def test_a_blow_up_is_not_learned_from():
     trainer = make_trainer(WALKER, envs.sample_tasks(WALKER, 2, 0), envs=2)
     for _ in range(3):
@@ -295,9 +327,8 @@ def prepare(folder, env=WIND, quality="mixed", seed=3, train=3, test=2, workers=
 
 def run_here(jobs, *_):
     """In place of processes."""
-    data._start_here([0.0] * 3 * len(jobs))
     for job in jobs:
-        data._train_shard(job)
+        list(data._train_shard(**job))
 
 
 @pytest.fixture(scope="module")
@@ -306,12 +337,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(data, "_run_jobs", run_here)
-
-
-@pytest.fixture
-def copied(folder, here, tmp_path):
+def copied(folder, tmp_path):
     """A folder with a behaviour in it and nothing else."""
     made = prepare(folder)
     there = tmp_path / made.relative_to(folder).parent
@@ -320,9 +346,10 @@ def copied(folder, here, tmp_path):
     return there
 
 
-def python(code, cwd):
+def start(words, cwd, **more):
+    """A process that can import what is here."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": path})
+    return subprocess.Popen(words, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, **more)
 
 
 def wait_for(condition, process):
@@ -337,7 +364,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("quality", sorted({*data.QUALITIES} - {"relabelled"}))
-def test_every_quality_builds(quality, folder, here):
+def test_every_quality_builds(quality, folder):
     path = prepare(folder, quality=quality)
     assert path == folder / WIND / "3+2-seed3" / f"{quality}.npz"
     dataset = data.load(path, WIND)
@@ -355,7 +382,7 @@ def test_every_quality_builds(quality, folder, here):
     assert quality == "random" or not torch.equal(random[:, :n], dataset.observations)
 
 
-def test_nothing_is_built_twice(folder, here, monkeypatch):
+def test_nothing_is_built_twice(folder, monkeypatch):
     mixed, expert = prepare(folder), prepare(folder, quality="expert")
     stamps = [path.stat().st_mtime_ns for path in sorted(mixed.parent.iterdir())]
     assert prepare(folder) == mixed and prepare(folder, quality="expert") == expert
@@ -368,7 +395,7 @@ def test_nothing_is_built_twice(folder, here, monkeypatch):
     assert data.load(expert).meta["checksum"] in before.decode("latin1").replace("\0", "")
 
 
-def test_another_seed_is_other_data(folder, here):
+def test_another_seed_is_other_data(folder):
     a, b = data.load(prepare(folder, quality="random")), data.load(prepare(folder, quality="random", seed=4))
     for x, y in zip(a.actions, b.actions, strict=True):
         assert (x != y).float().mean() > 0.9
@@ -387,11 +414,11 @@ def build_slowly(folder):
     prepare(folder)
 
 
-def test_a_killed_build_goes_on_with_more_workers(folder, here, tmp_path, monkeypatch, capfd):
+def test_a_killed_build_goes_on_with_more_workers(folder, tmp_path, monkeypatch, capfd):
     """Killed half-way through the second of its two parts, it ends as if nothing had happened."""
     expected, there = data.load(prepare(folder)), tmp_path / WIND / "3+2-seed3"
     part, steps = there / "behaviour-part1.pt", lambda: torch.load(part, weights_only=True)["trainer"]["iteration"]
-    process = python("import test_data; test_data.build_slowly('.')", tmp_path)
+    process = start([sys.executable, "-c", "import test_data; test_data.build_slowly('.')"], tmp_path)
     wait_for(lambda: part.exists() and steps() > 50, process)  # at no moment is the file half-written
     process.kill()
     process.wait()
@@ -405,16 +432,100 @@ def test_a_killed_build_goes_on_with_more_workers(folder, here, tmp_path, monkey
     assert {name for name in names(there) if not name.endswith(".tmp")} == {"behaviour.pt", "mixed.npz"}
 
 
+# ---------------------------------------------------------------------------------------------------------- workers
+UNGUARDED = f"import data; print(data.prepare({WIND!r}, 'mixed', 3, '.', 3, 2, 'cpu', 2, **{TINY}))"
+
+
+def output_of(process):
+    """What a process wrote, standard output and error; it has two minutes."""
+    said = process.communicate(timeout=120)
+    return [text.decode() for text in said]
+
+
+@pytest.mark.parametrize("way", ["script", "standard input"])
+def test_a_script_without_a_guard_builds_with_workers(way, folder, tmp_path):
+    """Workers do not run it again: it would build, in each of them, what its first run builds."""
+    (tmp_path / "script.py").write_text("print('once')\n" + UNGUARDED)
+    with open(tmp_path / "script.py") as script:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": script}
+        words = [sys.executable, "script.py" if way == "script" else "-"]
+        out, err = output_of(start(words, tmp_path, **pipes))
+    assert out.count("once") == 1 and out.splitlines()[-1].endswith("mixed.npz") and err == ""
+    made = tmp_path / WIND / "3+2-seed3" / "mixed.npz"
+    assert data.load(made).meta["checksum"] == data.load(prepare(folder)).meta["checksum"]
+
+
+def worker(patch):
+    """What a worker runs, with something that happens to it."""
+    return data.WORKER.replace("data.work()", f"\nimport os, time\n{patch}\ndata.work()")
+
+
+def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_path, monkeypatch):
+    """Out of memory kills a worker, not the whole."""
+    patch = "step = data.Trainer.step\n"
+    patch += "data.Trainer.step = lambda t: os.kill(os.getpid(), 9) if t.n == 2 and t.iteration == 50 else step(t)"
+    with monkeypatch.context() as killed, pytest.raises(data.DataError, match="a process was killed"):
+        killed.setattr(data, "WORKER", worker(patch))
+        prepare(tmp_path, workers=2)
+    assert not list(tmp_path.rglob("*.npz"))
+    again = data.load(prepare(tmp_path))
+    assert again.meta["checksum"] == data.load(prepare(folder)).meta["checksum"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "error"),
+    [
+        ("data.Trainer.step = lambda t: t.check(t.last_score > 0)", data.Diverged),
+        ("data.write = lambda path, _: open(path / 'x', 'wb')", data.DataError),
+    ],
+)
+def test_what_a_worker_raises_is_raised(patch, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WORKER", worker(patch))
+    with pytest.raises(error) as raised:
+        prepare(tmp_path, workers=2)
+    assert "\n" not in str(raised.value) and (error is not data.DataError or "part" in str(raised.value))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_a_build(number, tmp_path):
+    """Killed, or interrupted at a terminal, whose Ctrl-C reaches workers too; the last save stands."""
+    slow = worker("step = data.Trainer.step\ndata.Trainer.step = lambda t: [step(t), time.sleep(0.1)]\n")
+    code = f"import data\ndata.WORKER = {slow!r}\n{UNGUARDED}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    process = start([sys.executable, "-c", code], tmp_path, **pipes)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 2, process)
+    workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+    wait_for(lambda: all("data.work" in (path / "cmdline").read_text() for path in workers), process)
+    time.sleep(4)  # their imports
+    (process.kill if number == signal.SIGKILL else lambda: os.killpg(process.pid, number))()
+    err = output_of(process)[1]
+    until = time.time() + 60
+    while any(path.exists() and "State:\tZ" not in (path / "status").read_text() for path in workers):
+        assert time.time() < until
+        time.sleep(0.05)
+    assert err.count("Traceback") == (number == signal.SIGINT)  # of the parent alone
+
+
+def test_a_family_of_ones_own_needs_no_worker(tmp_path, monkeypatch):
+    """It is known in this process only."""
+    monkeypatch.setitem(envs.FAMILIES, "mine", dataclasses.replace(envs.FAMILIES[WIND], data_horizon=20))
+    monkeypatch.setattr(data, "_run_in_workers", None)
+    assert data.load(prepare(tmp_path, env="mine", workers=2)).rewards.shape == (5, 100)
+
+
+# ------------------------------------------------------------------------------------------------ parts of a behaviour
 @pytest.fixture
-def part(tmp_path, monkeypatch):
+def part(tmp_path):
     """A function that makes one part of a behaviour, two tasks, in this process."""
 
     def train(**changes):
-        tasks = envs.sample_tasks(WIND, 2, 0)
-        data._train_shard((0, tmp_path / "part.pt", WIND, tasks, 5, tiny(**changes), "cpu", 1))
+        tasks, settings = envs.sample_tasks(WIND, 2, 0), dataclasses.asdict(tiny(**changes))
+        reports = list(data._train_shard(tmp_path / "part.pt", WIND, tasks, 5, settings, "cpu", 1))
+        assert reports[-1][0] == settings["steps"] // settings["envs"]
         return tmp_path / "part.pt"
 
-    monkeypatch.setattr(data, "_progress", [0.0, 0.0, 0.0])
     return train
 
 
@@ -448,20 +559,6 @@ def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == "x:  54%, 1 steps/s, 7.7 min left"
 
 
-def test_a_part_stops_when_the_others_do(part, tmp_path, monkeypatch):
-    class Left(Exception):
-        pass
-
-    def leave(code):
-        raise Left
-
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(data, "_stop", SimpleNamespace(value=1))
-    with pytest.raises(Left):
-        part()
-    assert names(tmp_path) == set()
-
-
 @pytest.mark.parametrize(
     ("quality", "changes", "said"),
     [
@@ -478,7 +575,7 @@ def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_policies_whose_actions_are_not_finite_have_diverged(copied, here):
+def test_policies_whose_actions_are_not_finite_have_diverged(copied):
     behaviour = data.read(copied / "behaviour.pt")
     tasks, policies = behaviour["tasks"].numpy(), behaviour["policies"].transpose(0, 1) * 1e30
     with pytest.raises(data.Diverged, match="actions of SAC's policies are not finite"):
@@ -497,7 +594,7 @@ def test_running_out_of_memory_ends_in_one_line(monkeypatch, capsys, error):
     assert end.value.code == 2 and said.startswith("data.py: out of memory (") and said.count("\n") == 1
 
 
-def test_another_settings_is_refused(copied, here):
+def test_another_settings_is_refused(copied):
     for change in ({"discount": 0.8}, {"hidden": 8}, {"steps": 800}):
         (key, value), before = *change.items(), (copied / "behaviour.pt").read_bytes()
         with pytest.raises(data.DataError) as error:
@@ -521,8 +618,10 @@ def test_settings_that_would_teach_nothing_are_refused():
 def test_settings_on_cuda():
     """A family's own, where it has some, the larger sizes elsewhere."""
     hopper, walker = (data.settings_for(env, torch.device("cuda")) for env in ("hopper-params", WALKER))
-    assert (hopper.tau, hopper.updates, hopper.hidden, hopper.steps) == (0.005, 8, 256, 400_000)
+    assert (hopper.tau, hopper.hidden, hopper.steps) == (0.005, 256, 400_000)
     assert (walker.tau, walker.alpha, walker.hidden, walker.lr) == (0.01, 0.2, 256, 3e-4)
+    for found, updates in ((hopper, 8), (walker, 2)):  # as many gradient steps for a transition
+        assert (found.envs, found.updates) == (8 * data.WIDER, updates * data.WIDER)
 
 
 def test_more_tasks_than_there_are_is_refused(tmp_path):
@@ -545,12 +644,6 @@ def test_a_save_holds_what_was_met_and_no_more():
     assert replay.shape[1] == 3 and replay.untyped_storage().nbytes() == 4 * replay.numel()
 
 
-def test_a_film_is_of_one_quality(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        data.main(["--env", WIND, "--quality", "random", "expert", "--render", str(tmp_path / "x.gif")])
-    assert "expected one --quality, found 2" in capsys.readouterr().err
-
-
 def test_the_learning_rate_falls_to_a_tenth():
     trainer = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0))
     while not trainer.finished:
@@ -558,7 +651,7 @@ def test_the_learning_rate_falls_to_a_tenth():
     assert trainer.optimiser.param_groups[0]["lr"].item() == pytest.approx(0.1 * TINY["lr"], rel=0.1)
 
 
-def test_shards_qualities_and_seeds_draw_each_their_own(folder, here):
+def test_shards_qualities_and_seeds_draw_each_their_own(folder):
     policies = torch.load(prepare(folder).with_name("behaviour.pt"), weights_only=True)["policies"]
     assert not torch.equal(policies[0, 0], policies[0, 3])  # the first tasks of the two shards, untrained
     agents = {"policies": policies[:1].expand(5, -1, -1), "early": None}
@@ -571,7 +664,7 @@ def test_shards_qualities_and_seeds_draw_each_their_own(folder, here):
 
 
 @pytest.mark.parametrize("way", ["empty", "cut", "noise", "not a dictionary", "without tasks", "other tasks"])
-def test_a_damaged_behaviour_is_refused(way, copied, here):
+def test_a_damaged_behaviour_is_refused(way, copied):
     path = copied / "behaviour.pt"
     whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
     if way in ("empty", "cut", "noise"):
@@ -589,7 +682,7 @@ def test_a_damaged_behaviour_is_refused(way, copied, here):
     assert names(copied) == {"behaviour.pt"}
 
 
-def test_a_folder_that_cannot_be_made_is_refused(here, tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(data.DataError, match="file") as error:
         prepare(tmp_path / "file")
@@ -626,6 +719,16 @@ def test_one_builder_at_a_time(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
 
+@pytest.mark.skipif(data.fcntl is None, reason="needs file locks")
+def test_a_file_system_without_locks_is_built_on(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(data.fcntl, "flock", flock)
+    assert data.prepare("sawyer", "mixed", data_dir=tmp_path, train=1, test=1, trajectories=1).exists()
+    assert f"no locks there ({os.strerror(errno.ENOLCK)})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_write_leaves_the_old_file(error, tmp_path):
     def fail(file):
@@ -650,7 +753,7 @@ CONTENT = [
 
 
 @pytest.fixture
-def dataset(request, folder, here):
+def dataset(request, folder):
     env, quality = request.param
     changes = {"nstep": 3, "trajectories": 3} if env == WALKER else {}
     return env, quality, data.load(prepare(folder, env, quality, train=2, test=1, **changes), env)
@@ -805,12 +908,8 @@ def test_replay_dataset_is_made_of_the_first_steps():
     assert_equal(arrays["rewards"], rows[..., 4])
     assert_equal(arrays["terminals"], rows[..., 7])
     assert arrays["episodes"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2, 2, 3]]
-    sparse, in_order = (
-        [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, x, strict=True)] for x in (by_env, rows)
-    )
-    np.testing.assert_allclose(arrays["sparse_rewards"], in_order, atol=1e-6)
-    counted = np.array([[[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1]]])
-    np.testing.assert_allclose(arrays["first_return"], (np.reshape(sparse, (2, 2, 4)) * counted).sum(2), atol=1e-6)
+    sparse = [[naive_sparse(g, row[5:7]) for row in task] for g, task in zip(tasks, rows, strict=True)]
+    np.testing.assert_allclose(arrays["sparse_rewards"], sparse, atol=1e-6)
     assert 3 < np.count_nonzero(sparse) < 16
 
 
@@ -903,6 +1002,64 @@ def test_your_own_file_loads(tmp_path):
     assert "2 training, 1 test" in data.describe(tmp_path / "own.npz")
 
 
+def test_numbers_of_other_types_are_cast(tmp_path):
+    arrays = sample()
+    arrays["actions"] = np.ones_like(arrays["actions"])
+    arrays["rewards"] = np.round(3 * arrays["rewards"])
+    types = dict.fromkeys(("observations", "next_observations", "returns"), float) | {"actions": int, "rewards": "i1"}
+    types |= {"terminals": bool, "episodes": float, "train_tasks": "u2", "test_tasks": float, "tasks": ">f8"}
+    np.savez(tmp_path / "x.npz", **arrays | {key: arrays[key].astype(kind) for key, kind in types.items()})
+    np.savez(tmp_path / "y.npz", **arrays)
+    x, y = (vars(data.load(tmp_path / name)) for name in ("x.npz", "y.npz"))
+    for key in y.keys() - {"meta"}:
+        assert (x[key] == y[key]).all() and x[key].dtype == y[key].dtype
+
+
+def test_what_else_is_in_a_file_is_not_read(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **sample(), timeouts=np.zeros(3, bool), infos=np.array([{"k": 1}], dtype=object))
+    with zipfile.ZipFile(path, "a") as file:
+        for name in ("__MACOSX/._rewards.npy", "README.txt"):
+            file.writestr(name, b"anything")
+    assert_equal(data.load(path).rewards, sample()["rewards"])
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    refused(tmp_path / ("x" * 300 + ".npz"), "cannot be read (File name too long)")
+    monkeypatch.setattr(data.zipfile, "ZipFile", forbidden)
+    refused(tmp_path / "x.npz", "cannot be read (Permission denied)")
+
+
+def in_a_row():
+    """Rows as an environment gives them: two episodes of three steps in each of three tasks."""
+    arrays = sample()
+    position = np.cumsum(arrays["actions"].reshape(3, 2, 3, 2), axis=2)
+    before = np.concatenate([np.zeros_like(position[:, :, :1]), position[:, :, :-1]], axis=2)
+    return arrays | {"observations": before.reshape(3, 6, 2), "next_observations": position.reshape(3, 6, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: {}, None),
+        (lambda a: {"next_observations": np.roll(a["observations"], -1, 1)}, "3 of 3 last rows .* shifted by a row"),
+        (lambda a: {"episodes": 0 * a["episodes"]}, "3 of 15 rows inside an episode .* look at episodes"),
+        (lambda a: {key: a[key][:, [2, 0, 1, 3, 4, 5]] for key in ("observations", "next_observations")}, ".*shuffled"),
+        (lambda a: {"episodes": np.arange(6) + 0 * a["episodes"]}, "12 of 15 last rows"),
+    ],
+)
+def test_rows_that_do_not_follow_each_other_are_spoken_of(change, said, tmp_path, capsys):
+    """In one line; they are loaded all the same."""
+    arrays = in_a_row()
+    np.savez(tmp_path / "x.npz", **arrays | change(arrays))
+    data.load(tmp_path / "x.npz", WIND)
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said is None or re.search(f"x.npz: warning: {said}", err)), err
+
+
 def test_tasks_may_be_both_training_and_test_tasks_if_all_are(tmp_path):
     np.savez(tmp_path / "x.npz", **sample() | {"train_tasks": np.arange(3), "test_tasks": np.array([2, 1, 0])})
     assert data.load(tmp_path / "x.npz").test_tasks.tolist() == [2, 1, 0]
@@ -921,8 +1078,8 @@ DAMAGE |= {f"{key} longer": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 0)}
            for key in (*FLOATS, "episodes", "returns")}  # fmt: skip
 DAMAGE |= {f"{key} wider": (lambda a, k=key: {k: np.concatenate([a[k]] * 2, 1)}, ["shape"])
            for key in (*FLOATS, "episodes") if key != "tasks"}  # fmt: skip
-DAMAGE |= {f"{key} of another type": (lambda a, k=key: {k: a[k].astype(np.float16)}, [key, "float16"])
-           for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
+DAMAGE |= {f"{key} of another type": (lambda a, k=key, t=kind: {k: a[k].astype(t)}, [key, kind])
+           for key, kind in zip(data.REQUIRED | data.OPTIONAL, ["complex64", "<U32"] * 9, strict=False)}  # fmt: skip
 DAMAGE |= {f"{key} flat": (lambda a, k=key: {k: a[k][..., None]}, [key, "axes"])
            for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
 DAMAGE |= {
@@ -932,11 +1089,15 @@ DAMAGE |= {
     "half terminal": (lambda a: {"terminals": put(a["terminals"], 0.5)}, ["terminals"]),
     "episodes fall": (lambda a: {"episodes": put(a["episodes"], 0, 2, 5)}, ["episodes"]),
     "both kinds of task": (lambda a: {"test_tasks": np.array([1, 2])}, ["2", "training", "test"]),
-    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks", "3"]),
-    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks"]),
-    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks"]),
-    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks"]),
-}
+    "an action one rounding too large": (lambda a: {"actions": put(a["actions"], np.nextafter(np.float32(1), 2))},
+                                         ["actions reach 1.0000001,"]),
+    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks holds 3,", "from 0 to 2"]),
+    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks holds -1,"]),
+    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks holds 0 more than once"]),
+    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks is empty"]),
+    "half a task": (lambda a: {"test_tasks": np.array([0.5])}, ["test_tasks holds 0.5,", "whole numbers"]),
+    "reward too large for float32": (lambda a: {"rewards": put(a["rewards"].astype(float), 1e300)}, ["not finite"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", DAMAGE)
@@ -990,9 +1151,12 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
         def __reduce__(self):
             return (tmp_path / "trodden").mkdir, ()
 
-    for key in ("observations", "extra"):
+    for key in ("observations", "meta", "extra"):
         np.savez(tmp_path / "x.npz", **sample() | {key: np.array([Trap()], dtype=object)})
-        refused(tmp_path / "x.npz")
+        if key == "extra":
+            data.load(tmp_path / "x.npz")  # what no dataset needs is not read
+        else:
+            refused(tmp_path / "x.npz", f"{key} holds Python objects")
     assert names(tmp_path) == {"x.npz"}
 
 
@@ -1010,9 +1174,9 @@ def test_another_format_and_bad_meta_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, meta=np.array(json.dumps({"format": data.FORMAT + 1})), **sample())
     refused(path, "format", str(data.FORMAT), str(data.FORMAT + 1))
-    for meta in ("{", "", "[1, 2]", "null", "3"):
+    for meta in ("{", "", "[1, 2]", "null", "3", "collected in spring"):
         np.savez(path, meta=np.array(meta), **sample())
-        refused(path)
+        refused(path, f"meta is {meta!r}")
 
 
 @pytest.mark.parametrize("key", data.REQUIRED | data.OPTIONAL)
@@ -1098,7 +1262,7 @@ def test_interruption_is_one_line(capsys, tmp_path, monkeypatch):
     assert code == 130 and line.count("\n") == 1
 
 
-def test_command_builds_and_describes(here, capsys, tmp_path):
+def test_command_builds_and_describes(capsys, tmp_path):
     flags = f"--env {WIND} --seed 1 --train 2 --test 1 --device cpu --data-dir {tmp_path} --quality random replay"
     flags += " --sac-steps 200 --sac-envs 4 --episode 40 --updates 1 --start 80 --sac-hidden 8 --sac-batch 8"
     flags += " --checkpoints 3 --trajectories 3 --nstep 1 --replay 160"
@@ -1114,7 +1278,7 @@ def test_command_builds_and_describes(here, capsys, tmp_path):
 
 
 # -------------------------------------------------------------------------- sparse contexts, relabelled data, pictures
-def test_relabelled_data_say_nothing_of_the_task_but_by_reward(folder, here):
+def test_relabelled_data_say_nothing_of_the_task_but_by_reward(folder):
     changes = {"env": SPARSE, "train": 3, "test": 2}
     dataset = data.load(prepare(folder, quality="relabelled", **changes), SPARSE)
     mixed = data.load(prepare(folder, **changes), SPARSE)
@@ -1164,7 +1328,7 @@ def test_sparse_contexts_keep_half_and_leave_rewards_alone(tmp_path):
         data.sparsify(dataset, 0.0)
 
 
-def test_families_with_fixed_tasks_train_and_test_on_all_of_them(tmp_path, here):
+def test_families_with_fixed_tasks_train_and_test_on_all_of_them(tmp_path):
     path = prepare(tmp_path, env="cheetah-fwd-back", train=None, test=None, steps=40, start=20, episode=10)
     dataset = data.load(path, "cheetah-fwd-back")
     assert dataset.tasks.tolist() == [[-1], [1]]
@@ -1197,27 +1361,39 @@ def wide(env):
     return arrays | ({"train_tasks": index, "test_tasks": index} if row.only else {})
 
 
+@pytest.fixture(scope="module")
+def picture():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "benchmark" / "picture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("env", list(envs.FAMILIES))
-def test_every_family_has_a_picture_of_its_data(env, tmp_path):
+def test_every_family_has_a_picture_of_its_data(env, picture, tmp_path):
     data.save(tmp_path / "x.npz", wide(env), {"env": env})
-    picture = data.plot(tmp_path / "x.npz")
-    assert picture == tmp_path / "x.png" and picture.read_bytes().startswith(b"\x89PNG")
+    drawn = picture.plot(tmp_path / "x.npz")
+    assert drawn == tmp_path / "x.png" and drawn.read_bytes().startswith(b"\x89PNG")
     assert names(tmp_path) == {"x.npz", "x.png"}
 
 
-def test_your_own_data_have_a_picture(tmp_path):
+def test_your_own_data_have_a_picture(picture, tmp_path, capsys):
     np.savez(tmp_path / "own.npz", **{key: value for key, value in sample().items() if key in data.REQUIRED})
-    assert data.plot(tmp_path / "own.npz").stat().st_size > 5_000
+    picture.main([str(tmp_path / "own.npz")])
+    assert capsys.readouterr().out == f"{tmp_path / 'own.png'}\n"
+    assert (tmp_path / "own.png").stat().st_size > 5_000
+    for words in (["nothing.npz"], [str(tmp_path / "own.npz"), "--film", str(tmp_path / "x.gif")]):
+        with pytest.raises(SystemExit, match=r"picture\.py: [^\n]*$"):
+            picture.main(words)
 
 
-def test_films_of_behaviour(folder, here, tmp_path, monkeypatch):
+def test_films_of_behaviour(folder, picture, tmp_path, monkeypatch):
     from PIL import Image
 
-    path, seen = prepare(folder, env=SPARSE), []
-    render = envs.TaskVectorEnv.render
+    seen, render = [], envs.TaskVectorEnv.render
     monkeypatch.setattr(envs.TaskVectorEnv, "render", lambda self: seen.append(self.observe()) or render(self))
     for quality in ("random", "expert"):
-        data.film(SPARSE, quality, tmp_path / f"{quality}.gif", path.parent, seed=0, count=2)
+        picture.film(prepare(folder, env=SPARSE, quality=quality), tmp_path / f"{quality}.gif", count=2)
         with Image.open(tmp_path / f"{quality}.gif") as film:
             assert film.size == (480, 240) and film.n_frames > 10
     assert not np.allclose(seen[19], seen[39])  # the untrained policy and the last one end elsewhere
