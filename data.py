@@ -40,6 +40,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -59,6 +60,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -1586,7 +1588,7 @@ def _add_flags(parser: Parser, cls: type[Args], families: list[str]) -> dict[str
         kind = Literal[tuple(families)] if field.name == "env" else hints[field.name]
         if type(None) in get_args(kind):
             kind = next(part for part in get_args(kind) if part is not type(None))
-        how = {"type": partial(_value, kind)}
+        how = {"type": partial(parse_value, kind)}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
@@ -1613,8 +1615,8 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _value(kind: Any, text: str) -> Any:
-    """The value of a flag on the command line."""
+def parse_value(kind: Any, text: str) -> Any:
+    """The value of a flag on the command line; argparse.ArgumentTypeError if it is not of this kind."""
     if get_origin(kind) is Literal:
         for value in get_args(kind):
             if str(value) == text:
@@ -1955,6 +1957,81 @@ def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) 
         fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
     except KeyboardInterrupt:
         fail(f"interrupted; {run.where() if run else 'nothing was begun'}", 130)
+
+
+# ------------------------------------------------------------------------------------- runs: what they have learned
+class Rehearsal:
+    """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
+
+    class Ended(Exception):
+        pass
+
+    def __init__(self, script: ModuleType, args: Args, device: torch.device):
+        self.args, self.device, self.updates = args, device, []
+        with torch.random.fork_rng(), contextlib.suppress(self.Ended):
+            script.train(args, self)
+
+    def begin(self, agent: Learner, world: Any) -> None:
+        self.agent, self.world = agent, world
+
+    def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+        self.updates.append(fn)
+        return fn
+
+    def steps(self, *_: int):
+        raise self.Ended
+
+
+def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[ModuleType, Args, Any, Learner]:
+    """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
+    step saw, as test_quality. DataError if the data are not those of the run, and whatever a reader raises.
+
+    Code is executed: the script of the run's name, from the working directory or from beside this file, else the run's
+    own copy; and where the family is not known the file that was started, which registers it.
+    """
+    folder, on = Path(folder).resolve(), choose_device(device)
+    saved, checkpoint = json.loads((folder / "args.json").read_text()), read(folder / "checkpoint.pt", on)
+    script = _script(folder)
+    if saved["env"] not in envs.FAMILIES:
+        _execute("started", folder / "started.py")
+    args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
+    vars(args).update(_stored(folder, saved, args) | changes | {"device": device})
+    rehearsal = Rehearsal(script, args, on)
+    agent, world = rehearsal.agent, rehearsal.world
+    agent.load_state_dict(checkpoint["agent"])
+    same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of the training and of the test tasks' data
+    if checkpoint["dataset"][same] != world.checksum[same]:
+        raise DataError(f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}")
+    return script, args, world, agent
+
+
+def _stored(folder: Path, saved: dict[str, Any], args: Args) -> dict[str, Any]:
+    """What args.json says of the flags that there still are. A relative path begins where the run was started."""
+    runs, hints = Path(saved["run_dir"]), get_type_hints(type(args))
+    root = Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
+    known = {key: value for key, value in saved.items() if key in vars(args)}
+    paths = [key for key in known if known[key] and Path in (hints.get(key), *get_args(hints.get(key)))]
+    return known | {key: root / known[key] for key in paths}
+
+
+def _script(folder: Path) -> ModuleType:
+    name, here = folder.parts[-4], Path(__file__).resolve().parent
+    if name not in sys.modules:
+        places = [place / f"{name}.py" for place in (Path.cwd(), here, here / "benchmark")]
+        _execute(name, next(filter(Path.is_file, places), folder / "source.py"))
+    return sys.modules[name]
+
+
+def _execute(name: str, path: Path) -> None:
+    """Imports a file as the module of this name. Where it goes on to a `main` that ends the program, it is over."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with contextlib.suppress(SystemExit):
+            spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 # ---------------------------------------------------------------------------------------------- runs: their pictures
