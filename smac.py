@@ -16,13 +16,13 @@ At meta-test time the agent explores for two episodes with z from the prior, the
 Where we differ from the paper:
 - Data are the last rows of the early replay of one SAC agent for each task, in the paper's sizes (small runs on MuJoCo
   have those of half-trained policies); the paper's are one PEARL run's, on cheetah-vel its first (benchmark/pearl.py
-  makes such). One buffer serves contexts and RL; the encoder's is its last 400 offline rows and what is collected.
-- Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'
-  (a test task's trajectory, `--online-tasks test`, by some training task's). An oracle is this script with true rewards
-  online, the paper's is PEARL with them. z is drawn once an episode (`--z-every step`: line 7's once a step).
+  makes such). Contexts are of the last 400 of these rows, and of what is collected.
+- Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
+  An oracle is this script with true rewards online; the paper's is PEARL with them. z is drawn once an episode
+  (`--z-every step`: line 7's once a step).
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised and kept within ten standard deviations: half-trained humanoids hardly bend a knee, and
-  without the bound labels and Q went far too high once the agent did. (Elsewhere hardly a number reaches it.)
+  without the bound labels and Q went far too high once the agent did.
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
 What we learned: where (s, a) alone predicts the reward (near-expert data, humanoids) q collapses to the prior; what an
 encoder that stands still cannot read from the agent's own paths (point robots) no labelling brings back.
@@ -386,11 +386,9 @@ class Agent(data.Learner):
 
     def set_rates(self):
         """Learning rates fall linearly over both phases."""
-        args = self.args
-        if args.final_lr != 1:
-            share = (self.step / self.total).clamp_max(1)
-            for optimiser in self.optimisers.values():
-                data.set_rate(optimiser, args.lr * (1 - (1 - args.final_lr) * share))
+        share = 1 - (1 - self.args.final_lr) * (self.step / self.total).clamp_max(1)
+        for optimiser in self.optimisers.values():
+            data.set_rate(optimiser, self.args.lr * share)
 
     def learn_actor(self, s, a, z, q, online):
         """Eq. 2, in the online phase PEARL's loss too; q (2, N) are the values of the data's actions."""
@@ -451,24 +449,19 @@ class World:
         self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1]  # widths of the parts of a row: s, a, r, s', d
         self.bound = args.obs_bound
         self.open_data(args, device)
-        if args.meta_batch_size > (n := len(self.train_tasks)):
+        n, k = len(self.train_tasks), len(self.test_tasks)
+        if args.meta_batch_size > n:
             raise data.DataError(f"--meta-batch-size {args.meta_batch_size}: expected at most the {n} training tasks")
-        self.seen = min(n, len(self.test_tasks))  # so many of the training tasks are evaluated
+        self.seen = min(n, k)  # so many of the training tasks are evaluated
         self.tasks = np.concatenate([self.train_tasks[: self.seen], self.test_tasks])
         self.env = envs.make(args.env, self.tasks.repeat(args.eval_episodes, axis=0), seed=args.seed)
         self.optimum = float(row.optimum(self.test_tasks, row.horizon).mean()) if row.optimum else None
-        self.plan(args)
-
-    def plan(self, args):
-        """Of the online phase: the tasks (R rounds, E, P) in which trajectories are collected, and the buffers (R, E)
-        that they join: a test task's one of a training task, but with its true rewards its own."""
-        n = len(self.train_tasks)
-        self.buffers = schedule(args, n, 0)
-        self.online_tasks = self.train_tasks[self.buffers]
-        if args.online_tasks == "test":
-            chosen = schedule(args, len(self.test_tasks), 1)
-            self.online_tasks = self.test_tasks[chosen]
-            self.buffers = n + chosen if args.online_rewards == "oracle" else self.buffers
+        # online: the tasks (R rounds, E, P) where trajectories are collected, and the buffers (R, E) that they join: a
+        # test task's one of a training task, but with true rewards its own
+        self.buffers, chosen = schedule(args, n, 0), schedule(args, k, 1)
+        self.online_tasks = self.test_tasks[chosen] if args.online_tasks == "test" else self.train_tasks[self.buffers]
+        if args.online_tasks == "test" and args.online_rewards == "oracle":
+            self.buffers = n + chosen
 
     def open_data(self, args, device):
         train, test = data.open_datasets(args, device, train=args.train_tasks, test=args.test_tasks)
@@ -537,8 +530,7 @@ def posteriors(args, agent, world, rows, counted):
     """Mean and variance (B, l) of q_phi(z | h) by the prefix that their columns have in metrics.csv: "" where h is all
     that was explored, "short_" as many rows of it as in training, "offline_" as many of the task's data."""
     size, counted = args.context_size, counted.float()
-    again = size > rows.shape[1]  # as many as in training, even where there are fewer
-    index = torch.multinomial(counted.clamp_min(1e-9), size, replacement=again)
+    index = torch.multinomial(counted.clamp_min(1e-9), size, replacement=size > rows.shape[1])
     found = {"": agent.encoder(rows, counted)}
     found["short_"] = agent.encoder(torch.take_along_dim(rows, index[..., None], 1), counted.gather(1, index))
     if "offline_" in world.CONTEXTS:

@@ -44,7 +44,7 @@ def play(args, agent, world):
 
 
 def paths(rows, counted, world):
-    """(2, t) positions in each trajectory of rows (n, H, D), up to its end; none where tasks do not lie in the plane."""
+    """(2, t) positions in each trajectory of rows (n, H, D), up to its end; none where tasks are not in the plane."""
     row, found = world.row, []
     for own, alive in zip(rows, counted, strict=True):
         where = own.split(world.split, -1)[3][alive] * world.std + world.mean  # s'
