@@ -451,7 +451,7 @@ class World:
         self.open_data(args, device)
         n, k = len(self.train_tasks), len(self.test_tasks)
         if args.meta_batch_size > n:
-            raise data.DataError(f"--meta-batch-size {args.meta_batch_size}: expected at most the {n} training tasks")
+            raise data.DataError(f"--meta-batch-size {args.meta_batch_size}: expected at most {n}, the training tasks")
         self.seen = min(n, k)  # so many of the training tasks are evaluated
         self.tasks = np.concatenate([self.train_tasks[: self.seen], self.test_tasks])
         self.env = envs.make(args.env, self.tasks.repeat(args.eval_episodes, axis=0), seed=args.seed)
