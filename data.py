@@ -1833,9 +1833,10 @@ class Run:
         self.saved = self.step, self.folder
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps."""
+        """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps, if
+        they may grow."""
         own, seed = self.folder / "checkpoint.pt", self.folder.name
-        if own.exists() or not self.args.resume:
+        if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
             return own if own.exists() else None
         base = self.args.variant.partition(",steps=")[0]
         others = [path for path in self.folder.parent.parent.iterdir() if path.name.partition(",steps=")[0] == base]

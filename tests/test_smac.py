@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import math
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +21,12 @@ import data
 import envs
 import smac
 
+sys.path.append(str(Path(smac.__file__).resolve().parent / "benchmark"))
+import pearl  # noqa: E402
+import shift  # noqa: E402
+
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3 --device cpu"
-TINY += " --eval-every 3 --eval-episodes 1 --threads 1 --context-data 40 --online-envs 3"
+TINY += " --eval-every 3 --eval-episodes 1 --threads 1 --online-envs 3"
 ALL = {"encoder", "decoder", "critic", "target", "actor"}
 
 
@@ -28,30 +34,31 @@ def flags(name, file, more=""):
     online = 2 * 3 * envs.family(name).horizon  # two iterations
     updates = 6 / (3 * envs.family(name).horizon)
     until = "" if envs.family(name).xml else "--data-until 60"
-    file = f"--data {file} --data-size 60 {until} --steps 6" if file else ""
-    words = f"--env {name} {file} {TINY} --online-steps {online} --updates {updates}"
+    file = f"--data {file} --data-size 60 --context-data 40 {until} --steps 6" if file else ""
+    words = f"--env {name} {file} {TINY} --no-small --online-steps {online} --updates {updates}"
     return [*words.split(), *more.split()]
 
 
-def build(name, file, more="", device="cpu"):
-    """What main builds before its loop, from the same seed."""
-    k = SimpleNamespace(args=smac.parse_args(flags(name, file, more)))
-    k.world = smac.World(k.args, torch.device(device))
+def build(name, file, more="", device="cpu", script=smac):
+    """What `train` builds before its loop, from the same seed."""
+    k = SimpleNamespace(args=script.parse_args(flags(name, file, more)))
+    k.world = script.World(k.args, torch.device(device))
     torch.manual_seed(k.args.seed)
-    k.agent, k.optimisers, k.update = smac.build(k.args, k.world, torch.device(device))
+    k.agent = smac.Agent(k.args, k.world)
+    k.optimisers, k.update = k.agent.optimisers, k.agent.update
     return k
 
 
-def run(folder, name, file, more=""):
-    smac.main([*flags(name, file, more), "--run-dir", str(folder)])
-    (path,) = folder.glob("smac/*/*/seed*")
+def run(folder, name, file, more="", script=smac):
+    script.main([*flags(name, file, more), "--run-dir", str(folder)])
+    (path,) = folder.glob(f"{script.__name__}/*/*/seed*")
     return path
 
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    for name in ("plot_curve", "plot_embeddings", "plot_shift"):
-        monkeypatch.setattr(smac, name, lambda *args: None)
+    for name in ("plot_curve", "plot_embeddings"):
+        monkeypatch.setattr(data, name, lambda *args: None)
 
 
 # ------------------------------------------------------------------------------------------ losses, from the page
@@ -233,12 +240,13 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
             p += 0.3 * torch.randn_like(p)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
     rate = lambda: torch.tensor(RATE, dtype=torch.float64)
-    optimisers = {name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate()) for name in k.optimisers}
-    draws, draw = {3: [], 4: []}, agent.replay.draw
-    agent.replay.draw = lambda t, n, *more: draws[n].append((t, draw(t, n, *more))) or draws[n][-1][1]
+    for name, optimiser in agent.optimisers.items():
+        agent.optimisers[name] = torch.optim.SGD(optimiser.param_groups[0]["params"], lr=rate())
+    draws, draw = {3: [], 4: []}, agent.replay._draw
+    agent.replay._draw = lambda t, n, *more: draws[n].append((t, draw(t, n, *more))) or draws[n][-1][1]
     expected = copy.deepcopy({name: network for name, network in agent._modules.items() if name != "replay"})
     expected = SimpleNamespace(split=agent.split, **expected)
-    smac.make_update(k.args, agent, optimisers)(online)
+    agent.update(online)
     ((t, batch),), ((t_h, histories),) = draws[3], draws[4]
     assert torch.equal(t, t_h) and len(set(t.tolist())) == 3
     falling = RATE * (1 - (1 - k.args.final_lr) / 18)  # at the first of 6 steps offline and 12 online
@@ -248,12 +256,12 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
         for key, p in ours.items():
             note = lambda text, at=f"{name}.{key}": f"{at}: {text}"
             torch.testing.assert_close(p, theirs[key], rtol=1e-8, atol=1e-9, msg=note)
-    assert agent.metrics.tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
+    assert agent.metrics[0].tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
 
 
 def test_the_slow_target_begins_as_the_critic(files):
     agent = build(WIND, files[WIND]).agent
-    assert same(agent.target, agent.critic) and same(agent.labeller, agent.encoder)
+    assert same(agent.target, agent.critic)
 
 
 # ------------------------------------------------------------------------------------------------ who trains whom
@@ -317,7 +325,7 @@ def test_the_kl_pulls_the_posterior_to_the_prior(files):
         k = build(WIND, files[WIND], f"--kl-weight {weight} --lr 0.003")
         for _ in range(60):
             k.update()
-        kl[weight] = k.agent.metrics[1].item()
+        kl[weight] = k.agent.metrics[0, 1].item()
     assert kl[1] < 0.7 * kl[0]
 
 
@@ -351,42 +359,60 @@ def test_awac_prefers_the_better_of_two_actions():
         for _ in range(300):
             log_pi = smac.log_density(*actor(s, z), a)
             loss = smac.awac_loss(log_pi, q, torch.zeros(2, 64), 2.0) if name == "awac" else -log_pi.mean()
-            smac.step_down(optimiser, loss)
+            data.descend(optimiser, loss)
         means[name] = torch.tanh(actor(s, z)[0])[0].item()
     assert means["awac"] > 0.4 and abs(means["bc"]) < 0.15
 
 
 # ------------------------------------------------------------------------------------------------------- buffers
+def buffers(rows, joining, horizon=3, context_data=4):
+    """The buffers of three tasks."""
+    world = SimpleNamespace(train_rows=rows, buffers=np.array(joining, int), split=[1, 1, 1, 1, 1])
+    world.row = SimpleNamespace(horizon=horizon)
+    return smac.Replay(SimpleNamespace(context_data=context_data), world)
+
+
 def test_buffers_grow_as_said():
-    rows = torch.arange(3).float()[:, None, None].expand(3, 4, 2).clone()
-    replay = smac.Replay(rows, 5, 8)
-    assert replay.rows.shape == (5, 12, 2) and replay.filled.tolist() == replay.offline.tolist() == [4, 4, 4, 0, 0]
-    new = 10 + torch.arange(4).float()[:, None, None].expand(4, 3, 2)
+    rows = torch.arange(3).float()[:, None, None].expand(3, 4, 5).clone()
+    assert buffers(rows, [[]]).rows.shape == (3, 4, 5)
+    replay = buffers(rows, [[1, 4], [1, 0]])  # room for two trajectories
+    assert replay.rows.shape == (5, 10, 5) and replay.filled.tolist() == replay.offline.tolist() == [4, 4, 4, 0, 0]
+    new = 10 + torch.arange(4).float()[:, None, None].expand(4, 3, 5)
     replay.append(torch.tensor([1, 4, 1, 0]), new)
     assert replay.filled.tolist() == [7, 10, 4, 0, 3] and replay.offline.tolist() == [4, 4, 4, 0, 0]
-    assert replay.rows[1, :, 0].tolist() == [1] * 4 + [10] * 3 + [12] * 3 + [0] * 2
+    assert replay.rows[1, :, 0].tolist() == [1] * 4 + [10] * 3 + [12] * 3
     assert replay.rows[4, :3, 0].tolist() == [11] * 3 and replay.rows[0, 4:7, 0].tolist() == [13] * 3
-    drawn = replay.draw(torch.tensor([1, 0]), 400, replay.filled)[..., 0]
+
+
+def test_what_is_drawn_from_the_buffers():
+    rows = torch.arange(3).float()[:, None, None].expand(3, 4, 5).clone()
+    replay = buffers(rows, [[1, 4], [1, 0]], context_data=2)
+    replay.append(torch.tensor([1, 4, 1, 0]), 10 + torch.arange(4).float()[:, None, None].expand(4, 3, 5))
+    parts = replay.transitions(torch.tensor([1, 0]), 400)
+    assert [part.shape for part in parts] == [(800, 1), (800, 1), (800,), (800, 1), (800,)]
+    drawn = parts[0].view(2, 400)
+    assert all(torch.equal(part.view(2, 400), drawn) for part in parts)
     assert set(drawn[0].tolist()) == {1, 10, 12} and set(drawn[1].tolist()) == {0, 13}
     assert (drawn[0] == 1).float().mean().item() == pytest.approx(0.4, abs=0.1)
-    assert set(replay.draw(torch.tensor([1, 0]), 50, replay.offline)[..., 0].flatten().tolist()) == {0, 1}
     replay.rows[1, :4, 0] = torch.tensor([5.0, 6, 7, 8])
-    latest = replay.draw(torch.tensor([1, 4]), 200, replay.filled, 2)[..., 0]
-    assert set(latest[0].tolist()) == {7, 8, 10, 12} and set(latest[1].tolist()) == {11}
+    latest, others = replay.histories(torch.tensor([1, 4]), 200)[..., 0]
+    assert set(latest.tolist()) == {7, 8, 10, 12} and set(others.tolist()) == {11}
+    latest, others = replay.histories(torch.tensor([1, 4]), 200, offline=True)[..., 0]
+    assert set(latest.tolist()) == {7, 8} and set(others.tolist()) == {11}  # where there are no offline rows: any
 
 
 def test_tasks_without_data_are_not_drawn(files):
     k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle --meta-batch-size 4")
     assert k.agent.replay.filled.tolist() == [60] * 4 + [0] * 2
-    drawn, draw = [], k.agent.replay.draw
-    k.agent.replay.draw = lambda *args: drawn.append(args[0]) or draw(*args)
+    drawn, draw = [], k.agent.replay._draw
+    k.agent.replay._draw = lambda *args: drawn.append(args[0]) or draw(*args)
     k.update(online=True)
     assert all(set(task.tolist()) == {0, 1, 2, 3} for task in drawn)
 
 
 def test_the_schedule_visits_all_tasks_alike():
     args = smac.parse_args(flags(WIND, "x", "--online-envs 5 --online-steps 2000 --seed 3"))
-    assert smac.iterations(args) == 20 and smac.capacity(args, 7) == 15 * 20
+    assert smac.rounds(args) == (20, 6)
     plan = smac.schedule(args, 7, 0)
     assert plan.shape == (20, 5)
     counts = np.bincount(plan.ravel(), minlength=7)
@@ -394,29 +420,19 @@ def test_the_schedule_visits_all_tasks_alike():
     assert (np.sort(plan.ravel()[:7]) == np.arange(7)).all() and not np.array_equal(plan, smac.schedule(args, 7, 1))
 
 
-def test_an_update_draws_two_independent_histories(files):
+def test_an_update_draws_two_independent_histories(files, monkeypatch):
     k = build(WIND, files[WIND], "--online-contexts offline")
-    k.agent.replay.filled += 20
     for online in (False, True):
-        drawn, draw = [], smac.Replay.draw
-        k.agent.replay.draw = lambda *args: drawn.append(args) or draw(k.agent.replay, *args)
+        drawn = []
+        for name in ("histories", "transitions"):
+            draw = getattr(smac.Replay, name)
+            note = lambda *args, draw=draw, **more: drawn.append([*args[1:], *more.values()]) or draw(*args, **more)
+            monkeypatch.setattr(smac.Replay, name, note)
         k.update(online=online)
-        (task, size, held, part), (task2, size2, held2) = drawn
+        monkeypatch.undo()
+        (task, size, offline), (task2, size2) = drawn
         assert torch.equal(task, task2) and len(set(task.tolist())) == 3
-        assert (size, size2) == (k.args.context_size, k.args.batch_size)
-        assert part == 40 and torch.equal(held, k.agent.replay.offline) == online and held2 is k.agent.replay.filled
-
-
-def test_an_oracle_s_test_tasks_have_contexts_though_they_have_no_offline_rows(files):
-    k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle --online-contexts offline")
-    k.agent.replay.append(torch.tensor([4, 5]), torch.randn(2, 20, k.agent.replay.rows.shape[-1]))
-    seen, history = [], k.agent.history
-    k.agent.history = lambda rows: seen.append(rows) or history(rows)
-    for _ in range(10):
-        k.update(online=True)
-    contexts = torch.cat(seen)
-    distinct = [len(rows.unique(dim=0)) for rows in contexts]
-    assert contexts.shape[1] == 8 and min(distinct) > 3
+        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline == online
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -437,8 +453,8 @@ def test_an_advantage_is_the_difference_of_two_values_of_one_critic(files, monke
 class MeanReward(torch.nn.Module):
     """A posterior that is the mean reward of the history, almost surely."""
 
-    def forward(self, history, counted=None):
-        mean = history[..., -1:].mean(1).expand(-1, 3)
+    def forward(self, rows, counted=None):
+        mean = rows[..., 4:5].mean(1).expand(-1, 3)  # s, a, r, s', d
         return mean, torch.full_like(mean, 1e-12)
 
 
@@ -455,7 +471,7 @@ def test_labels_come_from_the_offline_history_of_the_trajectory_s_own_buffer(fil
     rows = torch.randn(3, 20, k.agent.replay.rows.shape[-1])
     rows[..., reward] = math.nan
     expected = task[:, None] + 10 * rows[..., 0] + 100 * rows[..., 3]
-    torch.testing.assert_close(k.agent.label(task, rows, 8, 40), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(k.agent.label(task, rows), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("more", ["", "--online-tasks test", "--online-rewards oracle"])
@@ -496,7 +512,7 @@ def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
     made, make = [], envs.make
     monkeypatch.setattr(envs, "make", lambda *args, **kw: made.append(make(*args, **kw)) or made[-1])
     seen, label = [], k.agent.label
-    k.agent.label = lambda task, rows, *sizes: seen.append(rows.clone()) or label(task, rows, *sizes)
+    k.agent.label = lambda task, rows: seen.append(rows.clone()) or label(task, rows)
     smac.collect(k.args, k.agent, k.world, 0)
     (env,), (rows,) = made, seen
     assert env.family.reward is not envs.FAMILIES[SPARSE].reward and env.family.sparse_reward is None
@@ -565,37 +581,56 @@ def test_labels_come_from_the_encoder_at_the_end_of_the_offline_phase(files, tmp
 # ----------------------------------------------------------------------------------------------------- evaluation
 def test_evaluation_follows_both_protocols(files, monkeypatch):
     k = build(WIND, files[WIND], "--eval-episodes 2")
-    seen, played, play = [], [], smac.play
+    seen, played, scored, play, returns = [], [], [], smac.play, k.world.env.returns
 
-    def record(agent, world, env, z, seed, explore=False, redraw=""):
-        result = play(agent, world, env, z, seed, explore, redraw)
-        played.append(SimpleNamespace(z=z, seed=seed, explore=explore, rows=result[0], total=result[2]))
+    def record(agent, world, env, z, seed, **more):
+        result = play(agent, world, env, z, seed, **more)
+        played.append(SimpleNamespace(seed=seed, more=more, rows=result[0], total=result[2]))
         return result
 
     monkeypatch.setattr(smac, "play", record)
+    k.world.env.returns = lambda policy, seed: scored.append((returns(policy, seed), seed)) or scored[-1][0]
     forward = k.agent.encoder.forward
     k.agent.encoder.forward = lambda h, counted=None: seen.append(h) or forward(h, counted)
     state = torch.get_rng_state()
-    result = smac.evaluate(k.args, k.agent, k.world)
+    row, z = smac.evaluate(k.args, k.agent, k.world)
     assert torch.equal(state, torch.get_rng_state())  # it takes nothing from the run's random numbers
-    first, second, online, short, offline = played
-    assert not any(p.explore for p in played) and online.seed == short.seed == offline.seed
-    assert torch.equal(seen[0], k.agent.history(torch.cat([first.rows, second.rows], 1)))
+    first, second = played
+    assert all("explore" not in p.more and p.more["anew"].all() for p in played) and first.seed != second.seed
+    assert {seed for _, seed in scored} == {k.args.seed}
+    assert torch.equal(seen[0], torch.cat([first.rows, second.rows], 1))
     assert seen[1].shape[1] == seen[2].shape[1] == k.args.context_size
-    own = torch.cat([k.world.train_rows[k.world.seen], k.world.test_rows])
+    own = torch.cat([k.world.train_rows[: k.world.seen], k.world.test_rows])
     for i, history in enumerate(seen[2]):  # two meta-episodes of each of two training and two test tasks
-        rows = k.agent.history(own[i // 2, -40:])
-        assert all((row == rows).all(1).any() for row in history)
-        assert len({tuple(row.tolist()) for row in history}) > k.args.context_size // 2
+        assert all((drawn == own[i // 2, -40:]).all(1).any() for drawn in history)
+        assert len({tuple(drawn.tolist()) for drawn in history}) > k.args.context_size // 2
     for i, history in enumerate(seen[1]):
-        assert all((row == seen[0][i]).all(1).any() for row in history)
-    variance = k.agent.encoder(seen[0])[1]
-    assert ((online.z - k.agent.encoder(seen[0])[0]) / variance.sqrt()).abs().max() < 5
-    for name, p in (("prior_", first), ("", online), ("short_", short), ("offline_", offline)):
-        train, test = result[name]["return"]
-        assert np.concatenate([train, test]).ravel().tolist() == p.total.tolist()
-    again = smac.evaluate(k.args, k.agent, k.world)
-    assert np.array_equal(result[""]["return"][1], again[""]["return"][1])
+        assert all((drawn == seen[0][i]).all(1).any() for drawn in history)
+    torch.testing.assert_close(z, forward(seen[2])[0].view(4, 2, 3))
+    for name, total in zip(("prior_", "", "short_", "offline_"), (first.total, *(x for x, _ in scored)), strict=True):
+        for prefix, part in (("train_", slice(4)), ("", slice(4, None))):
+            own = total[part].reshape(2, 2)
+            assert (
+                row[f"{prefix}{name}return_mean"] == own.mean()
+                and row[f"{prefix}{name}return_std"] == own.mean(1).std()
+            )
+    for i, name in enumerate(("", "short_", "offline_")):
+        kl = smac.gaussian_kl(*forward(seen[i])).detach()
+        assert row[f"train_{name}kl"] == pytest.approx(kl[:4].mean().item(), rel=1e-5)
+        assert row[f"{name}kl"] == pytest.approx(kl[4:].mean().item(), rel=1e-5)
+    assert row == smac.evaluate(k.args, k.agent, k.world)[0]
+
+
+def test_what_acts_on_a_posterior_acts_on_a_sample_of_it(files, monkeypatch):
+    k, seen = build(WIND, files[WIND]), []
+    act = k.agent.act
+    k.agent.act = lambda s, z, explore=False: seen.append(z) or act(s, z, explore)
+    monkeypatch.setattr(smac, "sample", lambda mean, variance: mean + 100 * variance.sqrt())
+    expected, found = [], smac.posteriors
+    monkeypatch.setattr(smac, "posteriors", lambda *args: expected.append(found(*args)) or expected[0])
+    smac.evaluate(k.args, k.agent, k.world)
+    for i, (mean, variance) in enumerate(expected[0].values()):
+        assert all(torch.equal(z, mean + 100 * variance.sqrt()) for z in seen[40 + 20 * i : 60 + 20 * i])
 
 
 def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
@@ -612,13 +647,14 @@ def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
         assert total[i] == pytest.approx(reward[: first + 1].double().sum().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("redraw", "expected"), [("", "once"), ("episode", "after falls"), ("step", "always")])
-def test_when_exploration_draws_z(files, redraw, expected):
+@pytest.mark.parametrize(("every", "expected"), [(None, "once"), ("episode", "after falls"), ("step", "always")])
+def test_when_exploration_draws_z(files, every, expected):
     k = build(WALKER, files[WALKER])
     seen = []
     k.agent.act = lambda s, z, explore=False: seen.append(z.clone()) or torch.ones(len(s), 6)
     z = torch.zeros(k.world.env.num_envs, 3)
-    rows, *_ = smac.play(k.agent, k.world, k.world.env, z, 0, redraw=redraw)
+    more = {"anew": torch.ones(len(z), dtype=torch.bool), "every": every} if every else {}
+    rows, *_ = smac.play(k.agent, k.world, k.world.env, z, 0, **more)
     changes = torch.stack([(a != b).any(1) for a, b in zip(seen, seen[1:], strict=False)], 1)
     fell = rows[:, :-1, -1] > 0
     assert fell.any() and not fell.all()
@@ -629,43 +665,21 @@ def test_when_exploration_draws_z(files, redraw, expected):
 def test_what_a_run_writes(files, tmp_path, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
     names = ["args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"]
-    assert sorted(file.name for file in path.iterdir()) == sorted(
-        [*names, "shift-offline-phase.png", "shift-online-phase.png"]
-    )
+    assert {file.name for file in path.iterdir()} - {"started.py"} == set(names)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18]
     assert {"return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean", "kl", "offline_kl"} <= set(
         rows[0]
     )
     assert all(0 <= row["return_mean"] <= 20 for row in rows)  # the sparse return
-    assert "online context" in capsys.readouterr().out
-
-
-def test_the_picture_of_paths(files, tmp_path, monkeypatch):
-    """A path of each test task in each panel, as it was walked, and a star of its colour where it should lead."""
-    monkeypatch.setattr(data, "write", lambda path, save: save(drawn.append))
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, dpi: file(figure))
-    drawn, k = [], build(SPARSE, files[SPARSE])
-    result = smac.evaluate(k.args, k.agent, k.world)
-    smac.plot_shift(tmp_path, "offline-phase", result, k.world)
-    histogram, *panels = drawn[0].axes
-    assert len(histogram.patches) == 2 * 29 and len(panels) == 3
-    for key, axes in zip(("prior_", "short_", "offline_"), panels, strict=True):
-        (stars,) = axes.collections
-        np.testing.assert_allclose(stars.get_offsets(), k.world.test_tasks)
-        assert len(axes.lines) == len(k.world.test_tasks)
-        for i, line in enumerate(axes.lines):
-            rows = result[key]["path"][1][i, 0]
-            walked = rows[:, 5:7] * k.world.std + k.world.mean  # s, a, r, s', d
-            np.testing.assert_allclose(line.get_xydata(), walked)
-            np.testing.assert_allclose(line.get_color(), stars.get_facecolors()[i])
+    assert "offline context" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
     whole = run(tmp_path / "a", WIND, files[WIND], more)
     for kill in (1, 2, 4):
-        saved, save = [], smac.save
+        saved, save = [], data.Run._save
 
         def save_and_die(*args, saved=saved, save=save, kill=kill):
             save(*args)
@@ -673,67 +687,24 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
             if len(saved) == kill:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(smac, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(data.Run, "_save", save_and_die)
+        with pytest.raises(SystemExit) as end:
             run(tmp_path / f"b{kill}", WIND, files[WIND], more)
-        monkeypatch.setattr(smac, "save", save)
+        assert end.value.code == 130
+        monkeypatch.setattr(data.Run, "_save", save)
         resumed = run(tmp_path / f"b{kill}", WIND, files[WIND], f"{more} --resume")
         assert metrics(resumed) == metrics(whole)
         test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
 
 
-def test_pearl_from_nothing_saves_its_replay(tmp_path, no_plots):
-    file = tmp_path / "pearl.npz"
-    counts = "--train-tasks 3 --test-tasks 2 --online-steps 240 --posterior-share 0.5"
-    path = run(tmp_path, WIND, None, f"{counts} --from-nothing --save-replay {file}")
-    (row, *_), dataset = metrics(path), data.load(file, WIND)
-    assert row["offline_return_mean"] is None and row["step"] == 3
-    assert dataset.rewards.shape == (5, 80) and dataset.train_tasks.tolist() == [0, 1, 2]
-    assert np.array_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 0))
-    for i, task in enumerate(dataset.tasks):
-        s, a, s2 = (x[i].numpy() for x in (dataset.observations, dataset.actions, dataset.next_observations))
-        np.testing.assert_allclose(s2 - s, 0.1 * a + task, atol=1e-5)
-        np.testing.assert_allclose(dataset.rewards[i], -np.linalg.norm(s2 - [1, 0], axis=1), atol=1e-4)
-        assert dataset.episodes[i].tolist() == [t // 20 for t in range(80)]
-    more = "--data-size 80 --data-until 80 --online-rewards none"
-    assert metrics(run(tmp_path / "smac", WIND, file, more))[0]["offline_return_mean"] < 0
-
-
-def test_contexts_of_a_saved_replay_are_of_exploration(files, monkeypatch):
-    """The last rows of a test task: SMAC takes them as its offline contexts."""
-    k, play, calls = build(WIND, files[WIND]), smac.play, []
-
-    def marked(agent, world, env, z, *args, **kwargs):
-        rows, *rest = play(agent, world, env, z, *args, **kwargs)
-        rows[..., 4] = len(calls)  # the reward: whether it was the second call
-        calls.append(z)
-        return rows, *rest
-
-    monkeypatch.setattr(smac, "play", marked)
-    rows = smac.play_test_tasks(k.args, k.agent, k.world, 4)
-    assert len(calls) == 2 and rows.shape[:2] == (len(TEST), 80)
-    assert rows[..., 4].unflatten(1, (4, 20))[:, :, 0].tolist() == [[1, 1, 0, 0]] * len(TEST)
-
-
-def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_plots):
-    file = tmp_path / "pearl.npz"
-    counts = "--train-tasks 3 --test-tasks 2 --online-steps 240"
-    run(tmp_path, SPARSE, None, f"{counts} --from-nothing --save-replay {file}")
-    dataset = data.load(file, SPARSE)
-    distance = np.linalg.norm(dataset.next_observations.numpy() - dataset.tasks[:, None], axis=-1)
-    expected = np.where(distance < 0.2, 1 - distance, 0)
-    np.testing.assert_allclose(dataset.context_rewards, expected, atol=1e-5)
-    np.testing.assert_allclose(dataset.rewards, -distance, atol=1e-5)
-
-
 @pytest.mark.parametrize(("share", "count"), [(0, 0), (0.34, 1), (1, 3)])
 def test_how_many_trajectories_act_on_a_posterior(files, monkeypatch, share, count):
     k, seen, play = build(WIND, files[WIND], f"--posterior-share {share}"), [], smac.play
-    monkeypatch.setattr(smac, "play", lambda *args, **more: seen.append((args[3], more["kept"])) or play(*args, **more))
+    monkeypatch.setattr(smac, "play", lambda *args, **more: seen.append((args[3], more["anew"])) or play(*args, **more))
     monkeypatch.setattr(smac, "sample", lambda mean, variance: torch.full_like(mean, 9.0))
     smac.collect(k.args, k.agent, k.world, 0)
-    ((z, kept),) = seen
-    assert kept.sum() == count and torch.equal((z == 9).all(-1), kept)
+    ((z, anew),) = seen
+    assert (~anew).sum() == count and torch.equal((z == 9).all(-1), ~anew)
 
 
 @pytest.mark.parametrize("every", ["step", "episode"])
@@ -742,9 +713,9 @@ def test_what_acts_on_a_posterior_does_so_to_the_end(files, every):
     env = envs.make(WIND, k.world.train_tasks[:3])
     step, ends = env.step, np.array([True, True, False])
     env.step = lambda a: (out := step(a))[:2] + (out[2] | ends,) + out[3:]  # as where robots fall
-    seen, kept = [], torch.tensor([True, False, False])
+    seen, anew = [], torch.tensor([False, True, True])
     k.agent.act = lambda s, z, explore: seen.append(z) or torch.zeros(3, 2)
-    smac.play(k.agent, k.world, env, torch.ones(3, k.args.latent), 0, True, every, kept)
+    smac.play(k.agent, k.world, env, torch.ones(3, k.args.latent), 0, True, anew, every)
     ones = (torch.stack(seen) == 1).all(-1)
     assert ones[:, 0].all() and not ones[1:, 1].any() and ones[1:, 2].all() == (every == "episode")
 
@@ -763,21 +734,19 @@ def test_the_data_are_cut(files):
 
 
 def test_observations_are_kept_within_a_bound(files):
-    """Of the data, where the policy acts, and in what it collects; PEARL, which has no data, sees them as they are."""
+    """Of the data, where the policy acts, and in what it collects."""
     k, free = (build(WIND, files[WIND], f"--obs-bound {bound}") for bound in (0.5, 1e30))
     for rows, whole in ((k.world.train_rows, free.world.train_rows), (k.world.test_rows, free.world.test_rows)):
         for part in (slice(0, 2), slice(5, 7)):  # s and s'
             assert whole[..., part].abs().max() > 1
             torch.testing.assert_close(rows[..., part], whole[..., part].clamp(-0.5, 0.5))
     seen, act = [], k.agent.act
-    k.agent.act = lambda s, z, explore: seen.append(s) or act(s, z, explore)
+    k.agent.act = lambda s, z, explore=False: seen.append(s) or act(s, z, explore)
     rows = smac.play(k.agent, k.world, k.world.env, torch.zeros(k.world.env.num_envs, k.args.latent), 0)[0]
     assert torch.equal(rows[..., :2], torch.stack(seen, 1))
     for x in (rows[..., :2], rows[..., 5:7]):
         assert x.abs().max() == 0.5
-    pearl = build(WIND, None, "--train-tasks 3 --test-tasks 2 --from-nothing")
     far = 1e6 * torch.ones(1, 2)
-    assert torch.equal(pearl.world.scaled(far), far)
     assert build(WIND, files[WIND]).world.scaled(far).tolist() == [[10.0, 10.0]]
 
 
@@ -790,17 +759,14 @@ def test_observations_are_kept_within_a_bound(files):
         ("--posterior-share 2", ["--posterior-share", "2"]),
         ("--actor td3", ["--actor", "td3"]),
         ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
-        ("--save-replay x.npz", ["--save-replay", "--from-nothing"]),
-        ("--from-nothing --actor bc", ["--actor", "--from-nothing"]),
-        ("--from-nothing --obs-bound 5", ["--obs-bound", "--from-nothing"]),
-        ("--from-nothing --online-tasks test", ["--online-tasks", "--from-nothing"]),
+        ("--train-tasks 3", ["--train-tasks 3", "--data"]),
     ],
 )
 def test_bad_input_ends_in_one_line(files, tmp_path, capsys, more, words):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, WIND, files[WIND], more)
     shown = capsys.readouterr()
-    assert end.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
+    assert end.value.code == 2 and shown.err.count("\n") == 1
     assert shown.err.startswith("smac.py: ") and all(word in shown.err for word in words)
 
 
@@ -809,11 +775,140 @@ def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, ca
     """Where its online phase began would not be where this one's does."""
     stored = run(tmp_path, WIND, files[WIND]) / "checkpoint.pt"
     argv = [*flags(WIND, files[WIND], f"--steps {steps} --resume"), "--run-dir", str(tmp_path)]
-    shutil.copy(stored, smac.prepare_run(smac.parse_args(argv)) / "checkpoint.pt")
+    args = smac.parse_args(argv)
+    folder = tmp_path / "smac" / WIND / args.variant / "seed0"
+    folder.mkdir(parents=True)
+    shutil.copy(stored, folder / "checkpoint.pt")
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         smac.main(argv)
     assert end.value.code == 2 and "--steps: the checkpoint was made with 6" in capsys.readouterr().err
+
+
+def test_a_run_of_another_length_is_not_looked_for(files, tmp_path, no_plots, capsys):
+    run(tmp_path, WIND, files[WIND])
+    smac.main([*flags(WIND, files[WIND], "--steps 9 --online-rewards none --resume"), "--run-dir", str(tmp_path)])
+    assert "from the start" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- PEARL, and the pictures
+COUNTS = "--train-tasks 3 --test-tasks 2 --online-steps 240"
+
+
+def test_pearl_from_nothing_leaves_its_replay(tmp_path, no_plots):
+    path = run(tmp_path, WIND, None, f"{COUNTS} --posterior-share 0.5", pearl)
+    (row, *_), dataset = metrics(path), data.load(path / "replay.npz", WIND)
+    assert "offline_return_mean" not in row and row["step"] == 3 and row["online_steps"] == 60
+    assert moved(checkpoint(path)["agent"], dict.fromkeys(checkpoint(path)["agent"], torch.zeros(0))) > ALL
+    assert dataset.rewards.shape == (5, 80) and dataset.train_tasks.tolist() == [0, 1, 2]
+    assert np.array_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 0))
+    for i, task in enumerate(dataset.tasks):
+        s, a, s2 = (x[i].numpy() for x in (dataset.observations, dataset.actions, dataset.next_observations))
+        np.testing.assert_allclose(s2 - s, 0.1 * a + task, atol=1e-5)
+        np.testing.assert_allclose(dataset.rewards[i], -np.linalg.norm(s2 - [1, 0], axis=1), atol=1e-4)
+        assert dataset.episodes[i].tolist() == [t // 20 for t in range(80)]
+    more = "--data-size 80 --data-until 80 --online-rewards none"
+    assert metrics(run(tmp_path / "smac", WIND, path / "replay.npz", more))[0]["offline_return_mean"] < 0
+
+
+def test_pearl_learns_by_its_own_losses(monkeypatch):
+    k, calls = build(WIND, None, COUNTS, script=pearl), []
+    for name in ("awac_loss", "pearl_loss", "critic_loss", "reward_loss"):
+        loss = getattr(smac, name)
+        monkeypatch.setattr(smac, name, lambda *args, name=name, loss=loss: calls.append(name) or loss(*args))
+    smac.collect(k.args, k.agent, k.world, 0)
+    assert k.agent.replay.filled.tolist() == [20, 20, 20]
+    before = weights(k.agent)
+    k.update(online=True)
+    assert sorted(calls) == ["critic_loss", "pearl_loss", "reward_loss"] and moved(before, weights(k.agent)) == ALL
+    far = 1e6 * torch.ones(1, 2)
+    assert torch.equal(k.world.scaled(far), far)  # it has no data to standardise by
+
+
+def test_contexts_of_a_saved_replay_are_of_exploration(files, monkeypatch):
+    """The last rows of a test task: SMAC takes them as its offline contexts."""
+    k, play, calls = build(WIND, files[WIND]), smac.play, []
+
+    def marked(agent, world, env, z, *args, **kwargs):
+        rows, *rest = play(agent, world, env, z, *args, **kwargs)
+        rows[..., 4] = len(calls)  # the reward: whether it was the second call
+        calls.append(z)
+        return rows, *rest
+
+    monkeypatch.setattr(smac, "play", marked)
+    rows = pearl.play_test_tasks(k.args, k.agent, k.world, 4)
+    assert len(calls) == 2 and rows.shape[:2] == (len(TEST), 80)
+    assert rows[..., 4].unflatten(1, (4, 20))[:, :, 0].tolist() == [[1, 1, 0, 0]] * len(TEST)
+
+
+def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_plots):
+    dataset = data.load(run(tmp_path, SPARSE, None, COUNTS, pearl) / "replay.npz", SPARSE)
+    distance = np.linalg.norm(dataset.next_observations.numpy() - dataset.tasks[:, None], axis=-1)
+    expected = np.where(distance < 0.2, 1 - distance, 0)
+    np.testing.assert_allclose(dataset.context_rewards, expected, atol=1e-5)
+    np.testing.assert_allclose(dataset.rewards, -distance, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--actor bc", ["--actor: PEARL"]),
+        ("--obs-bound 5", ["--obs-bound: PEARL"]),
+        ("--steps 5", ["--steps: PEARL"]),
+        ("--data-size 7", ["--data-size: PEARL"]),
+        ("--online-envs 2", ["--online-envs 2", "at least 3"]),
+        ("--online-steps 60", ["replay.npz", "20 transitions", "at least 40"]),
+    ],
+)
+def test_pearl_says_in_one_line_what_it_cannot(tmp_path, no_plots, capsys, more, words):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, WIND, None, f"{COUNTS} {more}", pearl)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and shown.count("\n") == 1 and all(word in shown for word in words)
+
+
+def test_the_picture_of_paths(files, tmp_path, monkeypatch):
+    """A path of each test task in each panel, as it was walked, and a star of its colour where it should lead."""
+    monkeypatch.setattr(data, "write", lambda path, save: save(drawn.append))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file(figure))
+    drawn, played, play, k = [], [], smac.play, build(SPARSE, files[SPARSE], "--eval-episodes 2")
+    monkeypatch.setattr(smac, "play", lambda *args, **more: played.append(play(*args, **more)) or played[-1])
+    shift.plot(tmp_path / "shift-offline-phase.png", *shift.play(k.args, k.agent, k.world), k.world)
+    histogram, *panels = drawn[0].axes
+    assert len(histogram.patches) == 2 * 29 and len(panels) == 3
+    assert sum(patch.get_height() for patch in histogram.patches) == 2 * 4  # both kinds, test tasks, meta-episodes
+    first, _, *others = played
+    for (rows, *_), axes in zip((first, *others), panels, strict=True):
+        (stars,) = axes.collections
+        np.testing.assert_allclose(stars.get_offsets(), k.world.test_tasks)
+        assert len(axes.lines) == len(k.world.test_tasks)
+        for i, line in enumerate(axes.lines):
+            walked = rows[4 + 2 * i, :, 5:7] * k.world.std + k.world.mean  # s, a, r, s', d
+            np.testing.assert_allclose(line.get_xydata(), walked)
+            np.testing.assert_allclose(line.get_color(), stars.get_facecolors()[i])
+
+
+def test_pictures_are_of_the_agent_before_and_after_the_online_phase(files, tmp_path, no_plots, monkeypatch):
+    offline = run(tmp_path / "a", WIND, files[WIND], "--online-rewards none --encoder-loss reward+q")
+    whole = run(tmp_path / "b", WIND, files[WIND], "--encoder-loss reward+q")
+    seen = []
+    monkeypatch.setattr(shift, "play", lambda _, agent, __: seen.append(weights(agent)) or [])
+    monkeypatch.setattr(shift, "plot", lambda *_: None)
+    names = [[file.name for file in shift.draw(path)] for path in (offline, whole)]
+    assert names == [["shift-offline-phase.png"], ["shift-offline-phase.png", "shift-online-phase.png"]]
+    alone, after, before = seen
+    acting = [key for key in alone if key.startswith(("encoder", "actor"))]
+    assert all(torch.equal(alone[key], before[key]) for key in acting)
+    assert not any(torch.equal(alone[key], after[key]) for key in acting)
+
+
+def test_the_pictures_of_a_run(files, tmp_path, no_plots, capsys):
+    path = run(tmp_path, SPARSE, files[SPARSE])
+    shift.main([str(path)])
+    assert all(Path(name).stat().st_size > 5_000 for name in capsys.readouterr().out.splitlines()[-1].split())
+    with pytest.raises(SystemExit) as end:
+        shift.main([str(tmp_path)])
+    assert str(end.value).startswith(f"shift.py: {tmp_path}")
 
 
 TABLE_1 = {
@@ -827,7 +922,7 @@ TABLE_2 |= dict.fromkeys(("walker-params", "hopper-params", "humanoid-dir"), (12
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_defaults_are_the_papers(name):
-    args = vars(smac.parse_args(["--env", name]))
+    args = vars(smac.parse_args(["--env", name, "--no-small"]))
     assert {key: args[key] for key in TABLE_1} == TABLE_1
     row = envs.family(name)
     assert (args["data_size"], args["train_tasks"] or row.train, args["test_tasks"] or row.test) == TABLE_2[name]
@@ -842,14 +937,14 @@ def test_it_learns_to_reach_the_goal_in_new_winds(tmp_path):
     sizes = "--hidden 64 --encoder-hidden 64 --batch-size 64 --context-size 64 --meta-batch-size 4"
     sizes += " --data-size 400 --data-until 400"
     k = build(WIND, tmp_path / "d.npz", f"{sizes} --eval-episodes 4 --lr 0.001")
-    untrained = smac.evaluate(k.args, k.agent, k.world)
+    untrained, _ = smac.evaluate(k.args, k.agent, k.world)
     for _ in range(600):
         k.update()
-    trained = smac.evaluate(k.args, k.agent, k.world)
+    trained, _ = smac.evaluate(k.args, k.agent, k.world)
     for protocol in ("", "offline_"):
-        assert trained[protocol]["return"][1].mean() > untrained[protocol]["return"][1].mean() + 5
+        assert trained[f"{protocol}return_mean"] > untrained[f"{protocol}return_mean"] + 5
     rows = k.world.test_rows
-    z = k.agent.encoder(k.agent.history(rows))[0][:, None].expand(-1, rows.shape[1], -1)
+    z = k.agent.encoder(rows)[0][:, None].expand(-1, rows.shape[1], -1)
     s, a, r = rows.split(k.agent.split, -1)[:3]
     error = (k.agent.decoder(s, z, a) - r[..., 0]).square().mean()
     assert error < 0.1 * r.var()
