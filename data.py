@@ -1672,9 +1672,8 @@ class Learner(nn.Module):
 def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Adam for a module on its device; its learning rate is a tensor, so that a captured graph can change it."""
     parameters = list(module.parameters())
-    on_cuda = parameters[0].is_cuda
-    lr = torch.tensor(lr, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=on_cuda)
+    rate = torch.tensor(lr, device=parameters[0].device)
+    return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=parameters[0].is_cuda)
 
 
 @torch.compiler.disable  # compiled, the change of a tensor that only the optimiser holds can be lost
@@ -1682,15 +1681,18 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
 
-def descend(optimisers: Iterable[torch.optim.Optimizer], loss: torch.Tensor, retain_graph: bool = False) -> None:
-    """One gradient step of these optimisers' own parameters; no other network gets a gradient from the loss."""
+def gradients(optimisers: Iterable[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+    """The gradients of a loss by the optimisers' own parameters; no other network gets any."""
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
-    own = [p for group in groups for p in group["params"] if p.requires_grad]
     for optimiser in optimisers:
         optimiser.zero_grad()
-    loss.backward(inputs=own, retain_graph=retain_graph)
-    for optimiser in optimisers:
-        optimiser.step()
+    loss.backward(inputs=[p for group in groups for p in group["params"] if p.requires_grad])
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One gradient step of the optimiser's own parameters."""
+    gradients([optimiser], loss)
+    optimiser.step()
 
 
 @torch.no_grad()

@@ -328,8 +328,10 @@ class Agent(data.Learner):
         z = z.repeat_interleave(args.batch_size, 0)  # (M x B, l)
         coupled = encoder_learns and args.critic_trains_encoder
         critic_loss = self.critic_loss(b, z if coupled else z.detach())  # detached, it does not train the encoder
-        learning = ("encoder", "critic") if encoder_learns else ("critic",)
-        data.descend([self.optimisers[name] for name in learning], encoder_loss + critic_loss)
+        learning = [self.optimisers[name] for name in (("encoder", "critic") if encoder_learns else ("critic",))]
+        data.gradients(learning, encoder_loss + critic_loss)
+        for optimiser in learning:
+            optimiser.step()
         self.learn_actor(b, z.detach())
         data.follow(self.target, self.critic, args.tau)
         self.note(alpha=self.alpha)
@@ -399,7 +401,7 @@ class Agent(data.Learner):
         if self.discriminator is not None:
             divergence = self.divergence(s, z, a_pi, a)
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # Eq. 28
-        data.descend([self.optimisers["actor"]], loss)  # only the policy learns from it
+        data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
         if args.tune_alpha:
             with torch.no_grad():
                 self.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
@@ -419,7 +421,7 @@ class Agent(data.Learner):
             logit_pi, logit_data = self.discriminator(both[k]).squeeze(-1)
             grad_a = slope(self.discriminator, between[k], a.shape[1])
             loss = discriminator_loss(kl_dual(logit_pi, logit_data), grad_a)
-            data.descend([self.optimisers["discriminator"]], loss)
+            data.descend(self.optimisers["discriminator"], loss)
         self.note(discriminator_loss=loss)
 
     def logit(self, s, z, a):

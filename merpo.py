@@ -377,13 +377,18 @@ class Tasks(nn.Module):
         """h steps of Eq. 3, or 4: 7 models of each task (T,) on bootstrapped data; returns -log T (T x 7,)."""
         task = index.repeat_interleave(MODELS)[:, None]  # (T x 7, 1)
         mine = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]
-        phi = [p.detach().clone() for p in theta.parameters()]  # where they start
+        weights = [p.data for p in theta.parameters()]
+        phi = [p.clone() for p in weights]  # where they start
         for _ in range(self.args.model_adapt_steps):
             i = torch.randint(self.bootstrap.shape[1], (len(task), self.args.batch_size), device=index.device)
             x, target = self.world.model_data(self.rows[task, self.bootstrap[mine, i]])
             loss = model_loss(*theta(x), target)
-            proximal = sum((p - q).square().sum() for p, q in zip(theta.parameters(), phi, strict=True))
-            data.descend(optimiser, loss.sum() + self.args.eta * proximal)
+            data.gradients([optimiser], loss.sum())
+            # the gradient of eta |theta - phi|^2
+            torch._foreach_add_(
+                [p.grad for p in theta.parameters()], torch._foreach_sub(weights, phi), alpha=2 * self.args.eta
+            )
+            optimiser.step()
         return loss.detach()
 
     @torch.no_grad()

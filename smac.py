@@ -371,15 +371,17 @@ class Agent(data.Learner):
             y = critic_target(r, d, q2, args.reward_scale, args.discount)
         q = self.critic(s, z if by_q else z.detach(), a)  # the Bellman error trains the encoder only in ablations
         bellman = critic_loss(q, y)  # Eq. 1
+        loss, learning = bellman, [optimisers["critic"]]
         if taught or by_q:
-            loss = args.kl_weight * kl + (bellman if by_q else 0)
-            if taught:
-                reward = reward_loss(r, self.decoder(s, z if by_reward else z.detach(), a))
-                loss = loss + reward  # Eq. 3
-                self.note(reward_loss=reward)
-            data.descend(optimisers["phi"], loss, retain_graph=by_q)
+            loss, learning = bellman + args.kl_weight * kl, [optimisers["phi"], optimisers["critic"]]
+        if taught:
+            reward = reward_loss(r, self.decoder(s, z if by_reward else z.detach(), a))
+            loss = loss + reward  # Eq. 3
+            self.note(reward_loss=reward)
+        data.gradients(learning, loss)
         self.learn_actor(s, a, z.detach(), q.detach(), online)
-        data.descend(optimisers["critic"], bellman)  # only now: both values of an advantage are of one critic
+        for optimiser in learning:  # only now: both values of an advantage are of one critic
+            optimiser.step()
         data.follow(self.target, self.critic, args.tau)
         self.note(encoder_kl=kl, critic_loss=bellman, q_mean=q.mean())
         self.record()

@@ -84,7 +84,7 @@ class Agent(focal.Agent):
         noise = torch.randn(len(s), self.actor.code_dim, device=s.device)
         loss = -self.critic(s, z, self.actor.propose(s, z, noise))[0].mean()
         self.note(actor_loss=loss, vae_loss=vae)
-        data.descend([self.optimisers["actor"]], vae + loss)  # the VAE learns from its own loss only, the shift from Q
+        data.descend(self.optimisers["actor"], vae + loss)  # the VAE learns from its own loss only, the shift from Q
         data.follow(self.actor.slow_shift, self.actor.shift, self.args.tau)
 
     def act(self, s, z, generator=None):
