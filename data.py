@@ -493,18 +493,21 @@ class Trainer:
         self.score, self.last_score = (row.copy() for row in state["score"].numpy())
 
 
-def capture(fn: Callable[[], None], generator: torch.Generator | None = None) -> Callable[[], None]:
+def capture(
+    fn: Callable[[], None], generator: torch.Generator | None = None, compiled: bool = False
+) -> Callable[[], None]:
     """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other.
-    `generator` is what it draws from, unless from the device's own."""
+    `generator` is what it draws from, unless from the device's own; `compiled`: by torch.compile before that."""
     graph, stream, calls = None, torch.cuda.Stream(), 0
+    run = fuse(fn) if compiled else fn
 
     def replay():
         nonlocal graph, calls
         calls += 1
-        if calls <= 3:  # warm-up on a side stream, as capture asks for
+        if calls <= 3:  # warm-up on a side stream, as capture asks for; what is compiled is compiled here
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                fn()
+                run()
             torch.cuda.current_stream().wait_stream(stream)
             return
         if graph is None:
@@ -513,10 +516,28 @@ def capture(fn: Callable[[], None], generator: torch.Generator | None = None) ->
                 graph.register_generator_state(generator)
             gc.collect()  # a graph that is freed while another is recorded ends the recording
             with torch.cuda.graph(graph):
-                fn()
+                run()
         graph.replay()
 
     return replay
+
+
+def fuse(fn: Callable[[], None]) -> Callable[[], None]:
+    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's own.
+    Where that fails one line says so, and `fn` goes on as it is."""
+    torch._inductor.config.fallback_random = True
+    compiled = torch.compile(fn, dynamic=False)
+
+    def call():
+        nonlocal compiled
+        try:
+            compiled()
+        except torch._dynamo.exc.TorchDynamoException as error:  # its first call only: later ones compile nothing
+            print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
+            compiled = fn
+            fn()
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------- files and locks
@@ -1446,6 +1467,7 @@ class Args:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where the networks and the data are
     threads: Whole = 0  # PyTorch's threads on the CPU; 0: one for each core
     graph: bool = True  # on CUDA: an update is one graph; --no-graph: every operation by itself
+    compile: bool = False  # on CUDA: torch.compile an update before its graph is captured; takes a minute
     eval_every: Count = 10_000  # gradient steps between evaluations
     eval_episodes: Count = 4  # episodes of each task in an evaluation
     run_dir: Path = Path("runs")  # where runs are kept
@@ -1460,7 +1482,8 @@ class Args:
 
     # Flags that do not change the result of a run (but for rounding), or are in its path anyway; flags that may differ
     # from those of the checkpoint that a run goes on from.
-    ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "run_dir", "resume", "overwrite", "data_dir")
+    ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "compile", "run_dir", "resume", "overwrite")
+    ELSEWHERE += ("data_dir",)
     GROWS = ("steps",)
     ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
 
@@ -1768,7 +1791,7 @@ class Run:
 
     def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
         """`fn`, without arguments, on CUDA as one graph."""
-        return capture(fn) if self.device.type == "cuda" and self.args.graph else fn
+        return capture(fn, compiled=self.args.compile) if self.device.type == "cuda" and self.args.graph else fn
 
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""

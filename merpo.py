@@ -385,9 +385,8 @@ class Tasks(nn.Module):
             loss = model_loss(*theta(x), target)
             data.gradients([optimiser], loss.sum())
             # the gradient of eta |theta - phi|^2
-            torch._foreach_add_(
-                [p.grad for p in theta.parameters()], torch._foreach_sub(weights, phi), alpha=2 * self.args.eta
-            )
+            slopes, away = [p.grad for p in theta.parameters()], torch._foreach_sub(weights, phi)
+            torch._foreach_add_(slopes, away, alpha=2 * self.args.eta)
             optimiser.step()
         return loss.detach()
 
