@@ -66,6 +66,14 @@ def build(folder):
         data.prepare(WIND, quality, 1, folder, workers=1, **SIZES, **BEHAVIOUR)
 
 
+def dataset_in(folder):
+    """The file that build() makes there, in a process of its own: the threads of its pool must not be forked."""
+    code, _ = run(lambda: build(folder), log := folder.with_suffix(".log"))
+    if code != 0:
+        sys.exit(f"data building ended with exit code {code}: {log.read_text()[-300:]}")
+    return next(folder.rglob("mixed.npz"))
+
+
 def learn(module, folder, dataset):
     flags = [*FLAGS[module].split(), "--env", WIND, "--data", str(dataset), "--run-dir", str(folder), "--resume"]
     module.main(flags)
@@ -210,10 +218,7 @@ def main():
     well, rng = {}, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        code, _ = run(lambda: build(root / "dataset"), root / "log")
-        if code != 0:
-            sys.exit(f"kill.py: data building ended with exit code {code}: {(root / 'log').read_text()[-300:]}")
-        (dataset,) = (root / "dataset").rglob("mixed.npz")
+        dataset = dataset_in(root / "dataset")
         for name in args.programs or NAMES:
             (root / name).mkdir()
             well[name] = campaign(name, args.kills, rng, root / name, dataset)

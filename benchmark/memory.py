@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from kill import COUNT, FLAGS, FORK, NAMES, WIND, build, data, run, without_pictures
+from kill import COUNT, FLAGS, FORK, NAMES, WIND, data, dataset_in, without_pictures
 
 TINY = "--hidden 8 --batch-size 4 --meta-batch-size 2 --eval-episodes 1"
 LENGTH = {
@@ -58,11 +58,7 @@ def main():
     torch.set_num_threads(1)
     flat = True
     with tempfile.TemporaryDirectory() as root:
-        # in a process of its own: the threads of its pool must not be forked
-        code, _ = run(lambda: build(Path(root) / "dataset"), Path(root) / "log")
-        if code != 0:
-            sys.exit(f"memory.py: data building ended with exit code {code}: {(Path(root) / 'log').read_text()[-300:]}")
-        (dataset,) = Path(root).rglob("mixed.npz")
+        dataset = dataset_in(Path(root) / "dataset")
         for name in args.programs or LENGTH:
             process = FORK.Process(target=measure, args=(name, args.steps, Path(root) / name, dataset))
             process.start()

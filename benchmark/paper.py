@@ -37,6 +37,8 @@ import smac
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 # figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw); a variant may begin
 # with the name of another script; flags behind | are those of retest.py
+COUPLED = {"FOCAL": "", "coupled": "--coupled"}
+SEPARATED = ["return_mean", "train_esr", "q_mean"]
 FOCAL = {
     "figure2": (
         ["cheetah-vel"],
@@ -55,20 +57,10 @@ FOCAL = {
             "Contextual BCQ": "bcq --encoder-loss bellman",
             "z is noise": "--encoder probabilistic --kl-weight 1000",  # not in the paper: what is there without z?
         },
-        ["return_mean", "train_esr", "q_mean"],
+        SEPARATED,
     ),
-    "figure5": (
-        ["walker-params"],
-        "--value-penalty",
-        {"FOCAL": "", "coupled": "--coupled"},
-        ["return_mean", "train_esr", "q_mean"],
-    ),
-    "figure9": (
-        ["walker-params"],
-        "--no-value-penalty --alpha 50",
-        {"FOCAL": "", "coupled": "--coupled"},
-        ["return_mean", "train_esr", "q_mean"],
-    ),
+    "figure5": (["walker-params"], "--value-penalty", COUPLED, SEPARATED),
+    "figure9": (["walker-params"], "--no-value-penalty --alpha 50", COUPLED, SEPARATED),
     "figure10": (
         ["walker-params", "ant-fwd-back"],
         "",
@@ -100,27 +92,13 @@ SHIFTS = {
     for row in ("FOCAL", "FOCAL++")
     for quality in ("mixed", "expert", "medium", "random")
 }
+VARIANCE = ["return_mean", "train_variance"]
 FOCAL_PP = {
     # Tables 1 and 2: sparse contexts on the MuJoCo families whose rewards differ; on sparse-point-robot they always are
-    "table1": (
-        ["sparse-point-robot", "point-robot-wind", "walker-params"],
-        "",
-        ROWS,
-        ["return_mean", "train_variance"],
-    ),
-    "table1-sparse": (
-        ["cheetah-vel", "cheetah-fwd-back", "ant-fwd-back"],
-        "--sparse",
-        ROWS,
-        ["return_mean", "train_variance"],
-    ),
+    "table1": (["sparse-point-robot", "point-robot-wind", "walker-params"], "", ROWS, VARIANCE),
+    "table1-sparse": (["cheetah-vel", "cheetah-fwd-back", "ant-fwd-back"], "--sparse", ROWS, VARIANCE),
     "table3": (["sparse-point-robot", "walker-params"], "", SHIFTS, ["return_mean", "variance"]),
-    "figure5": (
-        ["sparse-point-robot"],
-        "--quality relabelled --encoder-steps 4000",
-        ROWS,
-        ["return_mean", "train_esr"],
-    ),
+    "figure5": (["sparse-point-robot"], "--quality relabelled --encoder-steps 4000", ROWS, SEPARATED[:2]),
 }
 BOTH = ["return_mean", "offline_return_mean", "short_kl"]
 SMAC = {
@@ -138,11 +116,7 @@ SMAC = {
     "figure7": (
         ["walker-params", "hopper-params", "humanoid-dir", "sparse-point-robot"],
         "",
-        {
-            "SMAC": "",
-            "only Q loss": "--encoder-loss q",
-            "Q and reward loss, online Q only": "--encoder-loss reward+q",
-        },
+        {"SMAC": "", "only Q loss": "--encoder-loss q", "Q and reward loss, online Q only": "--encoder-loss reward+q"},
         BOTH,
     ),
     "figure9": (
@@ -159,6 +133,7 @@ SMAC = {
 GOOD = "--seed 0 --threads 1 --single rac"  # of this run of Figures 4 and 5 the last policy is the good meta-policy
 META = {"random": "", "good": "--meta-policy GOOD"}
 SHARES = {0: "--single combo-3"} | {alpha: f"--single rac --alpha {alpha}" for alpha in (0.4, 0.7, 1)}
+TRAJECTORIES = 1, 5, 20, 50
 ADAPTED = ["return_mean", "meta_return_mean", "q_mean"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
 MERPO = {
@@ -209,12 +184,7 @@ MERPO = {
     ),
     "figure9a": (FAMILIES[:1], "", {f"real ratio {f}": f"--real-ratio {f}" for f in (0.2, 0.5, 0.8)}, ADAPTED),
     "figure9b": (FAMILIES[:2], "", {start: f"| --test-start {start}" for start in merpo.STARTS}, ADAPTED),
-    "figure10": (
-        FAMILIES[:1],
-        "",
-        {f"trajectories: {n}": f"| --test-trajectories {n}" for n in (1, 5, 20, 50)},
-        ADAPTED,
-    ),
+    "figure10": (FAMILIES[:1], "", {f"trajectories: {n}": f"| --test-trajectories {n}" for n in TRAJECTORIES}, ADAPTED),
 }
 AVERAGED = "merpo", "figure5"  # over meta-policies
 FIGURES = {"focal": FOCAL, "focal_pp": FOCAL_PP, "smac": SMAC, "merpo": MERPO}
@@ -409,10 +379,8 @@ def draw_curves(path, title, groups, columns, step_of):
         low, high = axes.get_ylim()
         if column in ("q_mean", "critic_loss") and max(abs(low), abs(high)) > 1e4:  # something diverges
             axes.set_yscale("log") if column == "critic_loss" else axes.set_yscale("symlog", linthresh=100)
-    handles = panels[0].get_legend_handles_labels()
-    picture.legend(
-        *handles, loc="outside lower center", ncols=min(2 * len(columns) - 1, 4, len(groups)), fontsize="small"
-    )
+    handles, columns_of = panels[0].get_legend_handles_labels(), min(2 * len(columns) - 1, 4, len(groups))
+    picture.legend(*handles, loc="outside lower center", ncols=columns_of, fontsize="small")
     picture.suptitle(title, fontsize="medium")
     picture.savefig(path, dpi=110)
 

@@ -204,11 +204,8 @@ def profile(script, name, size, device, kind, calls=10, most=12):
 
 def show(row):
     text = {key: f"{value:,.3g}" if isinstance(value, float) and value < 100 else value for key, value in row.items()}
-    text = {key: f"{value:,.0f}" if isinstance(value, float) else value for key, value in text.items()}
-    print(
-        "| " + " | ".join(str(text.get(key, "") if text.get(key) is not None else "") for key in COLUMNS) + " |",
-        flush=True,
-    )
+    text = {key: f"{value:,.0f}" if isinstance(value, float) else str(value or "") for key, value in text.items()}
+    print(f"| {' | '.join(text.get(key, '') for key in COLUMNS)} |", flush=True)
 
 
 def each(args, device, work):
@@ -265,16 +262,10 @@ def arguments(argv=None):
     parser.add_argument("--size", nargs="+", choices=["paper", "small"], default=["paper", "small"])
     parser.add_argument("--env", choices=list(focal.TABLE), default="walker-params")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument(
-        "--threads",
-        nargs="+",
-        type=partial(data.parse_value, data.Count),
-        help="numbers of PyTorch's threads to compare on the CPU",
-    )
+    count = partial(data.parse_value, data.Count)
+    parser.add_argument("--threads", nargs="+", type=count, help="numbers of PyTorch's threads to compare on the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time of one thread, where others compute too"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where others compute too")
     parser.add_argument("--plain-attention", action="store_true", help="on CUDA: no fused kernel for it")
     parser.add_argument("--flags", default="", help="more flags for the scripts, as one string")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV as they come")
