@@ -678,7 +678,7 @@ def test_what_a_run_writes(files, tmp_path, capsys):
 @pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
     whole = run(tmp_path / "a", WIND, files[WIND], more)
-    for kill in (1, 2, 4):
+    for kill in (1, 2, 3, 4):  # within the offline phase, at its end, within a round, at its end
         saved, save = [], data.Run._save
 
         def save_and_die(*args, saved=saved, save=save, kill=kill):
