@@ -532,7 +532,7 @@ def fuse(fn: Callable[[], None]) -> Callable[[], None]:
         nonlocal compiled
         try:
             compiled()
-        except torch._dynamo.exc.TorchDynamoException as error:  # its first call only: later ones compile nothing
+        except Exception as error:  # each layer of the compiler has its own; later calls compile nothing
             print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
             compiled = fn
             fn()

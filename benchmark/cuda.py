@@ -3,12 +3,11 @@
 python benchmark/cuda.py --out cuda-results --minutes 9
 
 The parts run in order of value, each at most as long as its limit, the seeds of a part side by side on the one device.
-Into --out go a few small files, written as results come: log.txt, speed-<script>.csv, attention.csv (focal_pp.py's
-speed with PyTorch's plain attention), results.csv (every evaluation of every run), pictures.tar, logs.tar and
-parts.json, how each part ended. The same command goes on where the last one ended, also on another machine if --out
-came along: what succeeded is not done again, but for data that are gone and still needed; nor are tests and speeds that
-failed or ran past their own limit, but for those that --only names. Each script is tested and timed in a process of its
-own, as one whose capture fails spoils what follows. Data and runs stay in --work.
+Into --out go a few small files, written as results come: log.txt, tables of speed (compiled too), profile.txt,
+results.csv (every evaluation of every run), pictures.tar, logs.tar and parts.json, how each part ended. The same
+command goes on where the last one ended, also on another machine if --out came along: what succeeded is not done again,
+but for data that are gone and still needed; nor are tests and speeds that failed or ran past their own limit, but for
+those that --only names. Data and runs stay in --work.
 """
 
 import argparse
@@ -29,8 +28,6 @@ COLUMNS = ["part", "run", "step", "seconds", "return_mean", "return_std", "train
 COLUMNS += ["meta_return_mean", "esr", "q_mean", "critic_loss", "actor_loss"]
 DATA = "walker-params/20+5-seed0", "point-robot-wind/40+10-seed0"
 SCRIPTS = "focal.py", "focal_pp.py", "smac.py", "merpo.py"
-TESTED = "focal", "focal_pp", "smac", "merpo", "speed"  # files of tests/ with tests of CUDA
-TIMED = "focal", "focal_pp", "smac", "merpo", "sac"
 GRACE = 3.0  # seconds that a command has to end once it is told to
 
 
@@ -66,39 +63,37 @@ def parts(args):
         words = ["benchmark/speed.py", "--out", str(args.out / f"{name}.csv"), "--seconds", "0.5", *more]
         return Part(name, limit, {name: words}, once=True)
 
-    few = "point-robot-wind --steps 4000 --eval-every 1000 --seed"
-    exact = {f"{name} seed {k}": steps("focal", f"{few} {k}", name) for name in ("TF32", "float32") for k in range(2)}
-    without = {name: {"NVIDIA_TF32_OVERRIDE": "0"} for name in exact if "float32" in name}
+    def profile(name, limit):
+        words = ["benchmark/speed.py", "--profile", str(args.out / f"{name}.txt"), "--size", "paper"]
+        return Part(name, limit, {name: words}, once=True)
+
+    pytest = ["-m", "pytest", "-q", "-n", "0", "--tb=short", "-rf", "-p", "no:cacheprovider", "-m", "cuda", "tests"]
+    settled = "--eval-every 2000 --steps 30000 --encoder-steps 3000 --alpha 20 --value-penalty --tau 0.02"
+    settled += " --final-lr 0.02 --discriminator-steps 1 --discriminator-lr 1e-3"
+    settled_pp = f"{settled} --no-tune-alpha --lr 1e-3 --encoder-lr 1e-3"
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
-    pytest = ["-m", "pytest", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider", "-m", "cuda"]
     plan = [
-        Part("tests", 150, {f"test_{name}": [*pytest, f"tests/test_{name}.py"] for name in TESTED}, once=True),
-        *(speed(f"speed-{name}", 60, "--only", name) for name in TIMED),
-        build("walker data", 400, walker),
-        build("walker data without graphs", 400, walker, "--no-graph"),  # left out where the data are there by now
-        Part("focal", 200, seeds("focal", "walker-params --steps 20000 --eval-every 2000"), needs=[walker]),
-        speed("attention", 60, "--only", "focal_pp", "--size", "paper", "--plain-attention"),
+        build("walker data", 330, walker),
+        Part("building", 45, {"building": ["benchmark/building.py", "--wider", "1", "2", "4"]}, once=True),
+        speed("speed", 100, "--size", "paper"),
+        Part("tests", 100, {"tests": pytest}, once=True),
+        speed("compiled", 150, "--size", "paper", "--compile", "--only", "focal"),
+        Part("focal", 200, seeds("focal", f"walker-params {settled}"), needs=[walker]),
+        speed("compiled-focal_pp", 200, "--size", "paper", "--compile", "--only", "focal_pp"),
+        profile("profile", 60),
+        Part("focal_pp", 240, seeds("focal_pp", f"walker-params {settled_pp}"), needs=[walker]),
+        Part("smac", 240, seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
+             needs=[walker]),
+        Part("merpo", 240, seeds("merpo", "walker-params --steps 200 --model-steps 400"), needs=[walker]),
+        speed("speed-small", 60, "--size", "small"),
         build("wind data", 60, wind),
-        Part("tf32", 90, exact, needs=[wind], environment=without),
-        Part("focal_pp", 240, seeds("focal_pp", "walker-params --steps 20000 --eval-every 2000"), needs=[walker]),
-        Part(
-            "smac",
-            240,
-            seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
-            needs=[walker],
-        ),
-        Part(
-            "merpo",
-            240,
-            seeds("merpo", "walker-params --steps 200 --eval-every 100 --model-steps 400"),
-            needs=[walker],
-        ),
-    ]
+    ]  # fmt: skip
     return shrunk(plan, wind) if args.tiny else plan
 
 
 TINY = {
     "data.py": "--sac-steps 800 --checkpoints 2 --trajectories 4 --workers 1",
+    "benchmark/building.py": "--env point-robot-wind --tasks 2 --seconds 0.1 --device cpu --wider 1",
     "benchmark/speed.py": "--only sac --size small --env point-robot-wind --seconds 0.01 --device cpu",
     "focal.py": "--encoder-hidden 8 --context-size 8 --eval-every 1",
     "focal_pp.py": "--encoder-hidden 16 --blocks 1 --context-size 8 --eval-every 1",
@@ -256,7 +251,7 @@ def arguments(argv=None):
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "cuda-benchmark", help="data and runs"
     )
     parser.add_argument("--minutes", type=float, default=9, help="for everything; nothing starts or goes on after that")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of a part, side by side")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of a part, side by side")
     parser.add_argument("--only", nargs="+", help="these parts")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds on a CPU, to try this script out")

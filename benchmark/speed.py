@@ -2,6 +2,7 @@
 
 python benchmark/speed.py                                    # what this machine has: CUDA, else the CPU
 python benchmark/speed.py --only smac --size paper --threads 1 2 4
+python benchmark/speed.py --only focal --size paper --compile
 python benchmark/speed.py --only focal --size paper --profile profile.txt
 
 A row is one kind of update: while FOCAL's encoder learns and once it stands still, SMAC's two phases, an iteration of
@@ -44,9 +45,10 @@ SCRIPTS = {script.__name__: script for script in (focal, focal_pp, smac, merpo)}
 UPDATES = dict.fromkeys(("focal", "focal_pp"), ("encoder learns", "encoder stands still"))
 UPDATES |= {"smac": ("offline", "online"), "merpo": ("meta-model", "inner step")}
 COLUMNS = ["script", "update", "size", "device", "threads", "ops", "eager_per_s", "graph_per_s", "gflop", "floor_ms"]
-COLUMNS += ["fraction_of_floor", "peak_mb", "target_per_s"]
+COLUMNS += ["fraction_of_floor", "peak_mb", "compiled_per_s", "compile_s", "target_per_s"]
 # on one H100 at the papers' sizes, walker-params
-TARGETS = {"focal": 1000, "focal_pp": 400, "smac offline": 1500, "merpo inner step": 100, "sac": 1000}
+TARGETS = {"focal": 450, "focal_pp": 400, "smac offline": 1500, "merpo meta-model": 75, "merpo inner step": 300}
+TARGETS["sac"] = 1500
 
 
 clock = time.perf_counter
@@ -153,7 +155,7 @@ def graph_of(update, capture):
     return replay
 
 
-def measure(script, name, size, device, kind, limit):
+def measure(script, name, size, device, kind, limit, compiled=False):
     """One row of the table, and the shares of the networks."""
     steps, update, capture, optimisers = kind
     rate = matmul_rate(device)
@@ -173,6 +175,10 @@ def measure(script, name, size, device, kind, limit):
         best = seconds_of(graph_of(update, capture), device, limit) / steps
         row |= {"graph_per_s": 1 / best, "peak_mb": torch.cuda.max_memory_allocated() / 1e6}
         row["device"] = torch.cuda.get_device_name()
+        if compiled:
+            began = clock()
+            replay = graph_of(update, partial(data.capture, compiled=True))
+            row |= {"compile_s": clock() - began, "compiled_per_s": steps / seconds_of(replay, device, limit)}
         if size == "paper":
             row["target_per_s"] = TARGETS.get(script, TARGETS.get(f"{script} {name}"))
     floor = flop / ((rate + matmul_rate(device)) / 2)
@@ -212,8 +218,6 @@ def each(args, device, work):
     """Calls work(script, name, size, device, kind) for every update that is asked for. A script that fails does not
     keep the others from it; the program ends, with the names of those, after the last."""
     failed = []
-    for kind in ("mem_efficient", "flash", "cudnn") if args.plain_attention else ():
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     for size in args.size:
         for script in args.only:
             kinds = {}
@@ -241,7 +245,7 @@ def table(args, device, write=lambda row: None):
     def work(script, name, size, device, kind):
         for threads in args.threads or [torch.get_num_threads()]:
             torch.set_num_threads(threads)
-            row, parts = measure(script, name, size, device, kind, args.seconds)
+            row, parts = measure(script, name, size, device, kind, args.seconds, args.compile)
             rows.append(row)
             text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
             split.append(f"{script}, {name}, {size}, {threads} threads: {text}")
@@ -266,7 +270,7 @@ def arguments(argv=None):
     parser.add_argument("--threads", nargs="+", type=count, help="numbers of PyTorch's threads to compare on the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, where others compute too")
-    parser.add_argument("--plain-attention", action="store_true", help="on CUDA: no fused kernel for it")
+    parser.add_argument("--compile", action="store_true", help="on CUDA: compiled too, which takes a minute an update")
     parser.add_argument("--flags", default="", help="more flags for the scripts, as one string")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV as they come")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write instead what runs in a step")
