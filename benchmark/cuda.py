@@ -74,17 +74,17 @@ def parts(args):
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
         build("walker data", 330, walker),
-        Part("building", 45, {"building": ["benchmark/building.py", "--wider", "1", "2", "4"]}, once=True),
         speed("speed", 100, "--size", "paper"),
-        Part("tests", 100, {"tests": pytest}, once=True),
-        speed("compiled", 150, "--size", "paper", "--compile", "--only", "focal"),
         Part("focal", 200, seeds("focal", f"walker-params {settled}"), needs=[walker]),
+        speed("compiled", 150, "--size", "paper", "--compile", "--only", "focal"),
+        Part("tests", 100, {"tests": pytest}, once=True),
         speed("compiled-focal_pp", 200, "--size", "paper", "--compile", "--only", "focal_pp"),
         profile("profile", 60),
         Part("focal_pp", 240, seeds("focal_pp", f"walker-params {settled_pp}"), needs=[walker]),
         Part("smac", 240, seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
              needs=[walker]),
         Part("merpo", 240, seeds("merpo", "walker-params --steps 200 --model-steps 400"), needs=[walker]),
+        Part("building", 45, {"building": ["benchmark/building.py", "--wider", "1", "2", "4"]}, once=True),
         speed("speed-small", 60, "--size", "small"),
         build("wind data", 60, wind),
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def parts(args):
 
 TINY = {
     "data.py": "--sac-steps 800 --checkpoints 2 --trajectories 4 --workers 1",
-    "benchmark/building.py": "--env point-robot-wind --tasks 2 --seconds 0.1 --device cpu --wider 1",
+    "benchmark/building.py": "--env cheetah-fwd-back --tasks 2 --seconds 0.1 --device cpu --wider 1",
     "benchmark/speed.py": "--only sac --size small --env point-robot-wind --seconds 0.01 --device cpu",
     "focal.py": "--encoder-hidden 8 --context-size 8 --eval-every 1",
     "focal_pp.py": "--encoder-hidden 16 --blocks 1 --context-size 8 --eval-every 1",
