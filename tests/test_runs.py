@@ -440,6 +440,8 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
         os.utime(file, times=(1e9 + i,) * 2)
     path = run(files, tmp_path, "--steps 12 --resume")
     assert "going on from step 6 of" in capsys.readouterr().out
+    run(files, tmp_path, "--steps 4 --resume --seed 2")
+    assert "no checkpoint yet" in capsys.readouterr().out
     whole = run(files, tmp_path / "whole", "--steps 12")
     assert metrics(path) == metrics(whole)
     assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
