@@ -412,7 +412,7 @@ def test_tasks_without_data_are_not_drawn(files):
 
 def test_the_schedule_visits_all_tasks_alike():
     args = smac.parse_args(flags(WIND, "x", "--online-envs 5 --online-steps 2000 --seed 3"))
-    assert smac.rounds(args) == (20, 6)
+    assert smac.rounds(args) == (20, 10)
     plan = smac.schedule(args, 7, 0)
     assert plan.shape == (20, 5)
     counts = np.bincount(plan.ravel(), minlength=7)
