@@ -857,7 +857,7 @@ def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_
         ("--steps 5", ["--steps: PEARL"]),
         ("--data-size 7", ["--data-size: PEARL"]),
         ("--online-envs 2", ["--online-envs 2", "at least 3"]),
-        ("--online-steps 60", ["replay.npz", "20 transitions", "at least 40"]),
+        ("--online-steps 60", ["--online-steps 60", "at least 120"]),
     ],
 )
 def test_pearl_says_in_one_line_what_it_cannot(tmp_path, no_plots, capsys, more, words):
