@@ -46,6 +46,13 @@ class World(smac.World):
 
     CONTEXTS = {key: label for key, label in smac.World.CONTEXTS.items() if key != "offline_"}
 
+    def __init__(self, args, device):
+        super().__init__(args, device)
+        n = len(self.train_tasks)
+        if self.buffers.size < 2 * n:
+            least = f"at least {2 * n * self.row.horizon}, two trajectories in each of {n} tasks"
+            raise data.DataError(f"--online-steps {args.online_steps}: expected {least}")
+
     def open_data(self, args, device):
         row, n, k = self.row, args.train_tasks or self.row.train, args.test_tasks or self.row.test
         try:
@@ -79,12 +86,11 @@ def play_test_tasks(args, agent, world, each):
 
 
 def save_replay(path, args, agent, world):
-    """The buffers as a dataset, test tasks' data beside them; DataError if there are less than two trajectories."""
+    """The buffers as a dataset, test tasks' data beside them."""
     horizon, n, replay, only = world.row.horizon, len(world.train_tasks), agent.replay, world.row.only
     count = int(replay.filled.min()) // horizon * horizon
     if count < 2 * horizon:
-        least = f"expected at least {2 * horizon} for a dataset; see --online-steps"
-        raise data.DataError(f"replay.npz: the smallest buffer holds {count} transitions, {least}")
+        raise data.DataError("replay.npz: the physics blew up too often in the same task; nothing was written")
     last = replay.filled[:, None] - count + torch.arange(count, device=replay.rows.device)
     rows, tasks = torch.take_along_dim(replay.rows, last[..., None], 1), world.train_tasks
     if not only:
