@@ -99,9 +99,7 @@ class Args(data.Args):
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
-# MUJOCO is from FOCAL++'s Table 6. Tasks of a meta-batch are distinct, so two opposite ones are 2 x 512, not 4 x 256.
-MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}
-POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
+MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6; two tasks: 2 x 512
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
@@ -208,13 +206,12 @@ class Encoder(nn.Module):
 
     def __init__(self, widths, args):
         super().__init__()
-        self.widths = widths if args.attention in ("both", "seq") else [sum(widths)]  # of the tokens
-        self.embed = nn.ModuleList(nn.Linear(width, args.encoder_hidden) for width in self.widths)
-        self.position = nn.Parameter(0.02 * torch.randn(len(self.widths), args.encoder_hidden))
-        self.blocks = nn.ModuleList(
-            Block(args.encoder_hidden, args.attention, args.dropout) for _ in range(args.blocks)
-        )
-        self.head = nn.Linear(args.encoder_hidden, args.latent)
+        hidden, attention = args.encoder_hidden, args.attention
+        self.widths = widths if attention in ("both", "seq") else [sum(widths)]  # of the tokens
+        self.embed = nn.ModuleList(nn.Linear(width, hidden) for width in self.widths)
+        self.position = nn.Parameter(0.02 * torch.randn(len(self.widths), hidden))
+        self.blocks = nn.ModuleList(Block(hidden, attention, args.dropout) for _ in range(args.blocks))
+        self.head = nn.Linear(hidden, args.latent)
 
     def forward(self, context, generator=None):
         z, w = self.transitions(context)
