@@ -99,6 +99,7 @@ class Args(data.Args):
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
+POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6; two tasks: 2 x 512
 TABLE = {
     "sparse-point-robot": POINT,
