@@ -163,10 +163,10 @@ TABLE |= {
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "steps": 800, "eval_every": 200}
 SMALL_ALL |= {"lambda_lr": 0.0, "outer_steps": 5}
-SMALL_POINT = SMALL_ALL | {"model_steps": 200, "lambda_initial": 0.05, "beta_initial": 0.05, "ent": 0.01, "final_lr": 0.1}
+POINT = SMALL_ALL | {"model_steps": 200, "lambda_initial": 0.05, "beta_initial": 0.05, "ent": 0.01, "final_lr": 0.1}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4, "tau": 0.02}
 SMALL = dict.fromkeys(TABLE, SMALL_ALL)
-SMALL |= dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
+SMALL |= dict.fromkeys(("sparse-point-robot", "point-robot-wind"), POINT)
 SMALL |= dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
 
 
