@@ -108,7 +108,8 @@ class Args(data.Args):
         super().complete(given)
         kind = "one task" if envs.family(self.env).differs == "nothing" else "many tasks"
         if (kind == "one task") != bool(self.single):
-            raise DataError(f"--single {self.single}: --env {self.env} has {kind}; expected it with one task only")
+            found = f"has {kind}, found --single {self.single}"
+            raise DataError(f"--env {self.env}: {found}; expected --single with one task and with no more")
         idle = dict.fromkeys(self.MANY, f"--single {self.single}") if self.single else {"meta_policy": "many tasks"}
         idle |= {"alpha": f"--single {self.single}"} if self.single in ("combo", "combo-3") else {}
         idle |= {} if self.model else {"real_ratio": "--no-model"}
@@ -162,11 +163,10 @@ TABLE |= {
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "steps": 800, "eval_every": 200}
 SMALL_ALL |= {"lambda_lr": 0.0, "outer_steps": 5}
-SMALL_POINT = SMALL_ALL | {"model_steps": 200, "lambda_initial": 0.05, "beta_initial": 0.05, "ent": 0.01}
-SMALL_POINT |= {"final_lr": 0.1}
+POINT = SMALL_ALL | {"model_steps": 200, "lambda_initial": 0.05, "beta_initial": 0.05, "ent": 0.01, "final_lr": 0.1}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4, "tau": 0.02}
 SMALL = dict.fromkeys(TABLE, SMALL_ALL)
-SMALL |= dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
+SMALL |= dict.fromkeys(("sparse-point-robot", "point-robot-wind"), POINT)
 SMALL |= dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
 
 
