@@ -377,16 +377,15 @@ class Tasks(nn.Module):
         """h steps of Eq. 3, or 4: 7 models of each task (T,) on bootstrapped data; returns -log T (T x 7,)."""
         task = index.repeat_interleave(MODELS)[:, None]  # (T x 7, 1)
         mine = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]
-        weights = [p.data for p in theta.parameters()]
-        phi = [p.clone() for p in weights]  # where they start
+        phi = [p.detach().clone() for p in theta.parameters()]  # where they start
         for _ in range(self.args.model_adapt_steps):
             i = torch.randint(self.bootstrap.shape[1], (len(task), self.args.batch_size), device=index.device)
             x, target = self.world.model_data(self.rows[task, self.bootstrap[mine, i]])
             loss = model_loss(*theta(x), target)
             data.gradients([optimiser], loss.sum())
+            away = torch._foreach_sub([p.data for p in theta.parameters()], phi)
             # the gradient of eta |theta - phi|^2
-            slopes, away = [p.grad for p in theta.parameters()], torch._foreach_sub(weights, phi)
-            torch._foreach_add_(slopes, away, alpha=2 * self.args.eta)
+            torch._foreach_add_([p.grad for p in theta.parameters()], away, alpha=2 * self.args.eta)
             optimiser.step()
         return loss.detach()
 
@@ -693,10 +692,8 @@ def begin_test(args, agent, world):
 
 
 def summarise(agent, returns):
-    """What an evaluation found, as columns of metrics.csv: returns after and before adaptation, and the models' errors;
-    nothing of stage 1, which has no `returns`."""
-    unknown = np.full((1, 1), math.nan)
-    adapted, meta = (returns[max(returns)], returns[0]) if returns else (unknown, unknown)
+    """Columns of metrics.csv: returns after and before adaptation, models' errors; stage 1 has no `returns`."""
+    adapted, meta = (returns[max(returns)], returns[0]) if returns else [np.full((1, 1), math.nan)] * 2
     row = {"return_mean": adapted.mean(), "return_std": adapted.mean(1).std(), "meta_return_mean": meta.mean()}
     for prefix, tasks in (("", agent.test_tasks), ("train_", agent.rac.tasks)):
         before, after = tasks.errors.tolist() if returns else (math.nan, math.nan)

@@ -163,7 +163,7 @@ class Results:
 
     def pack(self, folders):
         """All curves so far in one file, and whatever the commands printed in another."""
-        found = [(folder / name) for folder in folders for name in ("curve.png", "embeddings.png", "adaptation.png")]
+        found = [(folder / name) for folder in folders for name in ("curve.png", "embeddings.png")]
         with tarfile.open(self.args.out / "pictures.tar", "w") as tar:
             for path in found:
                 if path.exists():
