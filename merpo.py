@@ -383,8 +383,7 @@ class Tasks(nn.Module):
             x, target = self.world.model_data(self.rows[task, self.bootstrap[mine, i]])
             loss = model_loss(*theta(x), target)
             data.gradients([optimiser], loss.sum())
-            away = torch._foreach_sub([p.data for p in theta.parameters()], phi)
-            # the gradient of eta |theta - phi|^2
+            away = torch._foreach_sub([p.data for p in theta.parameters()], phi)  # for eta |theta - phi|^2
             torch._foreach_add_([p.grad for p in theta.parameters()], away, alpha=2 * self.args.eta)
             optimiser.step()
         return loss.detach()
