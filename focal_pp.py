@@ -7,7 +7,7 @@ Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets
         phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     its own task's z_k against other tasks'
         psi   <- descend the Bellman error of Q_psi(s, z_i, a) (27)      z_i detached: it does not train the encoder
         theta <- descend alpha D(pi, behaviour) - min Q (28) + log pi    behaviour regularisation (BRAC); entropy
-        D is the dual form of KL with a discriminator g, which learns beside them
+        D is the dual form of KL with a discriminator g, which learns beside them; none where alpha = 0 (point robots)
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
 
     python focal_pp.py --env sparse-point-robot  # 3 more minutes, 11.9; compare: diff focal.py focal_pp.py
@@ -50,7 +50,7 @@ class Args(data.Args):
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 512  # transitions in a context
     lr: Number = 1e-3  # learning rate of actor and critic
-    final_lr: Share = 1.0  # its share that is left at the last step; it falls linearly
+    final_lr: Share = 1.0  # share of the learning rate that is left at the last step; it falls linearly
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -62,10 +62,10 @@ class Args(data.Args):
     temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8, with contrast
     momentum: Share = 0.9  # m of the key encoder, with contrast
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # its rate falls to 0 by this step; unless given: steps / 5, or steps if coupled
+    encoder_steps: Count | None = None  # its rate is 0 by this step; unless a table says: steps / 5, steps if coupled
     beta: Number = 1.0  # multiplies the weight of Eq. 13's negative pairs in LAWS, which is that of FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
-    alpha: Number = 50.0  # of the regularisation; 0 without --tune-alpha: no discriminator
+    alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
     value_penalty: bool = False  # D in the target (FOCAL's Eq. 7)
     discriminator_lr: Number = 1e-4  # learning rate of the discriminator g
     discriminator_steps: Count = 3  # its gradient steps in an update
@@ -280,7 +280,7 @@ def dml_loss(z_i, z_j, same, beta, law, eps):
     |d|^2 is the mean over the latent dimensions, as the weights in LAWS presuppose.
     """
     d2 = (z_i[:, None] - z_j[None]).square().mean(-1)  # (M, M)
-    # FOCAL's Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} w / (|q_i - q_j|^n + eps), w = beta times LAWS' weight
+    # FOCAL's Eq. 13: 1{y_i = y_j} |q_i - q_j|^2 + 1{y_i != y_j} beta / (|q_i - q_j|^n + eps), or another of LAWS
     return torch.where(same, d2, beta * LAWS[law](d2, eps)).mean()
 
 
@@ -375,9 +375,9 @@ class Agent(data.Learner):
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
         z = z.repeat_interleave(args.batch_size, 0)  # (M x B, l)
         coupled = encoder_learns and args.critic_trains_encoder
-        critic_loss = self.critic_loss(b, z if coupled else z.detach())  # detached, it does not train the encoder
+        bellman_loss = self.bellman_loss(b, z if coupled else z.detach())  # detached, it does not train the encoder
         learning = [self.optimisers[name] for name in (("encoder", "critic") if encoder_learns else ("critic",))]
-        data.descend(learning, encoder_loss + critic_loss)
+        data.descend(learning, encoder_loss + bellman_loss)
         if encoder_learns:
             data.follow(self.key_encoder, self.encoder, 1 - args.momentum)  # phi_k <- m phi_k + (1 - m) phi
         self.learn_actor(b, z.detach())
@@ -429,14 +429,14 @@ class Agent(data.Learner):
             return self.encoder(self.batches.contexts(task))[0]
         return self.settled[task, torch.randint(self.SETTLED, task.shape, device=task.device)]
 
-    def critic_loss(self, b, z):
+    def bellman_loss(self, b, z):
         s, a, r, s2, done, a2_data, has_next = b
         with torch.no_grad():
-            a2, log_pi2 = self.actor.sample(s2, z.detach())
+            a2, log_pi2 = self.actor.sample(s2, z)
             divergence2 = 0
             if self.args.value_penalty and self.discriminator is not None:  # Eq. 7
-                divergence2 = has_next * self.divergence(s2, z.detach(), a2, a2_data)
-            q2, scale, discount = self.target(s2, z.detach(), a2), self.args.reward_scale, self.args.discount
+                divergence2 = has_next * self.divergence(s2, z, a2, a2_data)
+            q2, scale, discount = self.target(s2, z, a2), self.args.reward_scale, self.args.discount
             y = critic_target(r, done, q2, log_pi2, divergence2, scale, discount, self.alpha)
         q = self.critic(s, z, a)
         loss = critic_loss(q, y)  # Eq. 27
@@ -501,7 +501,7 @@ class Batches:
         return torch.rand(n, device=self.rows.device).argsort()[:m]
 
     def draw(self, task, size):
-        """(M, size, D) rows drawn uniformly for each task."""
+        """(M, size, D) rows of each task, drawn uniformly, in no order; `evaluate` draws its own."""
         n, count, width = self.rows.shape
         index = torch.randint(count, (len(task), size), device=task.device) + task[:, None] * count
         return self.rows.view(n * count, width).index_select(0, index.flatten()).view(len(task), size, width)

@@ -417,7 +417,7 @@ class RAC(nn.Module):
 
     def __init__(self, args, world, tasks, count, free):
         super().__init__()
-        self.args, self.world, self.tasks, self.free = args, world, tasks, free  # free: COMBO, nothing regularises
+        self.args, self.world, self.tasks, self.free = args, world, tasks, free  # free: COMBO, lambda = 0
         self.actor, self.critic = Policy(count, *world.sizes), Critic(count, *world.sizes)
         self.target = Critic(count, *world.sizes)
         self.target.load_state_dict(self.critic.state_dict())
@@ -571,9 +571,10 @@ class Agent(data.Learner):
         self.record()
 
     def learn_meta(self):
+        """Line 17 of Algorithm 2: Eq. 10 for pi_c, the outer step of Q_meta; with --adaptive, Eq. 11 before them."""
         args, rac, tasks, index = self.args, self.rac, self.rac.tasks, self.rac.index
-        draw = tasks.imagined if args.model else tasks.draw
         for i in range(args.outer_steps):
+            draw = tasks.imagined if args.model else tasks.draw
             s = draw(index, args.batch_size).split(self.world.split, -1)[0]
             with torch.no_grad():  # pi_n is fixed here
                 policy = rac.actor(s)
@@ -597,9 +598,9 @@ def pack(dataset, tasks, rows, mean, std):
     return torch.cat([s, dataset.actions[tasks][:, rows], r, s2, d], -1)
 
 
-def choose_rows(dataset, trajectories, length):
-    """All rows of a task, or those of so many `trajectories`, of `length` rows each, spread over them."""
-    rows = torch.arange(dataset.rewards.shape[1])
+def choose_rows(dataset, trajectories, row):
+    """All rows of a task, or those of so many `trajectories` of the family's length, spread over them."""
+    rows, length = torch.arange(dataset.rewards.shape[1]), row.data_horizon
     if trajectories is not None:
         if len(rows) % length or len(rows) < trajectories * length:
             found = f"{trajectories} of {length} steps each, of the {len(rows)} rows of a task"
@@ -616,14 +617,13 @@ class World:
 
     def __init__(self, args, device):
         train, test = data.open_datasets(args, device)
-        self.row, e = envs.family(args.env), args.eval_episodes
+        row, e = envs.family(args.env), args.eval_episodes
         if args.single and len(train.train_tasks) > 1:
             raise DataError(f"--single: expected data of one training task, found {len(train.train_tasks)}")
-        d, m = self.row.obs_dim, self.row.act_dim
+        d, m, self.row = row.obs_dim, row.act_dim, row
         self.split = [d, m, 1, d, 1]
         self.sizes, self.model_sizes = (d, m, args.hidden, args.layers), (d, m, args.model_hidden, args.model_layers)
-        rows = choose_rows(train, args.trajectories, self.row.data_horizon)
-        test_rows = choose_rows(test, args.test_trajectories, self.row.data_horizon)
+        rows, test_rows = choose_rows(train, args.trajectories, row), choose_rows(test, args.test_trajectories, row)
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks][:, rows])
         self.train_rows = pack(train, train.train_tasks, rows, self.mean, self.std)
         self.test_rows = pack(test, test.test_tasks, test_rows, self.mean, self.std)

@@ -71,7 +71,7 @@ class Args(data.Args):
     obs_bound: Positive = 10.0  # observations are kept within so many standard deviations
     latent: Count = 5  # size l of z
     encoder_hidden: Count = 200  # width of the task encoder
-    kl_weight: Number = 1 / 256  # of the KL in Eq. 3, whose sum over 256 rows is a mean here
+    kl_weight: Number = 1 / 256  # weight of the KL in Eq. 3, whose sum over a batch's 256 rows is a mean here
     awac_lambda: Positive = 100.0  # temperature lambda of Eq. 2
     pearl_weight: Number = 1.0  # lambda_pearl, of PEARL's actor loss in the online phase
     online_steps: Whole = 250_000  # environment steps of the online phase
@@ -356,8 +356,7 @@ class Agent(data.Learner):
         args, optimisers, replay = self.args, self.optimisers, self.replay
         self.step += 1
         self.set_rates()
-        # true rewards train encoder and decoder: offline ones, and the oracle's
-        taught = not online or args.online_rewards == "oracle"
+        taught = not online or args.online_rewards == "oracle"  # true rewards train encoder and decoder
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)
         task = replay.tasks(args.meta_batch_size)
@@ -372,7 +371,7 @@ class Agent(data.Learner):
         q = self.critic(s, z if by_q else z.detach(), a)  # the Bellman error trains the encoder only in ablations
         bellman = critic_loss(q, y)  # Eq. 1
         loss, learning = bellman, [optimisers["critic"]]
-        if taught or by_q:
+        if taught or by_q:  # offline phi too: encoder and decoder
             loss, learning = bellman + args.kl_weight * kl, [optimisers["phi"], optimisers["critic"]]
         if taught:
             reward = reward_loss(r, self.decoder(s, z if by_reward else z.detach(), a))
@@ -380,7 +379,7 @@ class Agent(data.Learner):
             self.note(reward_loss=reward)
         data.gradients(learning, loss)
         self.learn_actor(s, a, z.detach(), q.detach(), online)
-        for optimiser in learning:  # only now: both values of an advantage are of one critic
+        for optimiser in learning:  # only now: the actor has used the critic as it was
             optimiser.step()
         data.follow(self.target, self.critic, args.tau)
         self.note(encoder_kl=kl, critic_loss=bellman, q_mean=q.mean())

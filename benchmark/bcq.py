@@ -68,7 +68,7 @@ class Agent(focal.Agent):
         s, z = (x.expand(PROPOSALS, *x.shape) for x in (s, z))
         return self.actor.propose(s, z, noise, slow), s, z
 
-    def critic_loss(self, b, z):
+    def bellman_loss(self, b, z):
         s, a, r, s2, done, *_ = b
         with torch.no_grad():
             a2, s2, z2 = self.propose(s2, z, slow=True)
