@@ -631,10 +631,10 @@ def locked(folder: Path):
 class Progress:
     """One line on long work: share done, rate and time left; rewritten on a terminal, now and then in a log."""
 
-    def __init__(self, title: str, total: int, unit: str):
-        self.title, self.total, self.unit = title, total, unit
-        self.tty = sys.stdout.isatty()
-        self.shown, self.samples = 0.0, []  # of (time, done), for the rate over the last minute
+    def __init__(self, title: str, total: int, unit: str = "steps"):
+        self.title, self.total, self.unit, self.tty = title, total, unit, sys.stdout.isatty()
+        self.shown, self.open = 0.0, False  # when a line was shown, and whether it stands there to be rewritten
+        self.samples = []  # of (time, done), for the rate over the last minute
 
     def show(self, done: int, restored: int = 0, note: str = "") -> None:
         """So much is done; what an earlier process did of it, `restored`, says nothing about the rate."""
@@ -642,16 +642,17 @@ class Progress:
         if done < self.total and self.samples and now - self.samples[-1][0] < 0.2:
             return
         self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done - restored)]
-        if done < self.total and now - self.shown < (1.0 if self.tty else 20.0):
+        if now - self.shown < (1.0 if self.tty else 20.0) and not (self.open and done >= self.total):
             return
-        self.shown = now
-        (then, before), *_ = self.samples
+        then, before = self.samples[0]
         rate = (done - restored - before) / max(now - then, 1e-9)
-        left = f"{(self.total - done) / rate / 60:.1f} min left" if rate > 0 else "time left not known yet"
-        line = f"{self.title}: {done / self.total:4.0%}, {rate:,.0f} {self.unit}/s, {left}{note}"
-        print(f"\r{line:<110}" if self.tty else line, end="" if self.tty else "\n", flush=True)
-        if done >= self.total and self.tty:
-            print()
+        left = f", {rate:,.0f} {self.unit}/s, {(self.total - done) / rate / 60:.1f} min left" if rate > 0 else ""
+        self.say(f"{self.title}: {done / self.total:4.0%}{left}{note}", self.tty and done < self.total)
+
+    def say(self, line: str, rewritten: bool = False) -> None:
+        """Shows a line, over one that stands there to be rewritten; the next one is due a while later."""
+        print(f"\r{line:<110}" if self.tty else line, end="" if rewritten else "\n", flush=True)
+        self.shown, self.open = time.time(), rewritten
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
@@ -841,7 +842,7 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
     state = np.array([[0, 0, math.nan]] * len(jobs))
     per_iteration = tasks * settings["envs"]
     total = settings["steps"] // settings["envs"] * per_iteration.sum()
-    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total), "steps")
+    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total))
 
     def show(i: int, *report: float) -> None:
         state[i] = report
@@ -925,7 +926,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
     filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
     obs = vector.reset()[0]
-    bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps, "steps")
+    bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps)
     bar.shown = time.time()  # short work passes without a line
     for _ in range(2 * steps):
         action = act(obs)
@@ -941,7 +942,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
         obs = following
         if filled.min() == steps:
             break
-        bar.show(min(int(filled.sum()), n * steps - 1))
+        bar.show(int(filled.sum()))
     else:
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
@@ -1796,13 +1797,12 @@ class Run:
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        bar = Progress(self.script.stem, total, "steps")
-        bar.shown = time.time()  # of the first line
-        restored = self.step
+        self.bar, restored = Progress(self.script.stem, total), self.step
+        self.bar.shown = time.time()  # short work passes without a line
         for step in range(restored + 1, total + 1):
             self.step = step
             yield step
-            bar.show(step, restored)
+            self.bar.show(step, restored)
 
     def due(self, step: int) -> bool:
         """Whether an evaluation is due. A run that diverged ends here, before anything is saved over what was good."""
@@ -1828,7 +1828,7 @@ class Run:
         rate = self.step / max(seconds, 0.1)
         left = f"{rate:.3g} steps/s  {(self.total - self.step) / rate / 60:.1f} min left"
         shown = f"test return {row['return_mean']:8.2f}{best}{data}" if math.isfinite(row["return_mean"]) else ""
-        print(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}", flush=True)
+        self.bar.say(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}")
 
     def end(self) -> None:
         """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
@@ -1909,35 +1909,40 @@ class Run:
         return f"the checkpoint of step {step} is kept in {folder}; --resume goes on from it"
 
 
+@contextlib.contextmanager
+def endings(program: str, smaller: str, interrupted: Callable[[], str]):
+    """Every way to fail ends in one line on standard error and an exit code."""
+    try:
+        yield
+        return
+    except DataError as error:
+        message, code = str(error), error.code
+    except OSError as error:
+        message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        text = str(error) or "MemoryError"
+        if not any(word in text for word in ("out of memory", "allocate", "MemoryError")):
+            raise
+        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes, as {smaller}", 2
+    except KeyboardInterrupt:
+        message, code = f"interrupted; {interrupted()}", 130
+    print(f"{program}:", *message.splitlines(), file=sys.stderr)
+    raise SystemExit(code)
+
+
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
     """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
-
-    def fail(message: Any, code: int = 2):
-        print(f"{script.name}:", *str(message).splitlines(), file=sys.stderr)
-        raise SystemExit(code)
-
-    try:
+    with endings(script.name, "--batch-size or --hidden", lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)
-        train(args, run)
-    except DataError as error:
-        fail(error, error.code)
-    except OSError as error:
-        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
-    except FloatingPointError as error:
-        fail(f"diverged: {error} (step {run.step}); {run.where()}", 3)
-    except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "allocate", "MemoryError"
-        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
-        if not lines:
-            raise
-        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
-    except KeyboardInterrupt:
-        fail(f"interrupted; {run.where() if run else 'nothing was begun'}", 130)
+        try:
+            train(args, run)
+        except FloatingPointError as error:
+            raise Diverged(f"diverged: {error} (step {run.step}); {run.where()}") from None
 
 
 # ------------------------------------------------------------------------------------- runs: what they have learned
@@ -2087,20 +2092,10 @@ def describe(path: Path, env: str | None = None) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        _fail(message)
-
-
-def _fail(message: Any, code: int = 2):
-    print("data.py:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(code)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     numbers = [field for field in dataclasses.fields(Settings) if field.name not in ("core_minutes", "shard")]
     epilog = f"How SAC learns and is rolled out (see Settings): {', '.join(flag(n.name) for n in numbers)}"
-    parser = _Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
+    parser = Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
     parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
     parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of everything drawn")
@@ -2120,9 +2115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     global GRAPHS
-    args = vars(parse_args(argv))
-    sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
-    try:
+    with endings("data.py", "--sac-hidden, or fewer --workers", lambda: "the same command goes on from the last save"):
+        args = vars(parse_args(argv))
+        sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
             print(describe(path, args["env"]))
@@ -2130,17 +2125,6 @@ def main(argv: list[str] | None = None) -> None:
                 dataset = load(path)
                 threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
                 print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
-    except DataError as error:
-        _fail(error, error.code)
-    except OSError as error:
-        _fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error})")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error) and "allocate" not in str(error):
-            raise
-        reason = (str(error).splitlines() or ["MemoryError"])[0]
-        _fail(f"out of memory ({reason:.100}); expected smaller sizes, as --sac-hidden, or fewer --workers")
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last save", 130)
 
 
 if __name__ == "__main__":
