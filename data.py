@@ -49,6 +49,7 @@ import os
 import pickle
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -73,6 +74,8 @@ try:
 except ImportError:  # not on Windows; then nothing keeps two builders apart
     fcntl = None
 
+Arrays = dict[str, np.ndarray]
+Procedure = Callable[[], None]
 FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 BEHAVIOURS = ("sac", "scripted")
@@ -97,12 +100,19 @@ class Diverged(DataError):
     code = 3
 
 
+def refuse(*checks: tuple[Any, str]) -> None:
+    """DataError with the words beside the first of these that is true."""
+    for wrong, words in checks:
+        if wrong:
+            raise DataError(words)
+
+
 def choose_device(name: str) -> torch.device:
     """The device that "auto", "cuda" or "cpu" stands for; DataError if it is not there. On CUDA float32 matrix products
     are TF32 from then on."""
-    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda: no CUDA device was found; expected one, or --device cpu")
+    cuda = torch.cuda.is_available()
+    refuse((name == "cuda" and not cuda, "--device cuda: no CUDA device was found; expected one, or --device cpu"))
+    device = torch.device(name if name != "auto" else "cuda" if cuda else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         # Adam says so before a graph is captured: in its warm-up
@@ -110,28 +120,36 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+# Kinds of numbers: type, range in words, and as a test.
+Whole = Annotated[int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32]
+Count = Annotated[int, "a whole number above 0 and below 2^32", lambda x: 0 < x < 2**32]
+Number = Annotated[float, "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30]
+Positive = Annotated[float, "a number above 0", lambda x: 0 < x <= 1e30]
+Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the behaviour of a family is trained and rolled out."""
 
-    steps: int = 200_000  # environment steps for each task
-    envs: int = 8  # sub-environments for each task
-    episode: int = 200  # steps of an episode while SAC learns
-    updates: int = 2  # gradient steps for each step of all sub-environments
-    start: int = 1_000  # first steps of each task, with uniformly random actions
-    hidden: int = 64
-    batch: int = 64
-    lr: float = 1e-3
-    alpha: float = 0.1  # initial temperature
-    alpha_lr: float = 1e-3
-    tau: float = 0.02  # of the slow targets
-    discount: float = 0.99
-    nstep: int = 3  # rewards summed before the target bootstraps
-    checkpoints: int = 50
-    trajectories: int = 50  # of each task in a dataset
-    shard: int = 7  # most tasks of one process on a CPU; fixed, so that results do not depend on the number of cores
-    core_minutes: float = 40.0  # what this costs on one core for the family's usual tasks, to tell the user
-    replay: int = 10_000  # first transitions of each task that become the `replay` dataset
+    steps: Count = 200_000  # environment steps for each task
+    envs: Count = 8  # sub-environments for each task
+    episode: Count = 200  # steps of an episode while SAC learns
+    updates: Count = 2  # gradient steps for each step of all sub-environments
+    start: Whole = 1_000  # first steps of each task, with uniformly random actions
+    hidden: Count = 64
+    batch: Count = 64
+    lr: Number = 1e-3
+    alpha: Positive = 0.1  # initial temperature
+    alpha_lr: Number = 1e-3
+    tau: Share = 0.02  # of the slow targets
+    discount: Share = 0.99
+    nstep: Count = 3  # rewards summed before the target bootstraps
+    checkpoints: Count = 50
+    trajectories: Count = 50  # of each task in a dataset
+    shard: Count = 7  # most tasks of one process on a CPU; fixed, so that results do not depend on the number of cores
+    core_minutes: Number = 40.0  # what this costs on one core for the family's usual tasks, to tell the user
+    replay: Count = 10_000  # first transitions of each task that become the `replay` dataset
 
 
 # What differs from the class's defaults, for each family: `small` is for a machine without a GPU.
@@ -160,11 +178,6 @@ SMALL = {
 FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # on CUDA, but for a family's own tau
 WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iteration: most of its cost is fixed
 
-MOST = 2**32 - 1
-LIMITS = {"seed": (0, MOST), "start": (0, MOST), "alpha": (1e-12, MOST), "alpha_lr": (0, MOST), "lr": (0, MOST)}
-LIMITS |= {"tau": (0, 1), "discount": (0, 1), "core_minutes": (0, MOST)}  # every other number counts from 1
-LIMITS |= {"checkpoints": (2, MOST)}  # the untrained policy and the last one
-
 
 def flag(name: str) -> str:
     """Of a number on the command line."""
@@ -173,10 +186,10 @@ def flag(name: str) -> str:
 
 def check_numbers(numbers: dict[str, Any]) -> None:
     """DataError, which names the flag, if one of these (None: not given) is out of its range."""
+    kinds = dict.fromkeys(("train", "test", "workers"), Count) | get_type_hints(Settings, include_extras=True)
     for name, value in numbers.items():
-        low, high = LIMITS.get(name, (1, MOST))
-        if value is not None and not low <= value <= high:
-            raise DataError(f"{flag(name)}: expected a number from {low} to {high}, found {value}")
+        words, good = kinds.get(name, Whole).__metadata__
+        refuse((value is not None and not good(value), f"{flag(name)}: expected {words}, found {value}"))
 
 
 def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
@@ -190,16 +203,16 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
         own = {"tau": row["tau"]} if "tau" in row else {}
         row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
         row |= {key: WIDER * row.get(key, getattr(Settings, key)) for key in ("envs", "updates")}
-    settings = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
-    if settings.envs > settings.steps:
-        raise DataError(f"--sac-envs: expected at most the {settings.steps} of --sac-steps, found {settings.envs}")
-    most = min(settings.steps, settings.steps // settings.envs * settings.envs + 1)  # all sub-environments step at once
-    if settings.start >= most:  # nothing would be learned
-        raise DataError(f"--start: expected less than {most} with these --sac-steps, found {settings.start}")
-    if settings.nstep > settings.steps // settings.envs:
-        found = f"{settings.steps // settings.envs} steps of each environment, found {settings.nstep}"
-        raise DataError(f"--nstep: expected at most the {found}")
-    return settings
+    s = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
+    each = s.steps // s.envs  # steps of each sub-environment
+    most = min(s.steps, each * s.envs + 1)  # all of them step at once
+    refuse(
+        (s.envs > s.steps, f"--sac-envs: expected at most the {s.steps} of --sac-steps, found {s.envs}"),
+        (s.checkpoints < 2, "--checkpoints: expected at least 2, the untrained policy and the last one, found 1"),
+        (s.start >= most, f"--start: expected less than {most} with these --sac-steps, found {s.start}"),
+        (s.nstep > each, f"--nstep: expected at most the {each} steps of each environment, found {s.nstep}"),
+    )
+    return s
 
 
 # --------------------------------------------------------------------------------------- SAC for all tasks at once
@@ -214,9 +227,8 @@ class BatchedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
         """`frozen`: gradients reach x only."""
-        if frozen:
-            return torch.baddbmm(self.bias.detach(), x, self.weight.detach())
-        return torch.baddbmm(self.bias, x, self.weight)
+        weight, bias = (p.detach() if frozen else p for p in (self.weight, self.bias))
+        return torch.baddbmm(bias, x, weight)
 
 
 class BatchedMLP(nn.Module):
@@ -393,8 +405,7 @@ class Trainer:
         self.host_rows.copy_(torch.from_numpy(np.concatenate(parts, axis=1)).view_as(self.host_rows))
         rows = self.host_rows.to(self.device, non_blocking=True)
         if info["blew_up"].any():  # no step was taken: the one before stands in its place too, and ends its episode
-            if not self.iteration:
-                raise DataError(f"{self.vector.name}: the physics blew up in the first step of an episode")
+            refuse((not self.iteration, f"{self.vector.name}: the physics blew up in the first step of an episode"))
             blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
             before = self.replay[:, self.iteration - 1]
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
@@ -493,9 +504,7 @@ class Trainer:
         self.score, self.last_score = (row.copy() for row in state["score"].numpy())
 
 
-def capture(
-    fn: Callable[[], None], generator: torch.Generator | None = None, compiled: bool = False
-) -> Callable[[], None]:
+def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: bool = False) -> Procedure:
     """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other.
     `generator` is what it draws from, unless from the device's own; `compiled`: by torch.compile before that."""
     graph, stream, calls = None, torch.cuda.Stream(), 0
@@ -522,7 +531,7 @@ def capture(
     return replay
 
 
-def fuse(fn: Callable[[], None]) -> Callable[[], None]:
+def fuse(fn: Procedure) -> Procedure:
     """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's own.
     Where that fails one line says so, and `fn` goes on as it is."""
     torch._inductor.config.fallback_random = True
@@ -588,6 +597,15 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+@contextlib.contextmanager
+def believing(path: Path, wrong: str, remedy: str):
+    """DataError in the place of any error that comes of what a file holds."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
+
+
 def check_checkpoint(checkpoint: dict, agent: nn.Module, optimisers: dict) -> None:
     """ValueError unless everything in a run's checkpoint has the shapes and types of this run, and is finite."""
     step, rows, stored = checkpoint["step"], checkpoint["rows"], checkpoint["agent"]
@@ -629,12 +647,12 @@ def locked(folder: Path):
 
 
 class Progress:
-    """One line on long work: share done, rate and time left; rewritten on a terminal, now and then in a log."""
+    """A line on long work, none on short: share done, rate, time left; rewritten on a terminal, seldom in a log."""
 
-    def __init__(self, title: str, total: int, unit: str):
-        self.title, self.total, self.unit = title, total, unit
-        self.tty = sys.stdout.isatty()
-        self.shown, self.samples = 0.0, []  # of (time, done), for the rate over the last minute
+    def __init__(self, title: str, total: int, unit: str = "steps"):
+        self.title, self.total, self.unit, self.tty = title, total, unit, sys.stdout.isatty()
+        self.shown, self.open = time.time(), False  # since when no line was due; whether one stands to be rewritten
+        self.samples = []  # of (time, done), for the rate over the last minute
 
     def show(self, done: int, restored: int = 0, note: str = "") -> None:
         """So much is done; what an earlier process did of it, `restored`, says nothing about the rate."""
@@ -642,16 +660,17 @@ class Progress:
         if done < self.total and self.samples and now - self.samples[-1][0] < 0.2:
             return
         self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done - restored)]
-        if done < self.total and now - self.shown < (1.0 if self.tty else 20.0):
+        if now - self.shown < (1.0 if self.tty else 20.0) and not (self.open and done >= self.total):
             return
-        self.shown = now
-        (then, before), *_ = self.samples
+        then, before = self.samples[0]
         rate = (done - restored - before) / max(now - then, 1e-9)
-        left = f"{(self.total - done) / rate / 60:.1f} min left" if rate > 0 else "time left not known yet"
-        line = f"{self.title}: {done / self.total:4.0%}, {rate:,.0f} {self.unit}/s, {left}{note}"
-        print(f"\r{line:<110}" if self.tty else line, end="" if self.tty else "\n", flush=True)
-        if done >= self.total and self.tty:
-            print()
+        left = f", {rate:,.0f} {self.unit}/s, {(self.total - done) / rate / 60:.1f} min left" if rate > 0 else ""
+        self.say(f"{self.title}: {done / self.total:4.0%}{left}{note}", self.tty and done < self.total)
+
+    def say(self, line: str, rewritten: bool = False) -> None:
+        """Shows a line, over one that stands there to be rewritten; the next one is due a while later."""
+        print(f"\r{line:<110}" if self.tty else line, end="" if rewritten else "\n", flush=True)
+        self.shown, self.open = time.time(), rewritten
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
@@ -662,9 +681,7 @@ WORKER = (
 )  # Ctrl-C is for the parent to answer
 
 
-def _train_shard(
-    path: Path, env: str, tasks: np.ndarray, seed: int, settings: dict[str, Any], device: str, threads: int
-) -> Iterator[tuple[int, int, float]]:
+def _train_shard(path: Path, env: str, tasks: np.ndarray, seed: int, settings: dict, device: str, threads: int):
     """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`.
 
     Yields twice a second how many iterations are done, how many of them by an earlier process, and the mean return.
@@ -677,10 +694,8 @@ def _train_shard(
         return
     trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
     if saved:
-        try:
+        with believing(path, "damaged", "delete it to build it anew"):
             trainer.load_state_dict(saved["trainer"])
-        except Exception as error:
-            raise _damaged(path, error) from None
     restored, saved_at, told_at, pause = trainer.iteration, time.time(), time.time(), SAVE_EVERY
     while not trainer.finished:
         trainer.step()
@@ -726,13 +741,11 @@ def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) ->
     running: list[subprocess.Popen] = []
     try:
         with open(reader) as reports:  # once it is closed, each worker's next report fails and ends it
-            try:
+            with open(writer, "wb") as pipe:
                 for k in range(workers):
-                    running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=writer, env=one_thread))
+                    running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=pipe, env=one_thread))
                     with contextlib.suppress(BrokenPipeError), running[-1].stdin as file:
                         pickle.dump([*enumerate(jobs)][k::workers], file)
-            finally:
-                os.close(writer)
             for line in reports:
                 i, *report = json.loads(line)
                 if isinstance(i, str):
@@ -748,9 +761,6 @@ def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) ->
         raise DataError(f"{where}: a process was killed (no memory?) or failed; the same command goes on from its save")
 
 
-STAGE_2 = {"core_minutes", "trajectories"}  # settings that no agent in training sees
-
-
 def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
     """What a behaviour file says it was made for."""
     return {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
@@ -758,30 +768,22 @@ def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
 
 def _load_checkpoint(path: Path, label: dict) -> dict:
     """A behaviour file, whole or in the making; DataError if it is damaged or made with other settings than `label`."""
-    try:
+    with believing(path, "damaged", "delete it to build it anew"):
         saved = read(path)
         then, same_tasks = dict(saved["settings"]), torch.equal(saved["tasks"], label["tasks"])
         same_tasks &= bool(saved["env"] == label["env"])
-    except Exception as error:
-        raise _damaged(path, error) from None
+    then |= {key: label["settings"][key] for key in ("core_minutes", "trajectories")}  # no agent in training sees them
     for key in sorted(then.keys() | label["settings"].keys(), key=str):
         old, new = then.get(key), label["settings"].get(key)
-        if key not in STAGE_2 and (not isinstance(old, int | float | None) or old != new):
+        if not isinstance(old, int | float | None) or old != new:
             raise DataError(f"{path}: made with {key} = {old!r}, asked for {new}; delete it or use another --data-dir")
-    if not same_tasks:
-        raise DataError(f"{path}: made for other tasks; delete it or use another --data-dir")
-    try:
+    refuse((not same_tasks, f"{path}: made for other tasks; delete it or use another --data-dir"))
+    with believing(path, "damaged", "delete it to build it anew"):
         if "policies" in saved:
             check_behaviour(saved)
         elif not isinstance(saved["trainer"], dict):
             raise TypeError
-    except Exception as error:
-        raise _damaged(path, error) from None
     return saved
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: damaged ({type(error).__name__}); delete it to build it anew")
 
 
 def _cannot_build(error: OSError, place: Path) -> DataError:
@@ -841,7 +843,7 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
     state = np.array([[0, 0, math.nan]] * len(jobs))
     per_iteration = tasks * settings["envs"]
     total = settings["steps"] // settings["envs"] * per_iteration.sum()
-    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total), "steps")
+    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total))
 
     def show(i: int, *report: float) -> None:
         state[i] = report
@@ -863,9 +865,7 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
-def collect(
-    env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int
-) -> dict[str, np.ndarray]:
+def collect(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
     `record` returns. Diverged if an action is not finite."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
@@ -904,14 +904,14 @@ class Performer:
         return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
 
 
-def perform(env: str, tasks: np.ndarray, trajectories: int, seed: int) -> dict[str, np.ndarray]:
+def perform(env: str, tasks: np.ndarray, trajectories: int, seed: int) -> Arrays:
     """So many trajectories of the script in each task, see `record`."""
     stream = 1_000_003 * seed + 1_000 + QUALITIES.index("mixed")
     performer = Performer(envs.family(env), tasks.repeat(trajectories, axis=0), stream)
     return record(env, tasks, performer.act, trajectories, stream)
 
 
-def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> dict[str, np.ndarray]:
+def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
     """So many trajectories of each task under act: (n, d) observations -> (n, m) actions.
 
     Every trajectory is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be
@@ -925,8 +925,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
     filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
     obs = vector.reset()[0]
-    bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps, "steps")
-    bar.shown = time.time()  # short work passes without a line
+    bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps)
     for _ in range(2 * steps):
         action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
@@ -941,7 +940,7 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
         obs = following
         if filled.min() == steps:
             break
-        bar.show(min(int(filled.sum()), n * steps - 1))
+        bar.show(int(filled.sum()))
     else:
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
@@ -957,7 +956,7 @@ def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedM
     return actor
 
 
-def _columns(rows: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
+def _columns(rows: np.ndarray, row: envs.Family) -> Arrays:
     """Dataset arrays from rows (T, N, D) of s, a, r, s', terminal, ..."""
     d, m = row.obs_dim, row.act_dim
     s, a, r, s2, terminal, _ = np.split(rows, np.cumsum([d, m, 1, d, 1]), axis=-1)
@@ -965,7 +964,7 @@ def _columns(rows: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
     return {"observations": s, "actions": a} | rest
 
 
-def _arrays(out: np.ndarray, row: envs.Family) -> dict[str, np.ndarray]:
+def _arrays(out: np.ndarray, row: envs.Family) -> Arrays:
     """Dataset arrays from rows (T, trajectories, steps, D) of s, a, r, s', terminal, sparse r, episode."""
     t, s, steps = out.shape[:3]
     episode = out[..., -1].astype(int)
@@ -1006,7 +1005,7 @@ def sparse(rewards: Any, threshold: float) -> Any:
     return (rewards - threshold) / abs(threshold) * (rewards > threshold)
 
 
-def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: int) -> dict[str, np.ndarray]:
+def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: int) -> Arrays:
     """Merge, relabel, sparsify (FOCAL++ appendix D.2): what a transition's (s, a, s') is says nothing about its task.
 
     N transitions drawn from all training tasks' data become every task's, test tasks included, each row an episode of
@@ -1026,12 +1025,7 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
     }  # fmt: skip
 
 
-def can_relabel(row: envs.Family) -> bool:
-    """Whether a transition's reward can be told from it and a task: point robots with goals."""
-    return not row.xml and row.differs == "reward"
-
-
-def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> dict[str, np.ndarray]:
+def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> Arrays:
     """SAC's first transitions (T, iterations, envs, [s, a, r, s', terminal, ended]), episode by episode, in the order
     in which they began."""
     row, (t, steps, e, width) = envs.family(env), early.shape
@@ -1079,7 +1073,7 @@ class Dataset:
     meta: dict
 
 
-def checksum(arrays: dict[str, np.ndarray]) -> str:
+def checksum(arrays: Arrays) -> str:
     """SHA-256 of names, types, shapes and contents; the order of the dictionary does not count."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -1089,12 +1083,12 @@ def checksum(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _as_stored(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_stored(arrays: Arrays) -> Arrays:
     """What a file holds of these, in its types."""
     return {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
 
 
-def save(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+def save(path: Path, arrays: Arrays, meta: dict) -> None:
     """Writes a dataset, arrays as at the top, whole or not at all, with format and checksum beside `meta`. OSError."""
     arrays = _as_stored(arrays)
     text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
@@ -1109,24 +1103,20 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
     """
     path = Path(path)
     arrays, meta = _read(path)
-    problem = _problem(arrays, meta, env)
-    if problem:
-        raise DataError(f"{path}: {problem}")
+    try:
+        _check(arrays, meta, env)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     if "settings" not in meta and (doubt := _doubt(arrays)):
         print(f"{path}: {doubt}", file=sys.stderr)
     meta.setdefault("checksum", checksum(arrays))
     if env is not None:
         meta.setdefault("env", env)
-    tensor = {name: torch.from_numpy(arrays[name]).to(device) for name in REQUIRED if REQUIRED[name][0] > 1}
-    tensor.pop("tasks")
-    context = arrays.get("sparse_rewards")
-    return Dataset(
-        **tensor,
-        context_rewards=tensor["rewards"] if context is None else torch.from_numpy(context).to(device),
-        **{name: arrays[name] for name in ("tasks", "train_tasks", "test_tasks")},
-        returns=arrays.get("returns", np.full(len(arrays["tasks"]), np.nan, np.float32)),
-        meta=meta,
-    )
+    unknown = np.full(len(arrays["tasks"]), np.nan, np.float32)
+    on_host = {name: arrays.pop(name, unknown) for name in ("tasks", "train_tasks", "test_tasks", "returns")}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    context_rewards = tensors.pop("sparse_rewards", tensors["rewards"])
+    return Dataset(**tensors, **on_host, context_rewards=context_rewards, meta=meta)
 
 
 def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
@@ -1141,8 +1131,7 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
         threshold = row.sparse_threshold
     if threshold is None:
         threshold = dataset.rewards[torch.from_numpy(dataset.train_tasks)].flatten().double().median().item()
-    if threshold == 0:
-        raise DataError("no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0")
+    refuse((threshold == 0, "no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0"))
     dataset.context_rewards = sparse(dataset.rewards, threshold)
     dataset.meta["sparse_threshold"] = threshold
     return threshold
@@ -1185,39 +1174,32 @@ def _memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
-def _problem(arrays: dict[str, np.ndarray], meta: dict, env: str | None) -> str | None:
-    """What is wrong with a dataset, in words, or None."""
-    if meta.get("format", FORMAT) != FORMAT:
-        return f"format {meta['format']!r:.40}, expected {FORMAT}; build it anew"
-    for name in ("env", "quality", "checksum"):
-        if not isinstance(meta.get(name, ""), str):
-            return f"meta: {name} is {meta[name]!r:.40}, expected a text"
-    if env is not None and meta.get("env", env) != env:
-        return f"made for {repr(meta['env'])[1:-1][:40]}, expected {env}"
+def _check(arrays: Arrays, meta: dict, env: str | None) -> None:
+    """Gives each array its type; DataError, which says what is wrong, if this is no dataset, or not one of `env`."""
+    names = [meta.get(key, "") for key in ("env", "quality", "checksum")]
     missing = [name for name in REQUIRED if name not in arrays]
-    if missing:
-        return f"lacks {', '.join(missing)}"
+    refuse(
+        (meta.get("format", FORMAT) != FORMAT, f"format {meta.get('format')!r:.40}, expected {FORMAT}; build it anew"),
+        (any(not isinstance(name, str) for name in names), f"meta: found {names!r:.80}, expected three texts"),
+        (env and meta.get("env", env) != env, f"made for {repr(names[0])[1:-1][:40]}, expected {env}"),
+        (missing, f"lacks {', '.join(missing)}"),
+    )
     if "checksum" in meta and checksum(arrays) != meta["checksum"]:
-        return "the checksum does not match: the file was changed or damaged"
-    return _type_problem(arrays) or _shape_problem(arrays, env) or _value_problem(arrays, env)
-
-
-def _type_problem(arrays: dict[str, np.ndarray]) -> str | None:
-    """Gives each array its type; what cannot have it, in words, or None."""
-    for name, (ndim, dtype) in (REQUIRED | OPTIONAL).items():
-        array = arrays.get(name)
-        if array is None:
-            continue
+        raise DataError("the checksum does not match: the file was changed or damaged")
+    for name, array in arrays.items():
+        ndim, dtype = (REQUIRED | OPTIONAL)[name]
         if array.ndim != ndim or array.dtype.kind not in "biuf":
-            return f"{name} is {array.dtype} with {array.ndim} axes, expected {np.dtype(dtype)} with {ndim}"
+            expected = f"{np.dtype(dtype)} with {ndim}"
+            raise DataError(f"{name} is {array.dtype} with {array.ndim} axes, expected {expected}")
         with np.errstate(all="ignore"):
             arrays[name] = array.astype(dtype, copy=False)
         if np.issubdtype(dtype, np.integer) and (changed := arrays[name] != array).any():
-            return f"{name} holds {array[changed][0]}, expected whole numbers ({np.dtype(dtype)})"
-    return None
+            raise DataError(f"{name} holds {array[changed][0]}, expected whole numbers ({np.dtype(dtype)})")
+    _check_shapes(arrays, env)
+    _check_values(arrays, env)
 
 
-def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
+def _check_shapes(arrays: Arrays, env: str | None) -> None:
     t, n, d = arrays["observations"].shape
     m = arrays["actions"].shape[2]
     expected = dict.fromkeys(("rewards", "terminals", "episodes", "sparse_rewards"), (t, n)) | {
@@ -1227,42 +1209,40 @@ def _shape_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None
         row = envs.family(env)
         expected |= {"observations": (t, n, row.obs_dim), "actions": (t, n, row.act_dim)}
         expected |= {"tasks": (t, envs.sample_tasks(env, 1, 0).shape[1])}
-    if t == 0 or n < 2 or d == 0 or m == 0:
-        shapes = f"observations have shape {(t, n, d)} and actions {(t, n, m)}"
-        return f"{shapes}, expected at least one task, two transitions and a number in each"
-    for name, shape in expected.items():
-        if name in arrays and arrays[name].shape != shape:
-            return f"{name} has shape {arrays[name].shape}, expected {shape}"
-    return None
-
-
-def _value_problem(arrays: dict[str, np.ndarray], env: str | None) -> str | None:
+    empty = t == 0 or n < 2 or d == 0 or m == 0
+    shapes = f"observations have shape {(t, n, d)} and actions {(t, n, m)}"
+    refuse((empty, f"{shapes}, expected at least one task, two transitions and a number in each"))
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and name != "returns" and not np.isfinite(array).all():
-            return f"{name} holds values that are not finite"
-    if (largest := np.abs(arrays["actions"]).max()) > 1:
-        return f"actions reach {largest!s}, expected them in [-1, 1]"
-    if not np.isin(arrays["terminals"], (0, 1)).all():
-        return "terminals hold values other than 0 and 1"
-    if (arrays["episodes"][:, 1:] < arrays["episodes"][:, :-1]).any():
-        return "episodes are not in order"
-    t, train, test = len(arrays["tasks"]), arrays["train_tasks"], arrays["test_tasks"]
+        shape = expected.get(name, array.shape)
+        refuse((array.shape != shape, f"{name} has shape {array.shape}, expected {shape}"))
+
+
+def _check_values(arrays: Arrays, env: str | None) -> None:
+    for name, array in arrays.items():
+        finite = array.dtype.kind != "f" or name == "returns" or np.isfinite(array).all()
+        refuse((not finite, f"{name} holds values that are not finite"))
+    largest, episodes = np.abs(arrays["actions"]).max(), arrays["episodes"]
+    refuse(
+        (largest > 1, f"actions reach {largest!s}, expected them in [-1, 1]"),
+        (not np.isin(arrays["terminals"], (0, 1)).all(), "terminals hold values other than 0 and 1"),
+        ((episodes[:, 1:] < episodes[:, :-1]).any(), "episodes are not in order"),
+    )
+    t, (train, test) = len(arrays["tasks"]), (arrays[name].tolist() for name in ("train_tasks", "test_tasks"))
     for name, index in (("train_tasks", train), ("test_tasks", test)):
-        if len(index) == 0:
-            return f"{name} is empty, expected at least one of the {t} tasks"
-        if (wrong := (index < 0) | (index >= t)).any():
-            return f"{name} holds {index[wrong][0]}, expected indices from 0 to {t - 1}"
-        if (count := np.bincount(index)).max() > 1:
-            return f"{name} holds {count.argmax()} more than once"
-    overlap = set(train.tolist()) & set(test.tolist())
-    if overlap and set(train.tolist()) != set(test.tolist()):
-        return f"tasks {sorted(overlap)} are both training and test tasks"
-    if env is not None and not (known := envs.is_task(env, arrays["tasks"])).all():
-        return f"task {known.argmin()} has parameters that no task of {env} can have"
-    return None
+        refuse((not index, f"{name} is empty, expected at least one of the {t} tasks"))
+        low, high, common = min(index), max(index), statistics.mode(index)
+        refuse(
+            (low < 0 or high >= t, f"{name} holds {low if low < 0 else high}, expected indices from 0 to {t - 1}"),
+            (len({*index}) < len(index), f"{name} holds {common} more than once"),
+        )
+    both = sorted({*train} & {*test})
+    refuse((both and {*train} != {*test}, f"tasks {both} are both training and test tasks"))
+    if env is not None:
+        known = envs.is_task(env, arrays["tasks"])
+        refuse((not known.all(), f"task {known.argmin()} has parameters that no task of {env} can have"))
 
 
-def _doubt(arrays: dict[str, np.ndarray]) -> str | None:
+def _doubt(arrays: Arrays) -> str | None:
     """What looks wrong where one row follows another, in words, or None."""
     apart = inside = led_on = ends = 0
     rows = (arrays[key] for key in ("observations", "next_observations", "episodes"))
@@ -1274,10 +1254,8 @@ def _doubt(arrays: dict[str, np.ndarray]) -> str | None:
     if led_on > ends / 2:
         found = f"{led_on:,} of {ends:,} last rows of an episode lead to the next one's first observation"
         return f"warning: {found}; are next_observations shifted by a row, or episodes too short?"
-    if apart:
-        found = f"{apart:,} of {inside:,} rows inside an episode do not end where the next row begins"
-        return f"warning: {found}; look at episodes and next_observations (fine if rows are shuffled)"
-    return None
+    found = f"{apart:,} of {inside:,} rows inside an episode do not end where the next row begins"
+    return f"warning: {found}; look at episodes and next_observations (fine if rows are shuffled)" if apart else None
 
 
 def prepare(
@@ -1303,8 +1281,7 @@ def prepare(
     behaviour = behaviour or own
     check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
     settings = settings_for(env, device, **changes)
-    if problem := _impossible(env, row, quality, behaviour, bool(train or test), settings):
-        raise DataError(problem)
+    _check_possible(env, quality, behaviour, bool(train or test), settings)
     train, test = train or row.train, test or row.test
     folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{'' if behaviour == own else f'-{behaviour}'}"
     path = folder / f"{quality}.npz"
@@ -1349,40 +1326,37 @@ def _made_with(path: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-def _store(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+def _store(path: Path, arrays: Arrays, meta: dict) -> None:
     """Saves a dataset with its tasks' returns, unless something in it is not finite or not in its range."""
     if "first_return" in arrays and "returns" not in arrays:
         arrays["returns"] = arrays["first_return"].mean(1)
     stored = _as_stored(arrays)
-    problem = _shape_problem(stored, meta["env"]) or _value_problem(stored, meta["env"])
-    if problem:
-        raise DataError(f"{path}: not stored, {problem}")
+    try:
+        _check_shapes(stored, meta["env"])
+        _check_values(stored, meta["env"])
+    except DataError as error:
+        raise DataError(f"{path}: not stored, {error}") from None
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
     save(path, arrays, meta | {"versions": versions})
     print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
-def _impossible(
-    env: str, row: envs.Family, quality: str, behaviour: str, counts: bool, settings: Settings
-) -> str | None:
-    """Why there is no such dataset, in words, or None."""
-    if quality not in QUALITIES:
-        return f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"
-    if quality == "relabelled" and not can_relabel(row):
-        return f"{env} cannot be relabelled, only point robots with goals can; expected another quality"
-    if behaviour not in BEHAVIOURS:
-        return f"unknown behaviour {behaviour!r}; expected one of {', '.join(BEHAVIOURS)}"
-    if behaviour == "scripted" and row.script is None:
-        return f"{env} has no script; expected behaviour sac, found scripted"
-    if behaviour == "scripted" and quality != "mixed":
-        return f"the scripted data of {env} are all of quality mixed, found {quality}; behaviour sac has the others"
-    if row.only and counts:
-        return f"{env} has {len(row.only)} tasks, all for training and for testing; their number is fixed"
-    if quality == "replay" and settings.replay < settings.envs:
-        return f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"
-    if quality in ("mixed", "relabelled") and behaviour == "sac" and settings.trajectories < 2:
-        return f"--trajectories: {quality} data are of several policies; expected at least 2, found 1"
-    return None
+def _check_possible(env: str, quality: str, behaviour: str, counts: bool, settings: Settings) -> None:
+    """DataError, which says why, if there is no such dataset. `counts`: numbers of tasks are asked for."""
+    row, scripted, several = envs.family(env), behaviour == "scripted", quality in ("mixed", "relabelled")
+    goals = not row.xml and row.differs == "reward"  # then a transition's reward can be told from it and a task
+    refuse(
+        (quality not in QUALITIES, f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"),
+        (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
+        (behaviour not in BEHAVIOURS, f"unknown behaviour {behaviour!r}; expected one of {', '.join(BEHAVIOURS)}"),
+        (scripted and row.script is None, f"{env} has no script; expected behaviour sac"),
+        (scripted and quality != "mixed", f"{env}: its script makes mixed data, found {quality}; sac has it"),
+        (row.only and counts, f"{env} has {len(row.only)} tasks, all for training and testing; their number is fixed"),
+        (quality == "replay" and settings.replay < settings.envs,
+         f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"),
+        (several and not scripted and settings.trajectories < 2,
+         f"--trajectories: {quality} data are of several policies; expected at least 2, found 1"),
+    )  # fmt: skip
 
 
 def _announce(path: Path, settings: Settings, env: str, device: torch.device, workers: int | None, tasks: int) -> None:
@@ -1445,13 +1419,6 @@ def successes(dataset: Dataset) -> np.ndarray:
 # From here to the end of this section stands what every script needs and what is no part of any algorithm: flags from
 # a dataclass, the run's folder, metrics, curve, checkpoint and resume, the check for divergence, one line for every
 # failure, the CUDA graph. A reader of a script may skip it.
-Whole = Annotated[int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32]
-Count = Annotated[int, "a whole number above 0 and below 2^32", lambda x: 0 < x < 2**32]
-Number = Annotated[float, "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30]
-Positive = Annotated[float, "a number above 0", lambda x: 0 < x <= 1e30]
-Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
-
-
 @dataclass
 class Args:
     """The flags that every script has. A script's own `Args(data.Args)` adds its flags, one line each.
@@ -1490,12 +1457,11 @@ class Args:
 
     def complete(self, given: dict[str, Any]) -> None:
         """Fills in what depends on other flags; DataError where flags do not go together. `given`: the command line."""
-        for key in self.ONE_FILE if self.data else ():
-            if key in given:
-                expected = "has the data of all tasks; expected one or the other"
-                raise DataError(f"{option(key)} {given[key]}: --data {expected}")
-        if self.resume and self.overwrite:
-            raise DataError("--resume goes on from a checkpoint, --overwrite begins anew; expected one of them")
+        both = [f"{option(key)} {given[key]}" for key in self.ONE_FILE if self.data and key in given]
+        refuse(
+            (both, f"{' '.join(both)}: --data has the data of all tasks; expected one or the other"),
+            (self.resume and self.overwrite, "--resume goes on, --overwrite begins anew; expected one of them"),
+        )
         self.test_quality = self.test_quality or self.quality
 
 
@@ -1520,9 +1486,8 @@ def parse(
     over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
     """
     doc = sys.modules[cls.__module__].__doc__ or ""  # none under python -OO
-    parser = Parser(
-        usage="%(prog)s [flags]", description=doc.partition("\n")[0], add_help=False, argument_default=argparse.SUPPRESS
-    )
+    how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
+    parser = Parser(description=doc.partition("\n")[0], **how)
     flags = _add_flags(parser, cls, list(table))
     space, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -1539,8 +1504,7 @@ def parse(
             action.help += f" ({row[key]})" if row[key] is not None else ""
         parser.print_help()
         raise SystemExit(0)
-    if env not in table:
-        raise DataError(f"argument --env: expected one of {', '.join(table)}, found {env!r}")
+    refuse((env not in table, f"argument --env: expected one of {', '.join(table)}, found {env!r}"))
     if given.get("test_quality") == given.get("quality", row["quality"]):
         given.pop("test_quality", None)  # the same is no variant
     args = cls(**row | given)
@@ -1638,9 +1602,7 @@ def open_datasets(args: Args, device: torch.device, **counts: Any) -> tuple[Data
     """The data of the training and of the test tasks, built on the spot if they are missing; tensors on the device."""
 
     def opened(quality):
-        path = args.data or prepare(
-            args.env, quality, seed=args.data_seed, data_dir=args.data_dir, device=args.device, **counts
-        )
+        path = args.data or prepare(args.env, quality, args.data_seed, args.data_dir, device=args.device, **counts)
         return load(path, env=args.env, device=device)
 
     train = opened(args.quality)
@@ -1779,9 +1741,8 @@ class Run:
     def _standing(self) -> None:
         """What stands in the folder is never replaced unasked."""
         path = self.folder / "final.json"
-        if not path.exists():
-            either = "--resume goes on from there, --overwrite begins anew; expected one of them"
-            raise DataError(f"{self.folder / 'checkpoint.pt'}: {either}")
+        either = "--resume goes on from there, --overwrite begins anew; expected one of them"
+        refuse((not path.exists(), f"{self.folder / 'checkpoint.pt'}: {either}"))
         try:
             checksums = json.loads(path.read_text())["dataset_checksums"]
         except (ValueError, KeyError, TypeError):
@@ -1800,20 +1761,18 @@ class Run:
         files = Path(__file__), Path(envs.__file__)
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+    def graph(self, fn: Procedure) -> Callable[[], None]:
         """`fn`, without arguments, on CUDA as one graph."""
         return capture(fn, compiled=self.args.compile) if self.device.type == "cuda" and self.args.graph else fn
 
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        bar = Progress(self.script.stem, total, "steps")
-        bar.shown = time.time()  # of the first line
-        restored = self.step
+        self.bar, restored = Progress(self.script.stem, total), self.step
         for step in range(restored + 1, total + 1):
             self.step = step
             yield step
-            bar.show(step, restored)
+            self.bar.show(step, restored)
 
     def due(self, step: int) -> bool:
         """Whether an evaluation is due. A run that diverged ends here, before anything is saved over what was good."""
@@ -1839,7 +1798,7 @@ class Run:
         rate = self.step / max(seconds, 0.1)
         left = f"{rate:.3g} steps/s  {(self.total - self.step) / rate / 60:.1f} min left"
         shown = f"test return {row['return_mean']:8.2f}{best}{data}" if math.isfinite(row["return_mean"]) else ""
-        print(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}", flush=True)
+        self.bar.say(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}")
 
     def end(self) -> None:
         """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
@@ -1871,22 +1830,20 @@ class Run:
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps, if
         they may grow."""
-        own, seed = self.folder / "checkpoint.pt", self.folder.name
+        own = self.folder / "checkpoint.pt"
         if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
             return own if own.exists() else None
+        runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
         base = self.args.variant.partition(",steps=")[0]
-        others = [path for path in self.folder.parent.parent.iterdir() if path.name.partition(",steps=")[0] == base]
-        found = [path / seed / "checkpoint.pt" for path in others if (path / seed / "checkpoint.pt").exists()]
+        found = [path for path in runs if path.parts[-3].partition(",steps=")[0] == base]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def _resume(self, path: Path) -> float:
         """Loads a checkpoint; returns the seconds that it took."""
         args, agent, anew = self.args, self.agent, "--overwrite begins anew"
-        try:
+        with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
             then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
-        except Exception as error:
-            raise DataError(f"{path}: not a checkpoint of this script ({type(error).__name__}); {anew}") from None
         now, skip = settings(args), {*args.ELSEWHERE, "data"}  # of the data their checksums tell more
         for key, default in [(field.name, field.default) for field in dataclasses.fields(args)]:
             value, found = now[key], then.get(key, default)  # a flag that is newer than the checkpoint had its default
@@ -1895,7 +1852,7 @@ class Run:
                 raise DataError(f"{option(key)}: the checkpoint was made with {found!r:.80}, found {value!r}; {anew}")
         if dataset != self.world.checksum:
             raise DataError(f"{path}: made with other data, of checksums {dataset!r:.200}; {anew}")
-        try:
+        with believing(path, "its weights are not this script's", anew):
             check_checkpoint(checkpoint, agent, agent.optimisers)
             agent.load_state_dict(checkpoint["agent"])
             for key, optimiser in agent.optimisers.items():
@@ -1904,8 +1861,6 @@ class Run:
             torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
             if self.device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
-        except Exception as error:
-            raise DataError(f"{path}: its weights are not this script's ({type(error).__name__}); {anew}") from None
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
         self.saved = self.step, path.parent
         return checkpoint["seconds"]
@@ -1920,58 +1875,60 @@ class Run:
         return f"the checkpoint of step {step} is kept in {folder}; --resume goes on from it"
 
 
+@contextlib.contextmanager
+def endings(program: str, smaller: str, interrupted: Callable[[], str]):
+    """Every way to fail ends in one line on standard error and an exit code."""
+    try:
+        yield
+        return
+    except DataError as error:
+        message, code = str(error), error.code
+    except OSError as error:
+        message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        text = str(error) or "MemoryError"
+        if not any(word in text for word in ("out of memory", "allocate", "MemoryError")):
+            raise
+        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes, as {smaller}", 2
+    except KeyboardInterrupt:
+        message, code = f"interrupted; {interrupted()}", 130
+    print(f"{program}:", *message.splitlines(), file=sys.stderr)
+    raise SystemExit(code)
+
+
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
     """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
-
-    def fail(message: Any, code: int = 2):
-        print(f"{script.name}:", *str(message).splitlines(), file=sys.stderr)
-        raise SystemExit(code)
-
-    try:
+    with endings(script.name, "--batch-size or --hidden", lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)
-        train(args, run)
-    except DataError as error:
-        fail(error, error.code)
-    except OSError as error:
-        fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error}); what stands is whole")
-    except FloatingPointError as error:
-        fail(f"diverged: {error} (step {run.step}); {run.where()}", 3)
-    except (MemoryError, RuntimeError) as error:
-        words = "out of memory", "allocate", "MemoryError"
-        lines = [line for line in str(error).splitlines() or ["MemoryError"] if any(word in line for word in words)]
-        if not lines:
-            raise
-        fail(f"out of memory ({lines[0]:.100}); expected smaller sizes, as --batch-size or --hidden")
-    except KeyboardInterrupt:
-        fail(f"interrupted; {run.where() if run else 'nothing was begun'}", 130)
+        try:
+            train(args, run)
+        except FloatingPointError as error:
+            raise Diverged(f"diverged: {error} (step {run.step}); {run.where()}") from None
 
 
 # ------------------------------------------------------------------------------------- runs: what they have learned
 class Rehearsal:
     """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
 
-    class Ended(Exception):
-        pass
-
     def __init__(self, script: ModuleType, args: Args, device: torch.device):
         self.args, self.device, self.updates = args, device, []
-        with torch.random.fork_rng(), contextlib.suppress(self.Ended):
+        with torch.random.fork_rng(), contextlib.suppress(StopIteration):
             script.train(args, self)
 
     def begin(self, agent: Learner, world: Any) -> None:
         self.agent, self.world = agent, world
 
-    def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+    def graph(self, fn: Procedure) -> Callable[[], None]:
         self.updates.append(fn)
         return fn
 
     def steps(self, *_: int):
-        raise self.Ended
+        raise StopIteration
 
 
 def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[ModuleType, Args, Any, Learner]:
@@ -1983,11 +1940,19 @@ def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[M
     """
     folder, on = Path(folder).resolve(), choose_device(device)
     saved, checkpoint = json.loads((folder / "args.json").read_text()), read(folder / "checkpoint.pt", on)
-    script = _script(folder)
+    name, here = folder.parts[-4], Path(__file__).resolve().parent
+    if name not in sys.modules:
+        places = [place / f"{name}.py" for place in (Path.cwd(), here, here / "benchmark")]
+        _execute(name, next(filter(Path.is_file, places), folder / "source.py"))
     if saved["env"] not in envs.FAMILIES:
         _execute("started", folder / "started.py")
+    script, runs = sys.modules[name], Path(saved["run_dir"])
     args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
-    vars(args).update(_stored(folder, saved, args) | changes | {"device": device})
+    hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
+    for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
+        is_path = saved[key] and Path in (hints.get(key), *get_args(hints.get(key)))
+        setattr(args, key, root / saved[key] if is_path else saved[key])
+    vars(args).update(changes, device=device)
     rehearsal = Rehearsal(script, args, on)
     agent, world = rehearsal.agent, rehearsal.world
     agent.load_state_dict(checkpoint["agent"])
@@ -1995,23 +1960,6 @@ def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[M
     if checkpoint["dataset"][same] != world.checksum[same]:
         raise DataError(f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}")
     return script, args, world, agent
-
-
-def _stored(folder: Path, saved: dict[str, Any], args: Args) -> dict[str, Any]:
-    """What args.json says of the flags that there still are. A relative path begins where the run was started."""
-    runs, hints = Path(saved["run_dir"]), get_type_hints(type(args))
-    root = Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
-    known = {key: value for key, value in saved.items() if key in vars(args)}
-    paths = [key for key in known if known[key] and Path in (hints.get(key), *get_args(hints.get(key)))]
-    return known | {key: root / known[key] for key in paths}
-
-
-def _script(folder: Path) -> ModuleType:
-    name, here = folder.parts[-4], Path(__file__).resolve().parent
-    if name not in sys.modules:
-        places = [place / f"{name}.py" for place in (Path.cwd(), here, here / "benchmark")]
-        _execute(name, next(filter(Path.is_file, places), folder / "source.py"))
-    return sys.modules[name]
 
 
 def _execute(name: str, path: Path) -> None:
@@ -2098,20 +2046,11 @@ def describe(path: Path, env: str | None = None) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        _fail(message)
-
-
-def _fail(message: Any, code: int = 2):
-    print("data.py:", *str(message).splitlines(), file=sys.stderr)
-    raise SystemExit(code)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     numbers = [field for field in dataclasses.fields(Settings) if field.name not in ("core_minutes", "shard")]
+    kinds = get_type_hints(Settings, include_extras=True)
     epilog = f"How SAC learns and is rolled out (see Settings): {', '.join(flag(n.name) for n in numbers)}"
-    parser = _Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
+    parser = Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
     parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
     parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of everything drawn")
@@ -2124,16 +2063,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
     parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
     for field in numbers:
-        kind = float if isinstance(field.default, float) else int
-        parser.add_argument(flag(field.name), dest=field.name, type=kind, help=argparse.SUPPRESS)
+        how = {"type": partial(parse_value, kinds[field.name]), "help": argparse.SUPPRESS}
+        parser.add_argument(flag(field.name), dest=field.name, **how)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     global GRAPHS
-    args = vars(parse_args(argv))
-    sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
-    try:
+    with endings("data.py", "--sac-hidden, or fewer --workers", lambda: "the same command goes on from the last save"):
+        args = vars(parse_args(argv))
+        sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
             print(describe(path, args["env"]))
@@ -2141,17 +2080,6 @@ def main(argv: list[str] | None = None) -> None:
                 dataset = load(path)
                 threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
                 print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
-    except DataError as error:
-        _fail(error, error.code)
-    except OSError as error:
-        _fail(f"{error.filename or 'the output'}: cannot write there ({error.strerror or error})")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error) and "allocate" not in str(error):
-            raise
-        reason = (str(error).splitlines() or ["MemoryError"])[0]
-        _fail(f"out of memory ({reason:.100}); expected smaller sizes, as --sac-hidden, or fewer --workers")
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last save", 130)
 
 
 if __name__ == "__main__":
