@@ -1463,6 +1463,7 @@ class Args:
     # run
     env: str = "walker-params"  # task family
     small: bool | None = None  # sizes for a machine without a GPU; unless given: where there is no CUDA device
+    letter: bool = False  # the papers' tables to the letter, also where a script has other settings at their sizes
     seed: Whole = 0  # fixes everything the run draws
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where the networks and the data are
     threads: Whole = 0  # PyTorch's threads on the CPU; 0: one for each core
@@ -1508,9 +1509,16 @@ def option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def parse(cls: type[Args], table: dict[str, dict], small: dict[str, dict], argv: list[str] | None = None) -> Args:
-    """The arguments: the command line's, over small[env]'s if the sizes are small, over table[env]'s, over the
-    defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be."""
+def parse(
+    cls: type[Args],
+    table: dict[str, dict],
+    small: dict[str, dict],
+    argv: list[str] | None = None,
+    ours: dict[str, dict] | None = None,
+) -> Args:
+    """The arguments: the command line's, over small[env]'s if the sizes are small, else ours[env]'s unless --letter,
+    over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
+    """
     doc = sys.modules[cls.__module__].__doc__ or ""  # none under python -OO
     parser = Parser(
         usage="%(prog)s [flags]", description=doc.partition("\n")[0], add_help=False, argument_default=argparse.SUPPRESS
@@ -1524,7 +1532,8 @@ def parse(cls: type[Args], table: dict[str, dict], small: dict[str, dict], argv:
     if sized is None:
         sized = given.get("device") == "cpu" or not torch.cuda.is_available()
     row = {field.name: field.default for field in dataclasses.fields(cls)} | table.get(env, {})
-    row |= (small.get(env, {}) if sized else {}) | {"env": env, "small": sized}
+    changes = small if sized else {} if given.get("letter") else ours or {}
+    row |= changes.get(env, {}) | {"env": env, "small": sized}
     if show_help:
         for key, action in flags.items():
             action.help += f" ({row[key]})" if row[key] is not None else ""
@@ -1712,10 +1721,12 @@ def gradients(optimisers: Iterable[torch.optim.Optimizer], loss: torch.Tensor) -
     loss.backward(inputs=[p for group in groups for p in group["params"] if p.requires_grad])
 
 
-def descend(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One gradient step of the optimiser's own parameters."""
-    gradients([optimiser], loss)
-    optimiser.step()
+def descend(optimisers: torch.optim.Optimizer | list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+    """One gradient step of the parameters of an optimiser, or of several."""
+    optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
+    gradients(optimisers, loss)
+    for optimiser in optimisers:
+        optimiser.step()
 
 
 @torch.no_grad()
