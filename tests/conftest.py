@@ -1,8 +1,10 @@
 """Tiny datasets that the tests of the scripts share."""
 
 import dataclasses
+import importlib.util
 import os
 import resource
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes as cores run tests side by side
 
@@ -95,3 +97,13 @@ def has_gl():
     except Exception:
         return False
     return True
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """benchmark/picture.py, as a module."""
+    path = Path(data.__file__).resolve().parent / "benchmark" / "picture.py"
+    spec = importlib.util.spec_from_file_location("picture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

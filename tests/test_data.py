@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib.util
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_speed import META, NoWaiting, without_values
+from test_speed import NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import data
@@ -282,8 +281,6 @@ def test_choosing_actions_fits_into_a_graph():
     """No operation waits for the device, or reads from the host."""
     trainer = make_trainer(WALKER, envs.sample_tasks(WALKER, 2, 0))
     without_values(trainer)
-    trainer.generator, trainer.device = None, META
-    trainer.agent.to(META)
     with NoWaiting() as mode:
         trainer.choose_eagerly()
     assert mode.count > 10
@@ -1359,14 +1356,6 @@ def wide(env):
         arrays[key] = rng.uniform(-1, 1, (len(tasks), 6, width)).astype(np.float32)
     index = np.arange(len(tasks))
     return arrays | ({"train_tasks": index, "test_tasks": index} if row.only else {})
-
-
-@pytest.fixture(scope="module")
-def picture():
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "benchmark" / "picture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("env", list(envs.FAMILIES))

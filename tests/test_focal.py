@@ -211,7 +211,7 @@ def test_the_actors_spread_is_bounded():
 
 
 # ------------------------------------------------------------------- one update against a loop over single transitions
-RATE, NOISE, MIX = 0.25, 0.3, 0.625
+RATE, NOISE = 0.25, 0.3
 CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-penalty", "--alpha 2 --no-next-obs"]
 CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --value-penalty --coupled --tune-alpha"]
 PEARL = "--encoder probabilistic --encoder-loss bellman"
@@ -241,10 +241,15 @@ def q_values(critic, s, z, a):
     return values
 
 
-def policy(agent, s, z):
+def shares(*shape, **_):
+    """Stands for torch.rand."""
+    return fixed(*shape) / 3 + 0.5
+
+
+def policy(agent, s, z, noise=NOISE):
     """One action and its log density."""
     mu, log_std = agent.actor.net(torch.cat([s, z])).chunk(2)
-    u = mu + log_std.exp() * NOISE
+    u = mu + log_std.exp() * noise
     return u.tanh(), (Normal(mu, log_std.exp()).log_prob(u) - (1 - u.tanh() ** 2).log()).sum()
 
 
@@ -266,11 +271,13 @@ def naive_value(args, agent, n, batch, z):
 def naive_actor(args, agent, batch, z, rate):
     """Algorithm 1, lines 15 to 18; returns what they measure."""
     mean, discriminator = lambda values: sum(values) / len(batch), torch.zeros(())
-    for _ in range(args.discriminator_steps if agent.discriminator else 0):
+    steps = args.discriminator_steps
+    noise, mix = fixed(steps, len(batch), agent.actor.net[-1].out_features // 2), shares(steps, len(batch), 1)
+    for k in range(steps if agent.discriminator else 0):
         losses = []
-        for i, (s, a, *_) in batch:
-            a_pi = policy(agent, s, z[i])[0].detach()
-            between = (MIX * a + (1 - MIX) * a_pi).requires_grad_(True)
+        for n, (i, (s, a, *_)) in enumerate(batch):
+            a_pi = policy(agent, s, z[i], noise[k, n])[0].detach()
+            between = (mix[k, n] * a + (1 - mix[k, n]) * a_pi).requires_grad_(True)
             logit = agent.discriminator(torch.cat([s, z[i], between]))
             norm = torch.autograd.grad(logit, between, create_graph=True)[0].norm()
             losses += [-naive_divergence(agent, s, z[i], a_pi, a) + (5 * (norm - 1) ** 2 if norm > 1 else 0)]
@@ -308,13 +315,13 @@ def naive_update(args, agent, split, task, b, c_i, c_j, next_value, learn_actor)
     batch = [(i, transition.split(split)) for i, rows in enumerate(b) for transition in rows]
     rate = RATE * (1 - (1 - args.final_lr) / args.steps)  # of actor and critic, at the first step
     coupled = args.coupled or args.encoder_loss == "bellman"
-    noise = fixed(len(task), args.latent)
-    embed = lambda contexts: [naive_embedding(args, agent, split, *x) for x in zip(contexts, noise, strict=True)]
-    z_i, kl = (torch.stack(x) for x in zip(*embed(c_i), strict=True))
+    noise = fixed(len(task) * (2 if args.encoder_loss == "dml" else 1), args.latent)
+    embed = lambda *contexts: [naive_embedding(args, agent, split, *x) for x in zip(*contexts, strict=True)]
+    z_i, kl = (torch.stack(x) for x in zip(*embed(c_i, noise[: len(task)]), strict=True))
     kl, z = kl.mean(), z_i.detach()
     encoder_loss, noted = args.kl_weight * kl, {"encoder_kl": kl}
     if args.encoder_loss == "dml":
-        z_j = torch.stack([z for z, _ in embed(c_j)])
+        z_j = torch.stack([z for z, _ in embed(c_j, noise[len(task) :])])
         noted["encoder_loss"] = eq13(z_i, z_j, task, args.beta, args.dml)
         encoder_loss = encoder_loss + noted["encoder_loss"]
 
@@ -348,8 +355,8 @@ def check_update(k, monkeypatch, next_value=naive_value, learn_actor=naive_actor
             for p in network.parameters():
                 p *= 2.5  # embeddings far apart, slopes of logits on both sides of 1
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, MIX))
     monkeypatch.setattr(torch, "randn", fixed)
+    monkeypatch.setattr(torch, "rand", shares)
     batches, tasks, draws = focal.Batches(k.args, rows, split), [], {3: [], 4: []}
     batches.tasks = lambda: tasks.append(focal.Batches.tasks(batches)) or tasks[-1]
     batches.draw = lambda t, n: draws[n].append((t, focal.Batches.draw(batches, t, n))) or draws[n][-1][1]
@@ -360,11 +367,11 @@ def check_update(k, monkeypatch, next_value=naive_value, learn_actor=naive_actor
     }
     agent.batches = batches
     agent.update()
-    (task,), ((t, b),), ((t_i, c_i), *second) = tasks, draws[3], draws[4]
-    assert torch.equal(t, task) and torch.equal(t_i, task)
-    ((t_j, c_j),) = second or [(task, None)]
-    assert torch.equal(t_j, task) and bool(second) == (k.args.encoder_loss == "dml")
-    assert 1 < len(set(task.tolist())) < 5 and not (second and torch.equal(c_i, c_j))
+    (task,), ((t, b),), ((t_c, contexts),) = tasks, draws[3], draws[4]
+    twice = k.args.encoder_loss == "dml"  # the second contexts after the first ones, in one draw
+    assert torch.equal(t, task) and torch.equal(t_c, task.repeat(2) if twice else task)
+    c_i, c_j = contexts.chunk(2) if twice else (contexts, None)
+    assert 1 < len(set(task.tolist())) < 5 and not (twice and torch.equal(c_i, c_j))
     noted = naive_update(k.args, expected, split, task, b, c_i, c_j, next_value, learn_actor)
     for (name, p), q in zip(agent.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
@@ -388,21 +395,23 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
 
 def test_the_gradient_penalty_is_taken_between_the_policys_and_the_datas_actions(files, monkeypatch):
     k = build(WALKER, files[WALKER], "--alpha 5 --discriminator-steps 2 --batch-size 20")
-    actions, inputs, slopes, loss, slope = [], [], [], focal.discriminator_loss, focal.slope
-    k.agent.logit = lambda s, z, a: actions.append(a) or focal.Agent.logit(k.agent, s, z, a)
+    seen, inputs, slopes, loss, slope = [], [], [], focal.discriminator_loss, focal.slope
+    k.agent.discriminator.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     monkeypatch.setattr(focal, "slope", lambda net, x, m: inputs.append(x) or slope(net, x, m))
     monkeypatch.setattr(focal, "discriminator_loss", lambda d, grad: slopes.append(grad.detach()) or loss(d, grad))
     k.optimisers["discriminator"].param_groups[0]["lr"].zero_()
     k.update()
-    assert len(inputs) == len(slopes) == 2 and len(actions) == 4  # the last two are the policy's own
-    for x, both, gradient in zip(inputs, actions, slopes, strict=False):
-        a_pi, a = both.chunk(2)  # of the policy and of the data, one above the other
-        t = (x[:, -a.shape[1] :] - a_pi) / (a - a_pi)
+    pairs, m = [x for x in seen if x.dim() == 3], k.world.split[1]
+    assert len(inputs) == len(slopes) == len(pairs) == 2 and not torch.equal(inputs[0], inputs[1])
+    for x, pair, gradient in zip(inputs, pairs, slopes, strict=True):
+        a_pi, a = pair[..., -m:]  # of the policy and of the data
+        assert torch.equal(pair[0, :, :-m], pair[1, :, :-m]) and torch.equal(x[:, :-m], pair[0, :, :-m])
+        t = (x[:, -m:] - a_pi) / (a - a_pi)
         assert (t - t.median(1, keepdim=True).values).abs().max() < 1e-2 and t.std(0).min() > 0.2
         assert t.min() > -1e-2 and t.max() < 1 + 1e-2
         point = x.detach().clone().requires_grad_(True)
         expected = torch.autograd.grad(k.agent.discriminator(point).sum(), point)[0]
-        torch.testing.assert_close(expected[:, -a.shape[1] :], gradient)
+        torch.testing.assert_close(expected[:, -m:], gradient)
 
 
 def test_the_slope_of_a_network_and_how_it_depends_on_the_weights():

@@ -262,11 +262,11 @@ def test_full_speed_into_everything_does_no_harm():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sawyer")
-    data.main(f"--env sawyer --train 24 --test 6 --trajectories 4 --data-dir {folder} --plot".split())
+    data.main(f"--env sawyer --train 24 --test 6 --trajectories 4 --data-dir {folder}".split())
     return folder
 
 
-def test_what_is_collected(folder, capsys):
+def test_what_is_collected(folder, picture, capsys):
     path = folder / "sawyer" / "24+6-seed0" / "mixed.npz"
     dataset = data.load(path, "sawyer")
     assert dataset.observations.shape == (30, 300, 13) and dataset.actions.shape == (30, 300, 4)
@@ -285,7 +285,7 @@ def test_what_is_collected(folder, capsys):
     assert 0.3 < found.mean() < 0.62  # the paper: 46%
     first = dataset.rewards.view(30, 4, 75)[..., :50].sum(-1).mean(-1)
     np.testing.assert_allclose(dataset.returns, first, rtol=1e-6)
-    assert (folder / "sawyer" / "24+6-seed0" / "mixed.png").stat().st_size > 10_000
+    assert picture.plot(path).stat().st_size > 10_000
     data.main(f"--env sawyer --train 24 --test 6 --data-dir {folder}".split())
     out = capsys.readouterr().out
     assert f"{found.mean():.0%} of the trajectories achieve what is wanted" in out and "building" not in out
@@ -349,7 +349,7 @@ def test_sac_can_act_instead(tmp_path):
         assert dataset.rewards.shape == (3, count) and dataset.meta["behaviour"] == "sac"
 
 
-def test_pictures_show_what_is_there_and_films_the_script(has_gl, tmp_path, folder):
+def test_pictures_show_what_is_there_and_films_the_script(has_gl, picture, tmp_path, folder):
     from PIL import Image
 
     if not has_gl:
@@ -364,7 +364,7 @@ def test_pictures_show_what_is_there_and_films_the_script(has_gl, tmp_path, fold
             assert 10 < (np.abs(pictures[a] - pictures[b]).max(-1) > 40).sum() < 96 * 96 / 4
     env.close()
     envs.main(["--env", "sawyer", "--render", str(tmp_path / "a.gif"), "--tasks", "1"])
-    data.film("sawyer", "mixed", tmp_path / "b.gif", folder / "sawyer" / "24+6-seed0", seed=0, count=1)
+    picture.film(folder / "sawyer" / "24+6-seed0" / "mixed.npz", tmp_path / "b.gif", count=1)
     for name in "ab":
         with Image.open(tmp_path / f"{name}.gif") as film:
             assert film.size == (240, 240) and film.n_frames > 20  # like frames become one
@@ -372,7 +372,7 @@ def test_pictures_show_what_is_there_and_films_the_script(has_gl, tmp_path, fold
 
 # ---------------------------------------------------------------------------------------------------------------- SMAC
 def test_smac_runs_on_sawyer_with_the_papers_settings(tmp_path):
-    args = vars(smac.parse_args(["--env", "sawyer"]))
+    args = vars(smac.parse_args(["--env", "sawyer", "--no-small"]))
     table_2 = {"data_size": 3750, "context_data": 3750, "awac_lambda": 0.3, "reward_scale": 1, "pearl_weight": 0}
     assert {key: args[key] for key in table_2} == table_2 and args["quality"] == "mixed"
     assert (args["train_tasks"] or ROW.train, args["test_tasks"] or ROW.test) == (50, 10)
