@@ -1350,7 +1350,7 @@ def _check_possible(env: str, quality: str, behaviour: str, counts: bool, settin
         (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
         (behaviour not in BEHAVIOURS, f"unknown behaviour {behaviour!r}; expected one of {', '.join(BEHAVIOURS)}"),
         (scripted and row.script is None, f"{env} has no script; expected behaviour sac"),
-        (scripted and quality != "mixed", f"{env}: its script makes mixed data, found {quality}; sac has it"),
+        (scripted and quality != "mixed", f"{env}: scripted data are mixed, found {quality}; expected behaviour sac"),
         (row.only and counts, f"{env} has {len(row.only)} tasks, all for training and testing; their number is fixed"),
         (quality == "replay" and settings.replay < settings.envs,
          f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"),
