@@ -28,7 +28,7 @@ ROOT = Path(focal.__file__).resolve().parent
 def script(name, folder=ROOT / "benchmark"):
     """A benchmark script as a module."""
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -525,7 +525,7 @@ def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp
     data.save(tmp_path / "gusts.npz", load_arrays(files[WIND]), {})
     monkeypatch.setattr(envs, "FAMILIES", dict(known))
     monkeypatch.setattr(focal, "TABLE", dict(table))
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gusts.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gusts.py"), raising=False)
     script("gusts", tmp_path)
     focal.main(f"--env gusts --data gusts.npz {FEW}".split())
     (run,) = tmp_path.glob("runs/focal/gusts/*/seed0")

@@ -17,7 +17,7 @@ import envs
 import focal
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3"
-TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1 --no-small"
+TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1 --no-small --letter"
 METRICS = focal.Agent.METRICS
 COLUMNS = ["step", "seconds", *METRICS, "return_mean", "return_std"]
 COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "variance"]
@@ -530,7 +530,7 @@ def encoder_rates(k, *steps):
     rates = []
     for step in steps:
         k.agent.step.fill_(step)
-        k.agent.set_rates()
+        k.agent.set_rates(encoder_learns=True)
         rates.append(k.optimisers["encoder"].param_groups[0]["lr"].item() / k.args.encoder_lr)
     return rates
 
@@ -982,7 +982,7 @@ NAMES = "reward_scale", "beta", "alpha", "value_penalty", "meta_batch_size", "la
 
 @pytest.mark.parametrize("name", list(focal.TABLE))
 def test_the_papers_settings(name):
-    args = focal.parse_args(["--env", name, "--no-small"])
+    args = focal.parse_args(["--env", name, "--no-small", "--letter"])
     assert tuple(getattr(args, key) for key in NAMES) == TABLE_4[name]
     assert set(focal.TABLE) == set(TABLE_4) and args.test_quality == args.quality
     assert args.quality == ("expert" if name in EXPERT else "mixed")
@@ -995,8 +995,9 @@ def test_the_papers_settings(name):
 
 @pytest.mark.parametrize("name", list(focal.TABLE))
 def test_small_changes_only_what_it_says(name):
-    paper, small = (vars(focal.parse_args(["--env", name, more])) for more in ("--no-small", "--small"))
-    expected = paper | focal.SMALL[name] | {"small": True, "variant": small["variant"]}
+    read = lambda more: vars(focal.parse_args(f"--env {name} {more}".split()))
+    paper, small = read("--no-small --letter"), read("--small")
+    expected = paper | focal.SMALL[name] | {"small": True, "letter": False, "variant": small["variant"]}
     if "encoder_steps" not in focal.SMALL[name]:
         expected["encoder_steps"] = small["steps"] // 5
     assert small == expected and set(focal.SMALL[name]) <= set(paper)

@@ -6,6 +6,7 @@ import math
 import pytest
 import test_focal
 import torch
+import torch.nn.functional as F
 from conftest import SPARSE, WALKER, WIND
 from test_focal import checkpoint, cuda, metrics, moved, weights
 
@@ -157,6 +158,15 @@ def naive_attention(x, block, heads=8):
     return out @ block.out.weight.T + block.out.bias
 
 
+def test_attention_is_torchs():
+    block = disturbed(focal_pp.Block(16, "seq", 0.0))
+    (x,) = test_focal.random_tensors((2, 5, 4, 16))
+    q, k, v = block.qkv(block.norms[0](x)).unflatten(-1, (3, 8, -1)).transpose(2, 4).unbind(3)  # (2, 5, 8, tokens, 2)
+    y = x + block.out(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3))
+    y = y + block.feed_forward(block.norms[1](y))
+    torch.testing.assert_close(block(x)[0], y, rtol=1e-12, atol=1e-12)
+
+
 def test_a_block_and_the_encoder_against_plain_loops():
     args = focal_pp.parse_args(["--env", WIND, "--encoder-hidden", "16", "--latent", "3", "--blocks", "2"])
     encoder = disturbed(focal_pp.Encoder([2, 2, 2, 1], args))
@@ -239,7 +249,7 @@ POINT = {"alpha": 0, "tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3, "disco
 
 @pytest.mark.parametrize("name", list(focal_pp.TABLE))
 def test_the_papers_settings(name):
-    args = vars(focal_pp.parse_args(["--env", name, "--no-small"]))
+    args = vars(focal_pp.parse_args(["--env", name, "--no-small", "--letter"]))
     expected = TABLE_6 | (POINT if name in (SPARSE, WIND) else MUJOCO)
     assert {key: args[key] for key in expected} == expected
     assert args["batch_size"] * args["meta_batch_size"] == 256 * (4 if "fwd-back" in name else 16)

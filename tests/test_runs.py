@@ -147,6 +147,9 @@ def test_what_is_given_wins_over_sizes_over_the_environment_over_defaults():
     assert values | {"lr": 1.0, "bias": False, "law": 2, "run_dir": Path("a/b"), "half": 7, "tau": 0} == values
     assert type(values["lr"]) is float and values["seed"] == 2**32 - 1
     assert (read("")["half"], read("--steps 9")["half"]) == (3, 4)
+    for more, width in (("--no-small", 6), ("--no-small --letter", 4), ("--small", 4), ("--no-small --width 5", 5)):
+        argv = ["--env", WALKER, *more.split()]
+        assert data.parse(Args, TABLE, SMALL, argv, {WALKER: {"width": 6}}).width == width
 
 
 @pytest.mark.parametrize("cuda_is_there", [False, True])
@@ -171,7 +174,7 @@ def test_help_is_in_groups_with_the_defaults_of_the_environment_and_the_size(cap
     text = shown("")
     assert re.findall(r"^(\w+):$", text, re.M) == ["run", "data", "algorithm", "ablations"]
     groups = dict(re.findall(r"^(\w+):$(.*?)(?=^\w+:$|\Z)", text, re.M | re.S))
-    expected = {"run": "env small seed device threads graph eval-every eval-episodes run-dir resume overwrite"}
+    expected = {"run": "env small letter seed device threads graph eval-every eval-episodes run-dir resume overwrite"}
     expected |= {"data": "data data-dir data-seed quality test-quality", "algorithm": "steps width lr tau eps half"}
     expected |= {"ablations": "law bias"}
     for name, flags in expected.items():

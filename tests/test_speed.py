@@ -7,7 +7,9 @@ device, or bring data from the host, or mix the two, fails there as it would und
 import csv
 import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -29,7 +31,7 @@ ROOT = Path(focal.__file__).resolve().parent
 META = torch.device("meta")
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
-SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1 --no-small"
+SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1 --no-small --letter"
 CONTEXT = f"{SIZES} --encoder-hidden 16 --context-size 8 --latent 3"
 TINY = {focal: CONTEXT, focal_pp: CONTEXT, smac: f"{CONTEXT} --data-size 60 --context-data 40 --online-envs 2"}
 TINY[merpo] = f"{SIZES} --layers 2 --model-hidden 8 --inner-steps 2 --rollouts 10 --rollout-buffer 100"
@@ -154,7 +156,7 @@ def test_what_waits_is_noticed():
 def test_operations_of_an_update(tmp_path, name, ceilings):
     """With the papers' settings, but for widths, on which they do not depend: while the encoder learns, and then."""
     speed = script("speed")
-    widths = ["--hidden", "8", "--batch-size", "4", "--context-size", "4", "--encoder-hidden", "16"]
+    widths = ["--letter", "--hidden", "8", "--batch-size", "4", "--context-size", "4", "--encoder-hidden", "16"]
     file = speed.random_data(WALKER, tmp_path)
     kinds = speed.build(name, WALKER, "paper", torch.device("cpu"), file, widths)
     for (_, update, *_), ceiling in zip(kinds.values(), ceilings, strict=True):
@@ -162,6 +164,32 @@ def test_operations_of_an_update(tmp_path, name, ceilings):
         with speed.Operations() as operations:
             update()
         assert ceiling / 2 < operations.count <= ceiling
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_what_is_compiled_learns_what_single_operations_do(monkeypatch, capsys):
+    """Weights, steps and a rate that falls, of ten steps; after three calls nothing is compiled any more."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    compiled, ends = torch._dynamo.utils.counters["stats"], []
+    for change in (lambda update: update, data.fuse):
+        torch.manual_seed(0)
+        net, step = torch.nn.Linear(3, 1).double(), torch.zeros((), dtype=torch.float64)
+        optimiser = data.adam(net, 0.1)
+
+        def update(net=net, step=step, optimiser=optimiser):
+            step.add_(1)
+            data.set_rate(optimiser, 0.1 * (1 - 0.09 * step))
+            data.descend(optimiser, (net(torch.randn(5, 3, dtype=torch.float64)) - 1).square().mean())
+
+        update = change(update)
+        for i in range(10):
+            before = compiled["unique_graphs"]
+            update()
+            assert i < 3 or compiled["unique_graphs"] == before
+        ends.append({"step": step, "lr": optimiser.param_groups[0]["lr"], **net.state_dict()})
+    assert before > 0 and capsys.readouterr().out == ""
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+    assert ends[1]["lr"] == pytest.approx(0.01)
 
 
 def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):

@@ -472,7 +472,7 @@ def flags_of(script):
 
 def random_words(known, rng):
     words = []
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(1, 4)):
         name, more = known[rng.integers(len(known))]
         name = name[: rng.integers(3, len(name) + 1)] if rng.random() < 0.1 else name
         choices = [str(x) for x in more.get("choices") or VALUES]
