@@ -649,8 +649,9 @@ def locked(folder: Path):
 class Progress:
     """A line on long work, none on short: share done, rate, time left; rewritten on a terminal, seldom in a log."""
 
-    def __init__(self, title: str, total: int, unit: str = "steps"):
+    def __init__(self, title: str, total: int, unit: str = "steps", shorter: str = ""):
         self.title, self.total, self.unit, self.tty = title, total, unit, sys.stdout.isatty()
+        self.shorter = shorter  # said while more than an hour is left
         self.shown, self.open = time.time(), False  # since when no line was due; whether one stands to be rewritten
         self.samples = []  # of (time, done), for the rate over the last minute
 
@@ -664,8 +665,10 @@ class Progress:
             return
         then, before = self.samples[0]
         rate = (done - restored - before) / max(now - then, 1e-9)
-        left = f", {rate:,.0f} {self.unit}/s, {(self.total - done) / rate / 60:.1f} min left" if rate > 0 else ""
-        self.say(f"{self.title}: {done / self.total:4.0%}{left}{note}", self.tty and done < self.total)
+        left = (self.total - done) / rate / 60 if rate > 0 else 0.0
+        known = f", {rate:,.3g} {self.unit}/s, {left:,.1f} min left" if rate > 0 else ""
+        note += self.shorter if left > 60 else ""
+        self.say(f"{self.title}: {done / self.total:4.0%}{known}{note}", self.tty and done < self.total)
 
     def say(self, line: str, rewritten: bool = False) -> None:
         """Shows a line, over one that stands there to be rewritten; the next one is due a while later."""
@@ -1487,6 +1490,7 @@ def parse(
     """
     doc = sys.modules[cls.__module__].__doc__ or ""  # none under python -OO
     how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
+    how["allow_abbrev"] = False
     parser = Parser(description=doc.partition("\n")[0], **how)
     flags = _add_flags(parser, cls, list(table))
     space, unknown = parser.parse_known_args(argv)
@@ -1709,6 +1713,7 @@ class Run:
         self.step, self.rows, self.marks = 0, [], ()
         self.saved = None  # step and folder of the checkpoint that stands
         self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean and _std in the rows
+        self.unit = "gradient steps"  # what a step is
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / ".writable", lambda file: None)
@@ -1768,7 +1773,9 @@ class Run:
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        self.bar, restored = Progress(self.script.stem, total), self.step
+        shorter = "; fewer --steps are shorter" if self.args.small else "; --small sizes are shorter"
+        self.bar, restored = Progress(self.script.stem, total, shorter=shorter), self.step
+        print(f"{total - restored:,} {self.unit}, an evaluation every {self.args.eval_every:,}", flush=True)
         for step in range(restored + 1, total + 1):
             self.step = step
             yield step
@@ -1793,11 +1800,11 @@ class Run:
         self._write_text("metrics.csv", "\n".join(lines) + "\n")
         plot_curve(self)
         self._save(seconds)
-        best = f" of {self.world.optimum:.2f}" if self.world.optimum is not None else ""
-        data = f", data {self.world.behaviour:.2f}" if self.world.behaviour is not None else ""
+        known = {"data": self.world.behaviour, "optimum": self.world.optimum}
+        known = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if value is not None)
         rate = self.step / max(seconds, 0.1)
         left = f"{rate:.3g} steps/s  {(self.total - self.step) / rate / 60:.1f} min left"
-        shown = f"test return {row['return_mean']:8.2f}{best}{data}" if math.isfinite(row["return_mean"]) else ""
+        shown = f"test return {row['return_mean']:8.2f} ({known})" if math.isfinite(row["return_mean"]) else ""
         self.bar.say(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}")
 
     def end(self) -> None:
@@ -1983,7 +1990,7 @@ def plot_curve(run: Run) -> None:
     if not rows:
         return
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel="gradient steps", ylabel="return", title=f"{run.script.stem} on {run.args.env}")
+    axes = figure.add_subplot(xlabel=run.unit, ylabel="return", title=f"{run.script.stem} on {run.args.env}")
     step = np.array([row["step"] for row in rows])
     for (prefix, label), colour in zip(run.curve.items(), ("tab:gray", "tab:blue", "tab:cyan"), strict=False):
         mean = np.array([row[f"{prefix}return_mean"] for row in rows])

@@ -727,7 +727,7 @@ def train(args, run):
         load_policy(args, agent.meta_policy, world)
     run.begin(agent, world)
     adapted = "policy" if args.single else f"test tasks after {args.adapt_steps} steps of RAC"
-    run.curve = {"meta_": "the meta-policy itself", "": adapted}
+    run.unit, run.curve = "iterations of both stages", {"meta_": "the meta-policy itself", "": adapted}
     learn_model, learn_policy = run.graph(agent.learn_model), run.graph(agent.learn_policy)
     for step in run.steps(args.model_steps + args.steps, args.model_steps):
         if step == args.model_steps + 1:

@@ -68,19 +68,16 @@ def parts(args):
         return Part(name, limit, {name: words}, once=True)
 
     pytest = ["-m", "pytest", "-q", "-n", "0", "--tb=short", "-rf", "-p", "no:cacheprovider", "-m", "cuda", "tests"]
-    settled = "--eval-every 2000 --steps 30000 --encoder-steps 3000 --alpha 20 --value-penalty --tau 0.02"
-    settled += " --final-lr 0.02 --discriminator-steps 1 --discriminator-lr 1e-3"
-    settled_pp = f"{settled} --no-tune-alpha --lr 1e-3 --encoder-lr 1e-3"
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
         build("walker data", 330, walker),
         speed("speed", 100, "--size", "paper"),
-        Part("focal", 200, seeds("focal", f"walker-params {settled}"), needs=[walker]),
+        Part("focal", 200, seeds("focal", "walker-params"), needs=[walker]),
         speed("compiled", 150, "--size", "paper", "--compile", "--only", "focal"),
         Part("tests", 100, {"tests": pytest}, once=True),
         speed("compiled-focal_pp", 200, "--size", "paper", "--compile", "--only", "focal_pp"),
         profile("profile", 60),
-        Part("focal_pp", 240, seeds("focal_pp", f"walker-params {settled_pp}"), needs=[walker]),
+        Part("focal_pp", 240, seeds("focal_pp", "walker-params"), needs=[walker]),
         Part("smac", 240, seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
              needs=[walker]),
         Part("merpo", 240, seeds("merpo", "walker-params --steps 200 --model-steps 400"), needs=[walker]),

@@ -94,7 +94,7 @@ def build(script, env, size, device, path, more=()):
     """{name of an update: (how many steps it is, the update, what captures it, optimisers)}"""
     if script == "sac":
         return build_sac(env, size, device)
-    words = ["--env", env, "--data", str(path), "--small" if size == "small" else "--no-small"]
+    words = ["--env", env, "--data", str(path), *(["--small"] if size == "small" else ["--no-small", "--letter"])]
     args = SCRIPTS[script].parse_args([*words, *more])
     torch.manual_seed(0)
     run = data.Rehearsal(SCRIPTS[script], args, device)
