@@ -225,10 +225,10 @@ def test_the_example_of_your_own_data_runs_as_written(tmp_path, monkeypatch):
 
 
 TINY = {
-    "focal": "--steps 4 --batch-size 4 --context-size 4 --hidden 8 --encoder-hidden 8",
-    "focal_pp": "--steps 4 --batch-size 4 --context-size 4 --hidden 8",
-    "smac": "--steps 4 --online-steps 0 --batch-size 4 --context-size 4 --hidden 8 --data-size 60 --data-until 60 --context-data 60",
-    "merpo": "--model-steps 2 --steps 2 --batch-size 4 --hidden 8 --model-hidden 8 --adapt-steps 2",
+    "focal": "--steps 4 --context-size 4 --encoder-hidden 8",
+    "focal_pp": "--steps 4 --context-size 4",
+    "smac": "--steps 4 --online-steps 0 --context-size 4 --data-size 60 --data-until 60 --context-data 60",
+    "merpo": "--model-steps 2 --steps 2 --model-hidden 8 --adapt-steps 2",
 }
 
 
@@ -237,7 +237,8 @@ def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
     """In another folder than the run was started in; it returns what the run did at its end."""
     begun, read = tmp_path / "begun", tmp_path / "read"
     begun.mkdir(), read.mkdir()
-    flags = f"--env {WIND} --data {files[WIND]} --meta-batch-size 2 --eval-episodes 2 {TINY[name]}"
+    sizes = f"--meta-batch-size 2 --batch-size 4 --hidden 8 --eval-episodes 2 {TINY[name]}"
+    flags = f"--env {WIND} --data {files[WIND]} {sizes}"
     elsewhere(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
     (final,) = begun.glob("runs/**/final.json")
     (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("data.load_run"))
