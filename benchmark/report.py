@@ -1,6 +1,6 @@
-"""The README's tables and figure of results, from results/runs.csv, runs-same-data.csv and datasets.csv alone.
+"""The tables and the figure of all results, from results/runs.csv, runs-same-data.csv and datasets.csv alone.
 
-python benchmark/report.py      # rewrites the part of README.md between its two marks, and results/report.png
+python benchmark/report.py      # rewrites the part of benchmark/README.md between its two marks, and results/report.png
 
 A return is normalised between the random and the expert data of its family (0 and 1). The interquartile mean of a
 script's runs, over families and seeds, comes with a 95% bootstrap interval: runs are drawn anew within each family.
@@ -128,7 +128,7 @@ def draw(scores, path):
 
 
 def report(runs, datasets, same=()):
-    """The README's part between the marks, and the scores {(script, protocol): (families, mean, low, high)}."""
+    """The part between the marks, and the scores {(script, protocol): (families, mean, low, high)}."""
     ends = {}  # of a family's datasets of several sizes, the first that has both
     for row in datasets:
         found = [float(row[key]) if row[key] else None for key in ("random", "expert")]
@@ -153,8 +153,9 @@ def report(runs, datasets, same=()):
 def main(root=ROOT):
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     text, scores = report(*(read(root / "results" / f"{name}.csv") for name in TABLES))
-    before, rest = (root / "README.md").read_text().split(BEGIN)
-    (root / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    page = root / "benchmark" / "README.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
     draw(scores, root / "results" / "report.png")
     print(text)
 

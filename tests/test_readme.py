@@ -1,7 +1,9 @@
-"""The commands of both READMEs parse, their files exist, and shared promises hold."""
+"""The commands of both READMEs parse, their files exist, what they show runs as written, and shared promises hold."""
 
 import argparse
+import ast
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -9,11 +11,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import WIND
 
 import data
 import envs
@@ -35,13 +39,36 @@ COMMANDS = [
 ] + re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", PAGES)
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def example(word):
+    """The one block of Python in the README that holds this word."""
+    (found,) = (block for block in EXAMPLES if word in block)
+    return found
+
+
+def imported(path, monkeypatch):
+    """A file as a module that is forgotten after the test."""
+    spec = importlib.util.spec_from_file_location(f"shown_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 def parts(command):
     return [shlex.split(part, comments=True) for part in command.split("&&")]
 
 
 def test_there_are_commands():
-    assert any("focal.py --env sparse-point-robot --small" in command for command in COMMANDS)
+    assert any("focal.py --env sparse-point-robot" in command for command in COMMANDS)
     assert any("python -m pytest" in command for command in COMMANDS)
+
+
+@pytest.mark.layout
+def test_the_readme_is_short():
+    assert len(README.split()) <= 3_500
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,7 +76,7 @@ def test_commands_parse(command):
     for words in parts(command):
         if words[0] == "python" and words[1] in SCRIPTS and "--help" not in words:
             args = SCRIPTS[words[1]].parse_args(words[2:])
-            assert args.small == ("--small" in words)
+            assert args.small == ("--no-small" not in words)
         elif words[:2] == ["python", "data.py"]:
             assert data.parse_args(words[2:]).env in envs.FAMILIES
         elif words[0] == "python" and words[1].endswith(".py") and words[1] != "disc.py":  # the example's
@@ -58,17 +85,19 @@ def test_commands_parse(command):
             assert (ROOT / words[words.index("-r") + 1]).exists()
 
 
-def test_the_ablation_is_one_more_line_and_two_commands(monkeypatch):
-    (line,) = re.findall(r"```python\n( +\"inverse-fourth\".*)\n```", README)
+def test_the_ablation_is_two_lines_and_two_commands(tmp_path, monkeypatch):
+    law, name = example("d2.square() + eps").strip("\n"), example("dml: Literal").strip("\n")
     (block,) = re.findall(r"```\n(python focal.*?)```", README, re.S)
     run, picture = (shlex.split(command) for command in block.replace("\\\n", " ").splitlines())
-    with pytest.raises(SystemExit):
+    with pytest.raises(data.DataError):
         focal.parse_args(run[2:])
-    monkeypatch.setattr(focal, "LAWS", focal.LAWS | eval("{" + line.strip() + "}"))
-    args = focal.parse_args(run[2:])
-    assert f"runs/focal/{args.env}/{args.variant}" == picture[3]
+    source = (ROOT / "focal.py").read_text().replace("LAWS = {\n", f"LAWS = {{\n{law}\n", 1)
+    (tmp_path / "changed.py").write_text(re.sub(r"^    dml: .*$", lambda _: name, source, count=1, flags=re.M))
+    changed = imported(tmp_path / "changed.py", monkeypatch)
+    args = changed.parse_args(run[2:])
+    assert f"runs/focal/{args.env}/{args.variant}" == picture[3] and changed.LAWS.keys() - focal.LAWS == {args.dml}
     d2 = torch.tensor([0.1, 0.25, 1.0])
-    cost, square = (focal.LAWS[law](d2, 0.1) for law in ("inverse-fourth", "inverse-square"))
+    cost, square = (changed.LAWS[law](d2, 0.1) for law in (args.dml, "inverse-square"))
     assert (cost.diff() < 0).all() and abs(cost[1] / square[1] - 1) < 0.1  # alike near |d| = 0.5, as the others
 
 
@@ -89,9 +118,12 @@ def test_benchmarks_take_their_flags(command, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
     monkeypatch.setattr(sys, "argv", words)
-    main = runpy.run_path(str(ROOT / words[0]))
+    module = imported(ROOT / words[0], monkeypatch)
+    if hasattr(module, "parse_args"):  # a script like those at the top
+        assert module.parse_args(words[1:]).small == ("--no-small" not in words)
+        return
     with contextlib.suppress(Parsed):
-        main["arguments" if words[0] in ("benchmark/paper.py", "benchmark/run.py") else "main"]()
+        (module.arguments if words[0] in ("benchmark/paper.py", "benchmark/run.py") else module.main)()
 
 
 def anchors(page):
@@ -131,20 +163,28 @@ def test_help_of_benchmarks_does_nothing_else(capsys, monkeypatch):
         assert end.value.code == 0 and capsys.readouterr().out.startswith("usage:"), path
 
 
+def imports(path):
+    """Names of the modules that a file imports, at its top or anywhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.layout
 def test_imports_only_what_the_house_allows():
     allowed = {"data", "envs", "numpy", "torch", "matplotlib"} | set(sys.stdlib_module_names)
     for script in SCRIPTS:
-        for line in re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / script).read_text(), re.M):
-            assert line in allowed, line
-    assert not re.search(r"^\s*(import|from) data\b", (ROOT / "envs.py").read_text(), re.M)
+        assert set(imports(ROOT / script)) <= allowed, script
+    assert "data" not in imports(ROOT / "envs.py")
     for name in ("focal", "smac", "merpo"):
         assert name not in (ROOT / "data.py").read_text() + (ROOT / "envs.py").read_text()
 
 
+@pytest.mark.layout
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_first_screen_and_function_lengths(script):
-    import ast
-
     source = (ROOT / script).read_text()
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 45
     for node in ast.walk(ast.parse(source)):
@@ -152,20 +192,71 @@ def test_first_screen_and_function_lengths(script):
             assert node.end_lineno - node.lineno + 1 <= 40, node.name
 
 
-def test_the_example_of_a_family_of_your_own_runs_as_written(tmp_path):
-    """As in the README, with fewer gradient steps."""
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "envs.FAMILIES[" in block)
-    (command,) = (shlex.split(command) for command in COMMANDS if "disc.py" in command)
-    (tmp_path / "disc.py").write_text(example)
-    path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command[1:], "--steps", "20"]
-    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
+def elsewhere(folder, *command):
+    """Runs Python in another folder, with the modules of this one, as they are once they are installed."""
+    path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    final = tmp_path / "runs/focal/point-robot-disc/small,steps=20/seed0/final.json"
-    assert json.loads(final.read_text())["return_mean"] < 0
-    dataset = data.load(tmp_path / "datasets/point-robot-disc/20+5-seed0/mixed.npz")
+    return done.stdout
+
+
+def test_the_example_of_a_family_of_your_own_runs_as_written(tmp_path):
+    """As in the README, with fewer tasks and gradient steps."""
+    (command,) = (shlex.split(command) for command in COMMANDS if command.startswith("python disc.py"))
+    (tmp_path / "disc.py").write_text(example("envs.FAMILIES[").replace("train=80, test=20", "train=4, test=2"))
+    elsewhere(tmp_path, *command[1:], "--steps", "20")
+    folder = tmp_path / "runs/focal/point-robot-disc/small,steps=20/seed0"
+    assert json.loads((folder / "final.json").read_text())["return_mean"] < 0
+    dataset = data.load(tmp_path / "datasets/point-robot-disc/4+2-seed0/mixed.npz")
     goal = dataset.tasks[:, None]
     r = -np.linalg.norm(dataset.next_observations.numpy() - goal, axis=-1)
     np.testing.assert_allclose(dataset.rewards, r, atol=1e-5)
-    place, returns = dataset.observations.shape[1], dataset.rewards.view(25, 50, 200)[..., :20].sum(-1)
+    place, returns = dataset.observations.shape[1], dataset.rewards.view(6, 50, 200)[..., :20].sum(-1)
     assert place == 10_000 and returns[:, 40:].mean() > returns[:, :5].mean() + 5  # the behaviour has learned
+
+
+def test_the_example_of_your_own_data_runs_as_written(tmp_path, monkeypatch):
+    """On flat arrays of 25 walkers, not equally many each, in the types that others use."""
+    rng, flats = np.random.default_rng(0), []
+    for length in rng.integers(60, 80, 25):
+        obs, step = rng.normal(size=(length + 1, 17)), np.arange(length)
+        flat = {"observations": obs[:-1], "next_observations": obs[1:], "actions": rng.uniform(-1, 1, (length, 6))}
+        flats.append(flat | {"rewards": step / 2, "terminals": step % 20 == 9, "timeouts": step % 20 == 19})
+    monkeypatch.chdir(tmp_path)
+    exec(example("np.savez"), {"flats": flats, "parameters": envs.sample_tasks("walker-params", 25, 0)})
+    loaded = data.load(tmp_path / "mine.npz", env="walker-params")
+    n = min(len(flat["rewards"]) for flat in flats)
+    assert loaded.rewards.shape == (25, n) and loaded.rewards.dtype == torch.float32
+    assert loaded.episodes.tolist() == [[i // 10 for i in range(n)]] * 25
+    assert loaded.terminals.sum(1).tolist() == [sum(i % 20 == 9 for i in range(n))] * 25
+
+
+TINY = {
+    "focal": "--steps 4 --context-size 4 --encoder-hidden 8",
+    "focal_pp": "--steps 4 --context-size 4",
+    "smac": "--steps 4 --online-steps 0 --context-size 4 --data-size 60 --data-until 60 --context-data 60",
+    "merpo": "--model-steps 2 --steps 2 --model-hidden 8 --adapt-steps 2",
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
+    """In another folder than the run was started in; it returns what the run did at its end."""
+    begun, read = tmp_path / "begun", tmp_path / "read"
+    begun.mkdir(), read.mkdir()
+    sizes = f"--meta-batch-size 2 --batch-size 4 --hidden 8 --eval-episodes 2 {TINY[name]}"
+    flags = f"--env {WIND} --data {files[WIND]} {sizes}"
+    elsewhere(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
+    (final,) = begun.glob("runs/**/final.json")
+    (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("data.load_run"))
+    first, second = elsewhere(read, "load.py").splitlines()
+    assert first.startswith(f"{name} {WIND} step") and len(example("data.load_run").splitlines()) <= 12
+    returned = float(re.findall(r"-\d+\.\d+", second)[-1 if name == "merpo" else 0])
+    assert returned == pytest.approx(json.loads(final.read_text())["return_mean"], rel=1e-5)
+
+
+@pytest.mark.layout
+def test_all_modules_are_installed():
+    """By `pip install -e .`: whatever the scripts import from here."""
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(f"{name}.py" for name in modules) == sorted(path.name for path in ROOT.glob("*.py"))

@@ -1,4 +1,4 @@
-"""The work list, and the README's results: they are what report.py makes of the committed tables."""
+"""The work list, and the results that the READMEs show: they are what report.py makes of the committed tables."""
 
 import contextlib
 import csv
@@ -199,9 +199,9 @@ def test_smac_has_the_data_of_the_others(run, monkeypatch):
         assert mine.data_size == mine.data_until == mine.context_data == 10_000  # all that data.py makes of a task
 
 
-def test_the_readme_shows_what_the_committed_tables_say(report):
+def test_the_page_shows_what_the_committed_tables_say(report):
     text, _ = report.report(*(report.read(ROOT / "results" / f"{name}.csv") for name in report.TABLES))
-    shown = (ROOT / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+    shown = (ROOT / "benchmark/README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
     assert shown.strip() == text
 
 
@@ -209,11 +209,13 @@ def test_the_figure_is_drawn(report, tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     for name in report.TABLES:
         (tmp_path / "results" / f"{name}.csv").write_text((ROOT / "results" / f"{name}.csv").read_text())
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "benchmark").mkdir()
+    page = tmp_path / "benchmark/README.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["report.py"])
     report.main(tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert (tmp_path / "results" / "report.png").stat().st_size > 5_000
 
 
@@ -239,7 +241,7 @@ def statistics(file):
 
 
 def value(row, column):
-    """A number of a row; "share" is that of z's variance within a task, see the README's terms."""
+    """A number of a row; "share" is that of z's variance within a task, see benchmark/README.md's terms."""
     if column == "share":
         return 2 * float(row["train_variance"]) / float(row["train_rms"]) ** 2
     return float(row[column])
