@@ -650,7 +650,8 @@ class Progress:
     """A line on long work, none on short: share done, rate, time left; rewritten on a terminal, seldom in a log."""
 
     def __init__(self, title: str, total: int, unit: str = "steps", shorter: str = ""):
-        self.title, self.total, self.unit, self.tty = title, total, unit, sys.stdout.isatty()
+        self.title, self.total, self.unit = title, total, unit
+        self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
         self.shorter = shorter  # said while more than an hour is left
         self.shown, self.open = time.time(), False  # since when no line was due; whether one stands to be rewritten
         self.samples = []  # of (time, done), for the rate over the last minute
@@ -1751,7 +1752,9 @@ class Run:
         try:
             checksums = json.loads(path.read_text())["dataset_checksums"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: damaged; --overwrite begins anew") from None
+            raise DataError(
+                f"{path}: damaged; --resume mends it from the checkpoint, --overwrite begins anew"
+            ) from None
         if checksums != self.world.checksum:
             raise DataError(f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir")
         print(f"this run is finished: {self.folder} (--overwrite begins anew)")
@@ -1796,8 +1799,7 @@ class Run:
         row = {"step": self.step, "seconds": round(seconds, 1)} | means | row
         self.rows.append({key: value if isinstance(value, int) else float(value) for key, value in row.items()})
         self.agent.metrics.zero_()
-        lines = [",".join(row)] + [",".join(repr(value) for value in row.values()) for row in self.rows]
-        self._write_text("metrics.csv", "\n".join(lines) + "\n")
+        self._write_metrics()
         plot_curve(self)
         self._save(seconds)
         known = {"data": self.world.behaviour, "optimum": self.world.optimum}
@@ -1807,8 +1809,13 @@ class Run:
         shown = f"test return {row['return_mean']:8.2f} ({known})" if math.isfinite(row["return_mean"]) else ""
         self.bar.say(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}")
 
+    def _write_metrics(self) -> None:
+        lines = [",".join(self.rows[0])] + [",".join(map(repr, row.values())) for row in self.rows]
+        self._write_text("metrics.csv", "\n".join(lines) + "\n")
+
     def end(self) -> None:
         """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
+        self._write_metrics()  # a run that was resumed at its end may have lost it
         world, seconds = self.world, round(time.time() - self.began, 1)
         final = self.rows[-1] | {
             "args": settings(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,

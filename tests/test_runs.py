@@ -408,6 +408,22 @@ def test_an_unfinished_run_is_neither_replaced_nor_gone_on_with_unasked(files, t
     assert contents(path) == before
 
 
+def test_a_finished_run_gets_back_what_it_lost(files, tmp_path):
+    folder = run(files, tmp_path)
+    before = contents(folder)
+    (folder / "metrics.csv").unlink()
+    (folder / "final.json").write_text("")
+    main(words(files, tmp_path, "--resume"))
+    assert contents(folder)["metrics.csv"] == before["metrics.csv"] and (folder / "final.json").stat().st_size
+
+
+def test_a_run_needs_no_standard_output(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    main(words(files, tmp_path))
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("*/*/*/seed0/final.json"))) == 1
+
+
 @pytest.mark.parametrize("done", [False, True])
 def test_overwrite_begins_anew(files, tmp_path, monkeypatch, capsys, done):
     path = run(files, tmp_path) if done else unfinished(files, tmp_path, monkeypatch, capsys)
