@@ -667,7 +667,7 @@ class Progress:
         then, before = self.samples[0]
         rate = (done - restored - before) / max(now - then, 1e-9)
         left = (self.total - done) / rate / 60 if rate > 0 else 0.0
-        known = f", {rate:,.3g} {self.unit}/s, {left:,.1f} min left" if rate > 0 else ""
+        known = f", {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {left:,.1f} min left" if rate > 0 else ""
         note += self.shorter if left > 60 else ""
         self.say(f"{self.title}: {done / self.total:4.0%}{known}{note}", self.tty and done < self.total)
 
