@@ -553,7 +553,7 @@ def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
     for done, restored in ((0, 0), (500, 500), (540, 500)):
         bar.show(done, restored)
         now[0] += 20
-    assert capsys.readouterr().out.splitlines()[-1] == "x:  54%, 1 steps/s, 7.7 min left"
+    assert capsys.readouterr().out.splitlines()[-1] == "x:  54%, 1.00 steps/s, 7.7 min left"
 
 
 @pytest.mark.parametrize(
