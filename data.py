@@ -11,8 +11,8 @@ Two stages, each cached, resumable and atomic, under `<data-dir>/<env>/<train>+<
    (point robots with goals) pools mixed data of all training tasks and gives every task the same transitions, with
    its own rewards.
 
-Families with a script (sawyer) need no SAC: a controller that does not know what is wanted performs what can be done in
-the scene, in random order, and its trajectories are the `mixed` data.
+Families with a script (sawyer) need no SAC: a controller that does not know what is wanted does what can be done in the
+scene, in random order, and its trajectories are the `mixed` data.
 
 A dataset is one `.npz` without pickled objects. Leading axes are (task, transition); rows are in time order within an
 episode. Your own data needs the same arrays (those marked * may be left out). Other types of number (float64, integers,
@@ -37,9 +37,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import gc
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -49,7 +47,7 @@ import os
 import pickle
 import platform
 import re
-import statistics
+import runpy
 import subprocess
 import sys
 import time
@@ -78,26 +76,16 @@ Arrays = dict[str, np.ndarray]
 Procedure = Callable[[], None]
 FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
-BEHAVIOURS = ("sac", "scripted")
 RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
-GRAPHS = True  # on CUDA: SAC's update is one graph; --no-graph: not so
-STALE = 600.0  # seconds after which a temporary file that does not change was left behind by a killed process
+GRAPHS = True  # on CUDA: SAC's update is one graph
 PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
 GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
 # where a tanh-Gaussian has no density
 
 
 class DataError(Exception):
-    """A dataset that cannot be used or made; the message is one line for the user."""
-
-    code = 2  # of the program that ends with it
-
-
-class Diverged(DataError):
-    """The behaviour's losses or weights are not finite any more."""
-
-    code = 3
+    """A dataset that cannot be used or made, or flags that cannot be; the message is one line for the user."""
 
 
 def refuse(*checks: tuple[Any, str]) -> None:
@@ -170,7 +158,6 @@ SMALL = {
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
     "humanoid-dir": {"steps": 30_000, "core_minutes": 40.0, "replay": 2_000},  # rows of 772 numbers: 3 kB each
-    "sawyer": {"episode": 50},  # for SAC; its script has no use for it
     "halfcheetah": CHEETAH | ONE | {"episode": 1000},
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
@@ -180,22 +167,13 @@ WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iterat
 
 
 def flag(name: str) -> str:
-    """Of a number on the command line."""
+    """Of a setting, on the command line of this file."""
     return f"--{'sac-' if name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{name}".replace("_", "-")
-
-
-def check_numbers(numbers: dict[str, Any]) -> None:
-    """DataError, which names the flag, if one of these (None: not given) is out of its range."""
-    kinds = dict.fromkeys(("train", "test", "workers"), Count) | get_type_hints(Settings, include_extras=True)
-    for name, value in numbers.items():
-        words, good = kinds.get(name, Whole).__metadata__
-        refuse((value is not None and not good(value), f"{flag(name)}: expected {words}, found {value}"))
 
 
 def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     """The family's settings for this device, with `changes` (those that are not None) on top; DataError, which names
-    the flag, where they are out of range or nothing would be learned."""
-    check_numbers(changes)
+    the flag, where nothing would be learned."""
     row = SMALL.get(env, {})
     if device.type == "cuda" and not envs.family(env).xml:
         row = row | {"hidden": 256, "batch": 256}
@@ -204,13 +182,11 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
         row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
         row |= {key: WIDER * row.get(key, getattr(Settings, key)) for key in ("envs", "updates")}
     s = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
-    each = s.steps // s.envs  # steps of each sub-environment
-    most = min(s.steps, each * s.envs + 1)  # all of them step at once
+    most = s.steps // s.envs * s.envs  # steps of each task, all its sub-environments together
+    words = f"--sac-steps: with {s.steps} nothing would be learned; expected more, or less --start, --nstep, --sac-envs"
     refuse(
-        (s.envs > s.steps, f"--sac-envs: expected at most the {s.steps} of --sac-steps, found {s.envs}"),
         (s.checkpoints < 2, "--checkpoints: expected at least 2, the untrained policy and the last one, found 1"),
-        (s.start >= most, f"--start: expected less than {most} with these --sac-steps, found {s.start}"),
-        (s.nstep > each, f"--nstep: expected at most the {each} steps of each environment, found {s.nstep}"),
+        (most < max(s.start, s.nstep * s.envs), words),
     )
     return s
 
@@ -287,10 +263,8 @@ class SAC(nn.Module):
         """One fused Adam for everything; learning rates are tensors, so that a captured graph can change them."""
         s, device = self.settings, self.log_alpha.device
         networks = [*self.actor.parameters(), *self.critic.parameters()]
-        groups = [
-            {"params": networks, "lr": torch.tensor(s.lr, device=device)},
-            {"params": [self.log_alpha], "lr": torch.tensor(s.alpha_lr, device=device)},
-        ]
+        rates = ((networks, s.lr), ([self.log_alpha], s.alpha_lr))
+        groups = [{"params": params, "lr": torch.tensor(rate, device=device)} for params, rate in rates]
         return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def loss(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -319,8 +293,7 @@ class SAC(nn.Module):
         optimiser.zero_grad()
         self.loss(rows, noise).backward()
         optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.settings.tau)
+        follow(self.target, self.critic, self.settings.tau)
 
 
 def n_step(rows: torch.Tensor, d: int, m: int, discount: float) -> torch.Tensor:
@@ -360,8 +333,6 @@ class Trainer:
         self.policies: list[torch.Tensor] = []
         self.iteration = 0
         self.obs = self.vector.reset()[0]
-        self.score = np.zeros(len(self.obs))  # running return of each sub-environment
-        self.last_score = np.full(len(self.obs), np.nan)  # of the last episode that ended
         self.choose, self.learn = self.choose_eagerly, self.learn_eagerly
         if GRAPHS and cuda:
             self.choose, self.learn = (capture(fn, self.generator) for fn in (self.choose, self.learn))
@@ -374,9 +345,7 @@ class Trainer:
             self.host_obs.copy_(torch.from_numpy(self.obs).view_as(self.host_obs))
             self.seen.copy_(self.host_obs, non_blocking=True)
             self.choose()
-        action = self.action.flatten(0, 1).cpu().numpy().copy()  # waits for the device
-        self.check(np.isfinite(action).reshape(self.n, -1).all(1))
-        return action
+        return self.action.flatten(0, 1).cpu().numpy().copy()  # waits for the device
 
     @torch.no_grad()
     def choose_eagerly(self) -> None:
@@ -384,16 +353,11 @@ class Trainer:
         noise = torch.randn(self.action.shape, generator=self.generator, device=self.device)
         self.action.copy_(sample_action(self.agent.actor(self.seen), noise)[0])
 
-    def check(self, finite: np.ndarray) -> None:
-        """Diverged if one of the tasks (T,) is not finite."""
-        if not finite.all():
-            where = f"{self.vector.name}, {(~finite).sum()} of these {self.n} tasks, step {self.iteration:,}"
-            raise Diverged(f"SAC diverged: its policy is not finite ({where}); expected other settings, as --sac-lr")
-
-    def check_weights(self) -> None:
-        """Diverged if any weight is not finite: a NaN anywhere is in the policies two gradient steps later."""
-        finite = [p.isfinite().view(-1, self.n, p[0].numel()).all(2).all(0) for p in self.agent.parameters()]
-        self.check(torch.stack(finite).all(0).cpu().numpy())
+    def check(self) -> None:
+        """FloatingPointError unless all weights are finite. A NaN anywhere is in the policies two steps later."""
+        if not all(p.isfinite().all() for p in self.agent.parameters()):
+            where = f"{self.vector.name}, step {self.iteration:,}"
+            raise FloatingPointError(f"SAC's weights are not finite ({where}); expected other settings, as --sac-lr")
 
     def collect(self, action: np.ndarray) -> None:
         """One step of every sub-environment into the replay."""
@@ -411,13 +375,6 @@ class Trainer:
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
             rows = torch.where(blown, before, rows)
         self.replay[:, self.iteration] = rows
-        self.score += reward
-        self.last_score[ended] = self.score[ended]
-        self.score[ended] = 0
-
-    def anneal(self) -> None:
-        """The networks' learning rate falls linearly to a tenth, so that the last policies are steady."""
-        self.optimiser.param_groups[0]["lr"].fill_(self.settings.lr * (1 - 0.9 * self.iteration / self.iterations))
 
     def learn_eagerly(self) -> None:
         """`settings.updates` gradient steps on minibatches drawn uniformly, for each task on its own."""
@@ -433,11 +390,8 @@ class Trainer:
             self.agent.update(rows[i], noise[i], self.optimiser)
 
     def step(self) -> None:
-        """Keeps the policy if one is due; then one step of every sub-environment and its gradient steps.
-
-        On CUDA the gradient steps come first, from the replay as it is: the device is busy with them while the
-        environments step.
-        """
+        """Keeps the policy if one is due; then one step of every sub-environment and its gradient steps. On CUDA these
+        come first, from the replay as it is: the device is busy with them while the environments step."""
         self.keep()
         action, at_once = self.act(), self.device.type == "cuda"
         if at_once:
@@ -449,14 +403,11 @@ class Trainer:
             self.learn_if_due()
 
     def learn_if_due(self) -> None:
-        if self.iteration * self.settings.envs >= self.settings.start and self.iteration >= self.settings.nstep:
-            self.anneal()
+        s = self.settings
+        if self.iteration * s.envs >= s.start and self.iteration >= s.nstep:
+            # the networks' rate falls linearly to a tenth, so that the last policies are steady
+            self.optimiser.param_groups[0]["lr"].fill_(s.lr * (1 - 0.9 * self.iteration / self.iterations))
             self.learn()
-
-    def mean_return(self) -> float:
-        """Of the last episode of each sub-environment; not a number before the first has ended."""
-        ended = self.last_score[np.isfinite(self.last_score)]
-        return float(ended.mean()) if len(ended) else math.nan
 
     def keep(self) -> None:
         """Notes the policies of now, a row (T, parameters), where a checkpoint is due."""
@@ -464,20 +415,16 @@ class Trainer:
             flat = [p.detach().reshape(self.n, -1) for p in self.agent.actor.parameters()]
             self.policies.append(torch.cat(flat, dim=1).cpu())  # (tasks, parameters)
 
-    @property
-    def finished(self) -> bool:
-        return self.iteration >= self.iterations
-
     def result(self) -> dict[str, torch.Tensor]:
-        """Every kept policy (checkpoints, T, parameters), and the first transitions of each task. Diverged."""
-        self.check_weights()
+        """Every kept policy (checkpoints, T, parameters), and the first transitions of each task."""
+        self.check()
         self.keep()
         early = self.replay[:, : self.settings.replay // self.settings.envs].cpu().clone()
         return {"policies": torch.stack(self.policies), "early": early}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here exactly. Diverged."""
-        self.check_weights()
+        """Everything needed to go on from here exactly."""
+        self.check()
         return {
             "iteration": self.iteration,
             "agent": self.agent.state_dict(),
@@ -486,7 +433,6 @@ class Trainer:
             "policies": torch.stack(self.policies),
             "generator": self.generator.get_state(),
             "vector": {key: torch.from_numpy(value) for key, value in self.vector.state_dict().items()},
-            "score": torch.from_numpy(np.stack([self.score, self.last_score])),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -495,13 +441,12 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         for group in self.optimiser.param_groups:  # load_state_dict moves all but these
             group["lr"] = group["lr"].to(self.device)
-        self.replay[:, : self.iteration].copy_(state["replay"].view_as(self.replay[:, : self.iteration]))
+        self.replay[:, : self.iteration] = state["replay"].to(self.device)
         self.filled.fill_(self.iteration * self.settings.envs)
         self.policies = list(state["policies"])
         self.generator.set_state(state["generator"])
         self.vector.load_state_dict({key: value.numpy() for key, value in state["vector"].items()})
         self.obs = self.vector.observe()
-        self.score, self.last_score = (row.copy() for row in state["score"].numpy())
 
 
 def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: bool = False) -> Procedure:
@@ -532,36 +477,19 @@ def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: b
 
 
 def fuse(fn: Procedure) -> Procedure:
-    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's own.
-    Where that fails one line says so, and `fn` goes on as it is."""
+    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's."""
     torch._inductor.config.fallback_random = True
-    compiled = torch.compile(fn, dynamic=False)
-
-    def call():
-        nonlocal compiled
-        try:
-            compiled()
-        except Exception as error:  # each layer of the compiler has its own; later calls compile nothing
-            print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
-            compiled = fn
-            fn()
-
-    return call
+    return torch.compile(fn, dynamic=False)
 
 
 # ------------------------------------------------------------------------------------------------- files and locks
 def write(path: Path, save) -> None:
     """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one.
 
-    OSError, which names the file, if that fails; what stood there before still does. Temporary files that a killed
-    process left behind are removed when the same file is next written.
+    OSError, which names the file, if that fails; what stood there before still does.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - old.stat().st_mtime > STALE:
-                    old.unlink()
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
@@ -575,15 +503,6 @@ def write(path: Path, save) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def kind(value: Any) -> Any:
-    """Shapes and types of nested values, as they are compared before a checkpoint is believed."""
-    if isinstance(value, dict):
-        return {key: kind(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [kind(x) for x in value]
-    return (value.shape, value.dtype) if torch.is_tensor(value) else type(value)
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -606,28 +525,11 @@ def believing(path: Path, wrong: str, remedy: str):
         raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
 
 
-def check_checkpoint(checkpoint: dict, agent: nn.Module, optimisers: dict) -> None:
-    """ValueError unless everything in a run's checkpoint has the shapes and types of this run, and is finite."""
-    step, rows, stored = checkpoint["step"], checkpoint["rows"], checkpoint["agent"]
-    parts = stored, checkpoint["random"], checkpoint["optimisers"], *checkpoint["optimisers"].values(), *rows
-    if not all(isinstance(part, dict) for part in parts):  # a tensor with a name for an index warns before it fails
-        raise ValueError
-    good = kind([step, checkpoint["seconds"]]) == [int, float] and step > 0
-    good &= bool(rows) and rows[-1]["step"] == step and all(list(row) == list(rows[0]) for row in rows)
-    good &= all(isinstance(value, int | float) for row in rows for value in row.values())
-    good &= kind(dict(stored)) == kind(dict(agent.state_dict())) and bool(stored["step"] == step)
-    good = good and all(value.isfinite().all() for key, value in stored.items() if key != "bad_step")
-    for key, optimiser in optimisers.items():
-        then, now = checkpoint["optimisers"][key], optimiser.state_dict()
-        for group, own in zip(then["param_groups"], now["param_groups"], strict=True):
-            good = good and all(kind(group[name]) == kind(own[name]) for name in own if name in group)
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        for i, state in then["state"].items():
-            like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
-            good = good and kind(state) == kind(like)
-            good = good and all(value.isfinite().all() for value in state.values())
-    if not good:
-        raise ValueError
+def check_same(path: Path, then: dict, now: dict, name_of: Callable[[str], str], remedy: str) -> None:
+    """DataError if a file was made with other settings than those of now (None: any, as of a newer setting)."""
+    other = {key: then[key] for key, x in now.items() if x is not None and then.get(key, x) != x}
+    found = ", ".join(f"{name_of(key)} {value}" for key, value in other.items())
+    refuse((other, f"{path}: made with {found:.80}, asked for {[now[key] for key in other]}; {remedy}"))
 
 
 @contextlib.contextmanager
@@ -641,99 +543,84 @@ def locked(folder: Path):
             except BlockingIOError:
                 print(f"waiting for another process that builds in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                print(f"{folder}: no locks there ({error.strerror}); let only one process build", flush=True)
+            except OSError:  # a network file system without locks
+                pass
+        for left in folder.glob(".*.tmp"):  # by a process that was killed as it wrote
+            left.unlink(missing_ok=True)
         yield
 
 
 class Progress:
-    """A line on long work, none on short: share done, rate, time left; rewritten on a terminal, seldom in a log."""
+    """A line every twenty seconds on long work, none on short: share done, rate since the last line, time left."""
 
-    def __init__(self, title: str, total: int, unit: str = "steps", shorter: str = ""):
+    def __init__(self, title: str, total: int, unit: str = "steps"):
         self.title, self.total, self.unit = title, total, unit
-        self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
-        self.shorter = shorter  # said while more than an hour is left
-        self.shown, self.open = time.time(), False  # since when no line was due; whether one stands to be rewritten
-        self.samples = []  # of (time, done), for the rate over the last minute
+        self.said, self.last = time.time(), None  # when a line was said; the last call that made one, or the first
 
-    def show(self, done: int, restored: int = 0, note: str = "") -> None:
-        """So much is done; what an earlier process did of it, `restored`, says nothing about the rate."""
+    def show(self, done: int) -> None:
+        """So much is done; what was before the first call says nothing about the rate."""
         now = time.time()
-        if done < self.total and self.samples and now - self.samples[-1][0] < 0.2:
+        then, before = self.last = self.last or (now, done)
+        if now - self.said < 20 or done <= before:
             return
-        self.samples = [sample for sample in self.samples if now - sample[0] < 60] + [(now, done - restored)]
-        if now - self.shown < (1.0 if self.tty else 20.0) and not (self.open and done >= self.total):
-            return
-        then, before = self.samples[0]
-        rate = (done - restored - before) / max(now - then, 1e-9)
-        left = (self.total - done) / rate / 60 if rate > 0 else 0.0
-        known = f", {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {left:,.1f} min left" if rate > 0 else ""
-        note += self.shorter if left > 60 else ""
-        self.say(f"{self.title}: {done / self.total:4.0%}{known}{note}", self.tty and done < self.total)
+        rate, self.last = (done - before) / (now - then), (now, done)
+        left = (self.total - done) / rate / 60
+        how_fast = f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {left:,.1f} min left"
+        self.say(f"{self.title}: {done / self.total:4.0%}, {how_fast}")
 
-    def say(self, line: str, rewritten: bool = False) -> None:
-        """Shows a line, over one that stands there to be rewritten; the next one is due a while later."""
-        print(f"\r{line:<110}" if self.tty else line, end="" if rewritten else "\n", flush=True)
-        self.shown, self.open = time.time(), rewritten
+    def say(self, line: str) -> None:
+        """Shows a line; the next one is due a while later."""
+        print(line, flush=True)
+        self.said = time.time()
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
 BUILT_IN = dict(envs.FAMILIES)  # the families that a worker, which never runs the user's script, knows too
-WORKER = (
-    "import sys; sys.path[0] = sys.argv[1]; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-    "import data; data.work()"
-)  # Ctrl-C is for the parent to answer
+WORKER = "import sys; sys.path[0] = sys.argv[1]; import data; data.work()"
 
 
 def _train_shard(path: Path, env: str, tasks: np.ndarray, seed: int, settings: dict, device: str, threads: int):
-    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`.
-
-    Yields twice a second how many iterations are done, how many of them by an earlier process, and the mean return.
-    """
+    """Trains one shard's agents, from its last save if there is one, and leaves its result in `path`. Yields twice a
+    second how many iterations are done."""
     settings = Settings(**settings)
-    label, iterations = _label(env, settings, tasks), settings.steps // settings.envs
-    saved = _load_checkpoint(path, label) if path.exists() else {}
+    label = _label(env, settings, tasks)
+    saved = _load_behaviour(path, label) if path.exists() else {}
     if "policies" in saved:
-        yield iterations, iterations, math.nan
+        yield settings.steps // settings.envs
         return
     trainer = Trainer(env, tasks, seed, settings, torch.device(device), threads)
     if saved:
         with believing(path, "damaged", "delete it to build it anew"):
             trainer.load_state_dict(saved["trainer"])
-    restored, saved_at, told_at, pause = trainer.iteration, time.time(), time.time(), SAVE_EVERY
-    while not trainer.finished:
+    told_at, saved_at, pause = time.time(), time.time(), SAVE_EVERY
+    while trainer.iteration < trainer.iterations:
         trainer.step()
         if time.time() - told_at > 0.5:
             told_at = time.time()
-            yield trainer.iteration, restored, trainer.mean_return()
-        if time.time() - saved_at > pause and not trainer.finished:
+            yield trainer.iteration
+        if time.time() - saved_at > pause:
             began = time.time()
             write(path, lambda file: torch.save(label | {"trainer": trainer.state_dict()}, file))
             saved_at = time.time()
-            pause = SAVE_EVERY * max(1, (saved_at - began) / 6)  # gigabytes on CUDA: at most a tenth of the time
+            pause = max(SAVE_EVERY, 10 * (saved_at - began))  # on CUDA a save is gigabytes
     write(path, lambda file: torch.save(label | trainer.result(), file))
-    yield iterations, restored, trainer.mean_return()
+    yield trainer.iteration
     trainer.choose = trainer.learn = None  # they refer to the trainer: without the cycle its memory is free at once
 
 
 def work() -> None:
     """All that a worker does: trains the shards that standard input holds, and reports how far each is, a line of JSON
     in one piece on standard output. Once nobody reads that, the parent was stopped or killed, and the worker ends."""
-
-    def report(*parts: Any) -> None:
-        os.write(1, f"{json.dumps(parts)}\n".encode())
-
+    report = lambda value: os.write(1, f"{json.dumps(value)}\n".encode())
     torch.set_num_threads(1)
-    try:
-        for i, job in pickle.load(sys.stdin.buffer):
-            for progress in _train_shard(**job):
-                report(i, *progress)
-    except BrokenPipeError:
-        return
-    except (DataError, OSError, MemoryError, RuntimeError) as error:
-        known = _cannot_build(error, job["path"]) if isinstance(error, OSError) else error
-        with contextlib.suppress(BrokenPipeError):
-            report(type(known).__name__, str(known))
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for i, job in pickle.load(sys.stdin.buffer):
+                for done in _train_shard(**job):
+                    report([i, done])
+        except (DataError, FloatingPointError, OSError) as error:
+            report(str(error))
+            sys.exit(3 if isinstance(error, FloatingPointError) else 2)
 
 
 def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) -> None:
@@ -741,28 +628,26 @@ def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) ->
     them does, DataError if one is killed."""
     reader, writer = os.pipe()
     command = [sys.executable, "-c", WORKER, str(Path(envs.__file__).resolve().parent)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    running: list[subprocess.Popen] = []
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, "stdin": subprocess.PIPE}
+    how["start_new_session"] = True  # Ctrl-C is for the parent to answer
+    running, said = [], ["a process failed or was killed (no memory?); the same command goes on from its save"]
     try:
         with open(reader) as reports:  # once it is closed, each worker's next report fails and ends it
             with open(writer, "wb") as pipe:
                 for k in range(workers):
-                    running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=pipe, env=one_thread))
+                    running.append(subprocess.Popen(command, stdout=pipe, **how))
                     with contextlib.suppress(BrokenPipeError), running[-1].stdin as file:
                         pickle.dump([*enumerate(jobs)][k::workers], file)
             for line in reports:
-                i, *report = json.loads(line)
-                if isinstance(i, str):
-                    known = {"DataError": DataError, "Diverged": Diverged, "MemoryError": MemoryError}
-                    raise known.get(i, RuntimeError)(*report)
-                show(i, *report)
+                report = json.loads(line)
+                said.append(report) if isinstance(report, str) else show(*report)
                 if any(worker.poll() for worker in running):
-                    break
+                    for worker in running:
+                        worker.terminate()
     finally:
         codes = [worker.wait() for worker in running]
     if any(codes):
-        where = jobs[0]["path"].parent
-        raise DataError(f"{where}: a process was killed (no memory?) or failed; the same command goes on from its save")
+        raise (FloatingPointError if 3 in codes else DataError)(said[-1])
 
 
 def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
@@ -770,42 +655,15 @@ def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
     return {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
 
 
-def _load_checkpoint(path: Path, label: dict) -> dict:
-    """A behaviour file, whole or in the making; DataError if it is damaged or made with other settings than `label`."""
+def _load_behaviour(path: Path, label: dict) -> dict:
+    """A behaviour file, whole or in the making; DataError if it is damaged or made for anything else than `label`."""
     with believing(path, "damaged", "delete it to build it anew"):
         saved = read(path)
-        then, same_tasks = dict(saved["settings"]), torch.equal(saved["tasks"], label["tasks"])
-        same_tasks &= bool(saved["env"] == label["env"])
-    then |= {key: label["settings"][key] for key in ("core_minutes", "trajectories")}  # no agent in training sees them
-    for key in sorted(then.keys() | label["settings"].keys(), key=str):
-        old, new = then.get(key), label["settings"].get(key)
-        if not isinstance(old, int | float | None) or old != new:
-            raise DataError(f"{path}: made with {key} = {old!r}, asked for {new}; delete it or use another --data-dir")
-    refuse((not same_tasks, f"{path}: made for other tasks; delete it or use another --data-dir"))
-    with believing(path, "damaged", "delete it to build it anew"):
-        if "policies" in saved:
-            check_behaviour(saved)
-        elif not isinstance(saved["trainer"], dict):
-            raise TypeError
+        then, same = saved["settings"], torch.equal(saved["tasks"], label["tasks"]) and saved["env"] == label["env"]
+    asked = label["settings"] | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
+    check_same(path, then, asked, flag, "delete it or use another --data-dir")
+    refuse((not same, f"{path}: made for other tasks; delete it or use another --data-dir"))
     return saved
-
-
-def _cannot_build(error: OSError, place: Path) -> DataError:
-    return DataError(f"{error.filename or place}: cannot build there ({error.strerror or error})")
-
-
-def check_behaviour(saved: dict) -> None:
-    """ValueError unless policies and early transitions have the shapes that settings and tasks give, all finite."""
-    row, settings, count = envs.family(saved["env"]), Settings(**saved["settings"]), len(saved["tasks"])
-    actor = BatchedMLP(1, row.obs_dim, settings.hidden, 2 * row.act_dim)
-    iterations = min(settings.replay, settings.steps) // settings.envs
-    shapes = {
-        "policies": (settings.checkpoints, count, sum(p.numel() for p in actor.parameters())),
-        "early": (count, iterations, settings.envs, 2 * row.obs_dim + row.act_dim + 3),
-    }
-    for key, shape in shapes.items():
-        if saved[key].shape != shape or saved[key].dtype != torch.float32 or not saved[key].isfinite().all():
-            raise ValueError(key)
 
 
 def build_behaviour(
@@ -816,45 +674,33 @@ def build_behaviour(
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
     """
-    path, label = folder / "behaviour.pt", _label(env, settings, tasks)
-    if path.exists():
-        whole = _load_checkpoint(path, label)
-        for part in folder.glob("behaviour-part*.pt"):  # killed before it could remove them
-            part.unlink(missing_ok=True)
-        return whole
-    on_cpu = device.type == "cpu"
-    shards = np.array_split(np.arange(len(tasks)), math.ceil(len(tasks) / settings.shard) if on_cpu else 1)
-    job = {"env": env, "settings": label["settings"], "device": str(device), "threads": 1 if on_cpu else envs.cores()}
-    jobs = [
-        job | {"path": folder / f"behaviour-part{i}.pt", "tasks": tasks[shard], "seed": 1_000_003 * seed + i}
-        for i, shard in enumerate(shards)
-    ]
-    _run_jobs(jobs, min(workers or envs.cores(), len(jobs)))
-    parts = [_load_checkpoint(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
-    whole = label | {
-        "policies": torch.cat([part["policies"] for part in parts], dim=1),
-        "early": torch.cat([part["early"] for part in parts]),
-    }
-    write(path, lambda file: torch.save(whole, file))
-    for job in jobs:
-        job["path"].unlink(missing_ok=True)
-    return whole
+    path, label, on_cpu = folder / "behaviour.pt", _label(env, settings, tasks), device.type == "cpu"
+    if not path.exists():
+        job = {"env": env, "settings": label["settings"], "device": str(device)}
+        job["threads"] = 1 if on_cpu else envs.cores()
+        jobs = [
+            job | {"path": folder.resolve() / f"behaviour-part{i}.pt", "tasks": shard, "seed": 1_000_003 * seed + i}
+            for i, shard in enumerate(np.array_split(tasks, math.ceil(len(tasks) / settings.shard) if on_cpu else 1))
+        ]
+        _run_jobs(jobs, min(workers or envs.cores(), len(jobs)))
+        parts = [_load_behaviour(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
+        policies = torch.cat([part["policies"] for part in parts], dim=1)
+        whole = label | {"policies": policies, "early": torch.cat([part["early"] for part in parts])}
+        write(path, lambda file: torch.save(whole, file))
+    for part in folder.glob("behaviour-part*.pt"):
+        part.unlink(missing_ok=True)
+    return _load_behaviour(path, label)
 
 
 def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
     """Trains all shards, see `_train_shard`, and shows how far they are."""
-    env, settings, tasks = jobs[0]["env"], jobs[0]["settings"], np.array([len(job["tasks"]) for job in jobs])
-    state = np.array([[0, 0, math.nan]] * len(jobs))
-    per_iteration = tasks * settings["envs"]
-    total = settings["steps"] // settings["envs"] * per_iteration.sum()
-    bar = Progress(f"SAC on {env}, {tasks.sum()} tasks", int(total))
+    env, settings, done = jobs[0]["env"], jobs[0]["settings"], [0] * len(jobs)
+    tasks = sum(len(job["tasks"]) for job in jobs)
+    bar = Progress(f"SAC on {env}, {tasks} tasks", settings["steps"] // settings["envs"] * settings["envs"] * tasks)
 
-    def show(i: int, *report: float) -> None:
-        state[i] = report
-        done, restored, score = state.T
-        known = np.isfinite(score)
-        note = f", return {np.average(score[known], weights=tasks[known]):.1f}" if known.any() else ""
-        bar.show(int(done @ per_iteration), int(restored @ per_iteration), note)
+    def show(i: int, iterations: int) -> None:
+        done[i] = iterations * settings["envs"] * len(jobs[i]["tasks"])
+        bar.show(sum(done))
 
     if workers > 1 and envs.family(env) is BUILT_IN.get(env):
         return _run_in_workers(jobs, workers, show)
@@ -862,8 +708,8 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
     torch.set_num_threads(1)
     try:
         for i, job in enumerate(jobs):
-            for report in _train_shard(**job):
-                show(i, *report)
+            for iterations in _train_shard(**job):
+                show(i, iterations)
     finally:
         torch.set_num_threads(before)
 
@@ -871,7 +717,7 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
 def collect(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
-    `record` returns. Diverged if an action is not finite."""
+    `record` returns."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
     actor = load_policies(policies.flatten(0, 1), row, settings.hidden)
     generator = torch.Generator().manual_seed(seed)
@@ -880,10 +726,7 @@ def collect(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Setti
     def act(obs: np.ndarray) -> np.ndarray:
         x = torch.as_tensor(obs, dtype=torch.float32).view(count * k, s // k, row.obs_dim)
         noise = torch.randn(count * k, s // k, row.act_dim, generator=generator)
-        action = sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
-        if not np.isfinite(action).all():
-            raise Diverged(f"{env}: actions of SAC's policies are not finite; expected other settings, as --sac-lr")
-        return action
+        return sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
 
     return record(env, tasks, act, s, seed)
 
@@ -925,21 +768,20 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     row = envs.family(env)
     steps, n = row.data_horizon, len(tasks) * trajectories
     vector = envs.make(env, tasks.repeat(trajectories, axis=0), seed=seed, horizon=steps)
-    d, m = row.obs_dim, row.act_dim
-    out = np.zeros((n, steps, 2 * d + m + 4), np.float32)  # s, a, r, s', terminal, sparse r, episode of the trajectory
-    filled, episode, slots = np.zeros(n, int), np.zeros(n), np.arange(n)
-    obs = vector.reset()[0]
+    filled, episode, obs, out = np.zeros(n, int), np.zeros(n), vector.reset()[0], {}
     bar = Progress(f"rolling out {env}, {len(tasks)} tasks", n * steps)
     for _ in range(2 * steps):
         action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
-        reported = info.get("sparse_reward", reward)
-        good = ~info["blew_up"] & (filled < steps)
-        columns = obs, action, reward[:, None], after, terminated[:, None], reported[:, None], episode[:, None]
-        out[slots[good], filled[good]] = np.concatenate(columns, axis=1)[good]
-        filled += good
+        rows = {"observations": obs, "actions": action, "rewards": reward, "next_observations": after}
+        rows |= {"terminals": terminated, "sparse_rewards": info.get("sparse_reward", reward), "episodes": episode}
+        good = np.flatnonzero(~info["blew_up"] & (filled < steps))
+        for key, value in rows.items():
+            stored = out.setdefault(key, np.zeros((n, steps, *value.shape[1:]), np.float32))
+            stored[good, filled[good]] = value[good]
+        filled[good] += 1
         episode += ended
         obs = following
         if filled.min() == steps:
@@ -948,7 +790,13 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
     else:
         raise DataError(f"{env}: the physics blew up in more than half of the steps of a trajectory")
     vector.close()
-    return _arrays(out.reshape(len(tasks), trajectories, steps, -1), row)
+    counted = (out["episodes"] == out["episodes"][:, :1]) & (np.arange(steps) < row.horizon)
+    first_return = (out["sparse_rewards"] * counted).sum(1, dtype=np.float64).reshape(len(tasks), trajectories)
+    out["episodes"] = np.diff(out["episodes"], axis=1, prepend=-1) != 0  # where one begins
+    if not row.sparse_reward:
+        del out["sparse_rewards"]
+    arrays = {key: value.reshape(len(tasks), trajectories * steps, *value.shape[2:]) for key, value in out.items()}
+    return arrays | {"episodes": arrays["episodes"].cumsum(1) - 1, "first_return": first_return}
 
 
 def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedMLP:
@@ -958,30 +806,6 @@ def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedM
     for parameter, value in zip(actor.parameters(), parts, strict=True):
         parameter.copy_(value.view_as(parameter))
     return actor
-
-
-def _columns(rows: np.ndarray, row: envs.Family) -> Arrays:
-    """Dataset arrays from rows (T, N, D) of s, a, r, s', terminal, ..."""
-    d, m = row.obs_dim, row.act_dim
-    s, a, r, s2, terminal, _ = np.split(rows, np.cumsum([d, m, 1, d, 1]), axis=-1)
-    rest = {"rewards": r[..., 0], "next_observations": s2, "terminals": terminal[..., 0]}
-    return {"observations": s, "actions": a} | rest
-
-
-def _arrays(out: np.ndarray, row: envs.Family) -> Arrays:
-    """Dataset arrays from rows (T, trajectories, steps, D) of s, a, r, s', terminal, sparse r, episode."""
-    t, s, steps = out.shape[:3]
-    episode = out[..., -1].astype(int)
-    first = np.ones((t, s, steps), bool)
-    first[..., 1:] = episode[..., 1:] != episode[..., :-1]
-    counted = (episode == episode[..., :1]) & (np.arange(steps) < row.horizon)
-    flat = out.reshape(t, s * steps, -1)
-    return {
-        **_columns(flat, row),
-        **({"sparse_rewards": flat[..., -2]} if row.sparse_reward else {}),
-        "episodes": first.reshape(t, -1).cumsum(1) - 1,
-        "first_return": (out[..., -2] * counted).sum(2, dtype=np.float64),
-    }
 
 
 def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, settings: Settings, seed: int) -> dict:
@@ -1021,12 +845,15 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
     task, i = train[drawn // n], drawn % n
     s, a, s2 = (arrays[key][task, i] for key in ("observations", "actions", "next_observations"))
     rewards = np.stack([row.reward(np.repeat(task[None], n, axis=0), s, a, s2, 1.0) for task in tasks])
-    return {
-        **{key: np.repeat(value[None], t, axis=0) for key, value in
-           (("observations", s), ("actions", a), ("next_observations", s2))},
-        "rewards": rewards, "sparse_rewards": sparse(rewards, RELABELLED_RADIUS),
-        "terminals": np.zeros((t, n)), "episodes": np.repeat(np.arange(n)[None], t, axis=0),
-    }  # fmt: skip
+    alike = {
+        "observations": s,
+        "actions": a,
+        "next_observations": s2,
+        "terminals": np.zeros(n),
+        "episodes": np.arange(n),
+    }
+    arrays = {key: np.repeat(value[None], t, axis=0) for key, value in alike.items()}
+    return arrays | {"rewards": rewards, "sparse_rewards": sparse(rewards, RELABELLED_RADIUS)}
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> Arrays:
@@ -1037,26 +864,28 @@ def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> Arrays:
     first = np.concatenate([np.ones((t, e, 1), bool), rows[:, :, :-1, -1] > 0], axis=2)
     began = np.maximum.accumulate(np.where(first, np.arange(steps), 0), axis=2)  # the iteration of its first step
     order = (began * e + np.arange(e)[:, None]).reshape(t, n).argsort(axis=1, kind="stable")
-    arrays = _columns(np.take_along_axis(rows.reshape(t, n, width), order[..., None], axis=1), row)
+    rows = np.take_along_axis(rows.reshape(t, n, width), order[..., None], axis=1)
+    s, a, r, s2, terminal, _ = np.split(rows, np.cumsum([row.obs_dim, row.act_dim, 1, row.obs_dim, 1]), axis=2)
+    arrays = {"observations": s, "actions": a, "rewards": r[..., 0], "next_observations": s2}
+    arrays["terminals"] = terminal[..., 0]
     arrays["episodes"] = np.take_along_axis(first.reshape(t, n), order, axis=1).cumsum(1) - 1
     if row.sparse_reward:
-        each = (arrays[key].reshape(t * n, -1) for key in ("observations", "actions", "next_observations"))
-        reported = row.sparse_reward(tasks.repeat(n, axis=0), *each, 1.0)
+        reported = row.sparse_reward(tasks.repeat(n, axis=0), *(x.reshape(t * n, -1) for x in (s, a, s2)), 1.0)
         arrays["sparse_rewards"] = reported.reshape(t, n).astype(np.float32)
     rewards = arrays.get("sparse_rewards", arrays["rewards"])
     task, _, total = _episode_returns(rewards, arrays["episodes"], arrays["terminals"], row.horizon)
-    whole = np.bincount(task, minlength=t)
-    mean = np.bincount(task, total, t) / np.maximum(whole, 1)
-    return arrays | {"returns": np.where(whole > 0, mean, np.nan)}
+    with np.errstate(invalid="ignore"):  # not a number where no episode was seen to its end
+        return arrays | {"returns": np.bincount(task, total, t) / np.bincount(task, minlength=t)}
 
 
 # --------------------------------------------------------------------------------------------------- stored datasets
+# Axes: T tasks, N transitions, d and m numbers in an observation and an action, P parameters of a task.
 REQUIRED = {
-    "observations": (3, np.float32), "actions": (3, np.float32), "rewards": (2, np.float32),
-    "next_observations": (3, np.float32), "terminals": (2, np.float32), "episodes": (2, np.int32),
-    "tasks": (2, np.float64), "train_tasks": (1, np.int64), "test_tasks": (1, np.int64),
+    "observations": ("TNd", np.float32), "actions": ("TNm", np.float32), "rewards": ("TN", np.float32),
+    "next_observations": ("TNd", np.float32), "terminals": ("TN", np.float32), "episodes": ("TN", np.int32),
+    "tasks": ("TP", np.float64), "train_tasks": ("n", np.int64), "test_tasks": ("k", np.int64),
 }  # fmt: skip
-OPTIONAL = {"sparse_rewards": (2, np.float32), "returns": (1, np.float32)}
+OPTIONAL = {"sparse_rewards": ("TN", np.float32), "returns": ("T", np.float32)}
 
 
 @dataclass
@@ -1087,33 +916,29 @@ def checksum(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _as_stored(arrays: Arrays) -> Arrays:
-    """What a file holds of these, in its types."""
-    return {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
-
-
 def save(path: Path, arrays: Arrays, meta: dict) -> None:
     """Writes a dataset, arrays as at the top, whole or not at all, with format and checksum beside `meta`. OSError."""
-    arrays = _as_stored(arrays)
+    arrays = {name: np.asarray(arrays[name], kind[1]) for name, kind in (REQUIRED | OPTIONAL).items() if name in arrays}
     text = json.dumps(meta | {"format": FORMAT, "checksum": checksum(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, lambda file: np.savez(file, meta=np.array(text), **arrays))
 
 
 def load(path: Path | str, env: str | None = None, device: torch.device | str = "cpu") -> Dataset:
-    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`.
-
-    A line on standard error says so where rows of your own data do not follow each other as episodes do.
-    """
+    """Reads a dataset onto `device`; DataError, in one sentence, if the file cannot be trusted or is not for `env`."""
     path = Path(path)
-    arrays, meta = _read(path)
     try:
-        _check(arrays, meta, env)
+        arrays, meta = _read(path)
+        made_for, found = meta.get("env", env), meta.get("format", FORMAT)
+        refuse(
+            (found != FORMAT, f"format {found!r:.40}, expected {FORMAT}; build it anew"),
+            (env and made_for != env, f"made for {made_for!s:.40}, expected {env}"),
+            ("checksum" in meta and checksum(arrays) != meta["checksum"], "its checksum differs: the file was changed"),
+        )
+        _check(arrays, env)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    if "settings" not in meta and (doubt := _doubt(arrays)):
-        print(f"{path}: {doubt}", file=sys.stderr)
-    meta.setdefault("checksum", checksum(arrays))
+    meta["checksum"] = meta.get("checksum") or checksum(arrays)
     if env is not None:
         meta.setdefault("env", env)
     unknown = np.full(len(arrays["tasks"]), np.nan, np.float32)
@@ -1141,242 +966,148 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
     return threshold
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+def _read(path: Path) -> tuple[Arrays, dict]:
     """The arrays that a dataset needs, and `meta`; DataError where they cannot be read."""
-    names, arrays, name = ["meta", *REQUIRED, *OPTIONAL], {}, ""
+    names, name = [*REQUIRED, *OPTIONAL, "meta"], "the file"
     try:
-        with zipfile.ZipFile(path) as file:  # a zip tells the sizes of what it holds, and cannot grow beyond them
-            size = sum(info.file_size for info in file.infolist() if info.filename.removesuffix(".npy") in names)
+        with zipfile.ZipFile(path) as file:
             for info in file.infolist():
                 file.open(info).close()  # a zip says each name twice: a damaged one cannot hide an array
-        if size > _memory():
-            raise DataError(f"{path}: holds {size / 1e9:,.0f} GB, this machine has {_memory() / 1e9:,.0f} GB of memory")
+        arrays = {}
         with np.load(path, allow_pickle=False) as file:
             for name in (name for name in names if name in file.files):
                 arrays[name] = np.asarray(file[name])
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a dataset (.npz)") from None
+        meta = json.loads(str(arrays.pop("meta", "{}")))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # np.load raises a different error for each way a file can be damaged
-        if "Object arrays" in str(error):
-            raise DataError(f"{path}: {name} holds Python objects, expected numbers (of meta: JSON text)") from None
-        raise DataError(f"{path}: not a readable .npz dataset, damaged or cut short ({type(error).__name__})") from None
-    text = str(arrays.pop("meta", "{}"))
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(meta := json.loads(text), dict):
-            return arrays, meta
-    raise DataError(f"{path}: meta is {text!r:.60}, expected a JSON object, or no meta")
+        raise DataError(f"cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a different one for each way a file can be damaged
+        words = f"not a readable .npz dataset: {name} is damaged or not numbers"
+        raise DataError(f"{words} ({type(error).__name__})") from None
+    good = isinstance(meta, dict) and isinstance(meta.get("env", ""), str)
+    refuse((not good, f"meta is {str(meta)!r:.60}, expected a JSON object with the name of an environment, or no meta"))
+    return arrays, meta
 
 
-def _memory() -> float:
-    """Bytes of memory that this machine has."""
-    names = getattr(os, "sysconf_names", {})
-    known = "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
-
-
-def _check(arrays: Arrays, meta: dict, env: str | None) -> None:
+def _check(arrays: Arrays, env: str | None) -> None:
     """Gives each array its type; DataError, which says what is wrong, if this is no dataset, or not one of `env`."""
-    names = [meta.get(key, "") for key in ("env", "quality", "checksum")]
     missing = [name for name in REQUIRED if name not in arrays]
-    refuse(
-        (meta.get("format", FORMAT) != FORMAT, f"format {meta.get('format')!r:.40}, expected {FORMAT}; build it anew"),
-        (any(not isinstance(name, str) for name in names), f"meta: found {names!r:.80}, expected three texts"),
-        (env and meta.get("env", env) != env, f"made for {repr(names[0])[1:-1][:40]}, expected {env}"),
-        (missing, f"lacks {', '.join(missing)}"),
-    )
-    if "checksum" in meta and checksum(arrays) != meta["checksum"]:
-        raise DataError("the checksum does not match: the file was changed or damaged")
-    for name, array in arrays.items():
-        ndim, dtype = (REQUIRED | OPTIONAL)[name]
-        if array.ndim != ndim or array.dtype.kind not in "biuf":
-            expected = f"{np.dtype(dtype)} with {ndim}"
-            raise DataError(f"{name} is {array.dtype} with {array.ndim} axes, expected {expected}")
+    refuse((missing, f"lacks {', '.join(missing)}"))
+    sizes = {}
+    if env is not None:
+        row = envs.family(env)
+        sizes = {"d": row.obs_dim, "m": row.act_dim, "P": envs.sample_tasks(env, 1, 0).shape[1]}
+    for name in [name for name in REQUIRED | OPTIONAL if name in arrays]:
+        given, (axes, dtype) = arrays[name], (REQUIRED | OPTIONAL)[name]
+        wrong = given.ndim != len(axes) or given.dtype.kind not in "biuf"
+        expected = f"{np.dtype(dtype)} with {len(axes)}"
+        refuse((wrong, f"{name} is {given.dtype} with {given.ndim} axes, expected {expected}"))
+        shape = tuple(sizes.setdefault(*axis) for axis in zip(axes, given.shape, strict=True))
         with np.errstate(all="ignore"):
-            arrays[name] = array.astype(dtype, copy=False)
-        if np.issubdtype(dtype, np.integer) and (changed := arrays[name] != array).any():
-            raise DataError(f"{name} holds {array[changed][0]}, expected whole numbers ({np.dtype(dtype)})")
-    _check_shapes(arrays, env)
+            arrays[name] = array = given.astype(dtype, copy=False)
+        changed = dtype in (np.int32, np.int64) and (array != given).any()
+        refuse(
+            (given.shape != shape, f"{name} has shape {given.shape}, expected {shape}"),
+            (changed, f"{name} holds other than whole numbers ({np.dtype(dtype)})"),
+            (name != "returns" and not np.isfinite(array).all(), f"{name} holds values that are not finite"),
+        )
+    too_few = 0 in sizes.values() or sizes["N"] < 2
+    refuse((too_few, f"found {sizes}, expected at least one of each and two transitions (N)"))
     _check_values(arrays, env)
 
 
-def _check_shapes(arrays: Arrays, env: str | None) -> None:
-    t, n, d = arrays["observations"].shape
-    m = arrays["actions"].shape[2]
-    expected = dict.fromkeys(("rewards", "terminals", "episodes", "sparse_rewards"), (t, n)) | {
-        "actions": (t, n, m), "next_observations": (t, n, d), "tasks": (t, arrays["tasks"].shape[1]), "returns": (t,),
-    }  # fmt: skip
-    if env is not None:
-        row = envs.family(env)
-        expected |= {"observations": (t, n, row.obs_dim), "actions": (t, n, row.act_dim)}
-        expected |= {"tasks": (t, envs.sample_tasks(env, 1, 0).shape[1])}
-    empty = t == 0 or n < 2 or d == 0 or m == 0
-    shapes = f"observations have shape {(t, n, d)} and actions {(t, n, m)}"
-    refuse((empty, f"{shapes}, expected at least one task, two transitions and a number in each"))
-    for name, array in arrays.items():
-        shape = expected.get(name, array.shape)
-        refuse((array.shape != shape, f"{name} has shape {array.shape}, expected {shape}"))
-
-
 def _check_values(arrays: Arrays, env: str | None) -> None:
-    for name, array in arrays.items():
-        finite = array.dtype.kind != "f" or name == "returns" or np.isfinite(array).all()
-        refuse((not finite, f"{name} holds values that are not finite"))
-    largest, episodes = np.abs(arrays["actions"]).max(), arrays["episodes"]
+    episodes, t = arrays["episodes"], len(arrays["tasks"])
+    train, test = (arrays[name].tolist() for name in ("train_tasks", "test_tasks"))
+    largest = np.abs(arrays["actions"]).max()
     refuse(
         (largest > 1, f"actions reach {largest!s}, expected them in [-1, 1]"),
         (not np.isin(arrays["terminals"], (0, 1)).all(), "terminals hold values other than 0 and 1"),
         ((episodes[:, 1:] < episodes[:, :-1]).any(), "episodes are not in order"),
     )
-    t, (train, test) = len(arrays["tasks"]), (arrays[name].tolist() for name in ("train_tasks", "test_tasks"))
     for name, index in (("train_tasks", train), ("test_tasks", test)):
-        refuse((not index, f"{name} is empty, expected at least one of the {t} tasks"))
-        low, high, common = min(index), max(index), statistics.mode(index)
-        refuse(
-            (low < 0 or high >= t, f"{name} holds {low if low < 0 else high}, expected indices from 0 to {t - 1}"),
-            (len({*index}) < len(index), f"{name} holds {common} more than once"),
-        )
+        good = index and {*index} <= {*range(t)} and len({*index}) == len(index)
+        refuse((not good, f"{name} holds {index!s:.60}, expected different numbers from 0 to {t - 1}, at least one"))
     both = sorted({*train} & {*test})
-    refuse((both and {*train} != {*test}, f"tasks {both} are both training and test tasks"))
+    refuse((both and {*train} != {*test}, f"tasks {both!s:.60} are both training and test tasks"))
     if env is not None:
         known = envs.is_task(env, arrays["tasks"])
         refuse((not known.all(), f"task {known.argmin()} has parameters that no task of {env} can have"))
 
 
-def _doubt(arrays: Arrays) -> str | None:
-    """What looks wrong where one row follows another, in words, or None."""
-    apart = inside = led_on = ends = 0
-    rows = (arrays[key] for key in ("observations", "next_observations", "episodes"))
-    for obs, following, episodes in zip(*rows, strict=True):
-        same = episodes[1:] == episodes[:-1]
-        apart += (~np.isclose(following[:-1], obs[1:], rtol=1e-4, atol=1e-5).all(1))[same].sum()
-        led_on += (following[:-1] == obs[1:]).all(1)[~same].sum()
-        inside, ends = inside + same.sum(), ends + (~same).sum()
-    if led_on > ends / 2:
-        found = f"{led_on:,} of {ends:,} last rows of an episode lead to the next one's first observation"
-        return f"warning: {found}; are next_observations shifted by a row, or episodes too short?"
-    found = f"{apart:,} of {inside:,} rows inside an episode do not end where the next row begins"
-    return f"warning: {found}; look at episodes and next_observations (fine if rows are shuffled)" if apart else None
-
-
-def prepare(
-    env: str,
-    quality: str,
-    seed: int = 0,
-    data_dir: Path | str = "datasets",
-    train: int | None = None,
-    test: int | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    behaviour: str | None = None,
-    **changes: Any,
-) -> Path:
+def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", **flags: Any) -> Path:
     """The path of the dataset of this quality; builds what is missing, one step after the other, and says so.
 
-    `behaviour` is "sac" or "scripted"; without it, the script of families that have one. `changes` are of `Settings`.
-    DataError, in one sentence, for what there is not or cannot be written, and where another setting made what is
-    there; Diverged if the agents do.
+    `flags` are `train`, `test`, `device` and `workers` (see `Build`), and changes of `Settings`. DataError, in one
+    sentence, for what there is not, and where another setting made what is there; FloatingPointError if the agents
+    diverge.
     """
-    row, device = envs.family(env), choose_device(device)
-    own = "scripted" if row.script else "sac"
-    behaviour = behaviour or own
-    check_numbers({"seed": seed, "train": train, "test": test, "workers": workers})
-    settings = settings_for(env, device, **changes)
-    _check_possible(env, quality, behaviour, bool(train or test), settings)
+    train, test, workers = (flags.pop(key, None) for key in ("train", "test", "workers"))
+    row, device = envs.family(env), choose_device(flags.pop("device", "auto"))
+    settings, several = settings_for(env, device, **flags), quality in ("mixed", "relabelled") and not row.script
+    goals = not row.xml and row.differs == "reward"  # then a transition's reward can be told from it and a task
+    refuse(
+        (quality not in QUALITIES, f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"),
+        (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
+        (row.script and quality != "mixed", f"{env}: the script's data are mixed, found {quality}"),
+        (row.only and (train or test), f"{env}: the number of its tasks is fixed; all are for training and testing"),
+        (several and settings.trajectories < 2, f"--trajectories: {quality} data are of several policies, found 1"),
+    )
     train, test = train or row.train, test or row.test
-    folder = Path(data_dir) / env / f"{train}+{test}-seed{seed}{'' if behaviour == own else f'-{behaviour}'}"
-    path = folder / f"{quality}.npz"
-    if path.exists():
-        return _made_with(path, changes)
+    path = Path(data_dir) / env / f"{train}+{test}-seed{seed}" / f"{quality}.npz"
+    if not path.exists():
+        with locked(path.parent):
+            if not path.exists():  # another process may have built it meanwhile
+                _build(path, env, train, test, seed, settings, device, workers)
+    elif flags:
+        then = load(path).meta.get("settings", {})
+        check_same(path, then, flags | {"core_minutes": None}, flag, "use another --data-dir")
+    return path
+
+
+def _build(path, env, train, test, seed, settings, device, workers):
+    """Makes the dataset of `path` and saves it, unless something in it is not finite or not in its range."""
+    row, quality = envs.family(env), path.stem
     try:
         tasks = envs.sample_tasks(env, len(row.only) or train + test, seed)
     except ValueError as error:
         raise DataError(error) from None
     every = np.arange(len(tasks))
     index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
-    try:
-        with locked(folder):
-            if path.exists():
-                return _made_with(path, changes)  # another process built it meanwhile
-            if behaviour == "scripted":
-                print(f"building {path}: the script in every task", flush=True)
-                arrays = perform(env, tasks, settings.trajectories, seed)
-            else:
-                _announce(path, settings, env, device, workers, len(tasks))
-                agents = build_behaviour(env, tasks, seed, settings, folder, device, workers)
-                arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
-            if quality == "relabelled":
-                arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
-            meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
-            _store(path, arrays | {"tasks": tasks} | index, meta | {"behaviour": behaviour, "device": str(device)})
-    except OSError as error:
-        raise _cannot_build(error, folder) from None
-    return path
-
-
-def _made_with(path: Path, changes: dict[str, Any]) -> Path:
-    """The path; DataError if the dataset there was made with other settings than these (None: any)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            then = dict(json.loads(str(file["meta"]))["settings"])
-    except Exception:
-        return path  # `load` says what is wrong with it
-    for name, value in changes.items():
-        if name != "core_minutes" and value is not None and then.get(name, value) != value:
-            raise DataError(f"{path}: made with {flag(name)} {then[name]}, asked for {value}; use another --data-dir")
-    return path
-
-
-def _store(path: Path, arrays: Arrays, meta: dict) -> None:
-    """Saves a dataset with its tasks' returns, unless something in it is not finite or not in its range."""
-    if "first_return" in arrays and "returns" not in arrays:
+    _announce(path, settings, env, device, workers, len(tasks))
+    if row.script:
+        arrays = perform(env, tasks, settings.trajectories, seed)
+    else:
+        agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
+        arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+    if quality == "relabelled":
+        arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
+    elif "first_return" in arrays:
         arrays["returns"] = arrays["first_return"].mean(1)
-    stored = _as_stored(arrays)
+    arrays |= {"tasks": tasks} | index
     try:
-        _check_shapes(stored, meta["env"])
-        _check_values(stored, meta["env"])
+        _check(arrays, env)
     except DataError as error:
         raise DataError(f"{path}: not stored, {error}") from None
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
-    save(path, arrays, meta | {"versions": versions})
+    meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
+    meta |= {"behaviour": "scripted" if row.script else "sac", "device": str(device), "versions": versions}
+    save(path, arrays, meta)
     print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
-def _check_possible(env: str, quality: str, behaviour: str, counts: bool, settings: Settings) -> None:
-    """DataError, which says why, if there is no such dataset. `counts`: numbers of tasks are asked for."""
-    row, scripted, several = envs.family(env), behaviour == "scripted", quality in ("mixed", "relabelled")
-    goals = not row.xml and row.differs == "reward"  # then a transition's reward can be told from it and a task
-    refuse(
-        (quality not in QUALITIES, f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"),
-        (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
-        (behaviour not in BEHAVIOURS, f"unknown behaviour {behaviour!r}; expected one of {', '.join(BEHAVIOURS)}"),
-        (scripted and row.script is None, f"{env} has no script; expected behaviour sac"),
-        (scripted and quality != "mixed", f"{env}: scripted data are mixed, found {quality}; expected behaviour sac"),
-        (row.only and counts, f"{env} has {len(row.only)} tasks, all for training and testing; their number is fixed"),
-        (quality == "replay" and settings.replay < settings.envs,
-         f"--replay: expected at least the {settings.envs} of --sac-envs, found {settings.replay}"),
-        (several and not scripted and settings.trajectories < 2,
-         f"--trajectories: {quality} data are of several policies; expected at least 2, found 1"),
-    )  # fmt: skip
-
-
 def _announce(path: Path, settings: Settings, env: str, device: torch.device, workers: int | None, tasks: int) -> None:
-    row, folder = envs.family(env), path.parent
-    if (folder / "behaviour.pt").exists():
-        print(f"building {path}: rolling out the policies that are there", flush=True)
-        return
-    parts = "going on with" if any(folder.glob("behaviour-part*.pt")) else "building"
-    cores = min(workers or envs.cores(), 64, math.ceil(tasks / settings.shard))
+    row, begun = envs.family(env), any(path.parent.glob("behaviour-part*.pt"))
+    cores = min(workers or envs.cores(), math.ceil(tasks / settings.shard))
     share = tasks / (len(row.only) or row.train + row.test) * settings.steps / settings_for(env, device).steps
-    minutes = math.ceil(settings.core_minutes * share / cores)
-    about = f", about {minutes} min on {cores} cores" if device.type == "cpu" else ""
-    print(f"{parts} {path}: SAC in every task ({settings.steps:,} steps each), then rollouts{about}", flush=True)
+    about = f", about {math.ceil(settings.core_minutes * share / cores)} min on {cores} cores"
+    how = f"SAC in every task ({settings.steps:,} steps each), then rollouts{about if device.type == 'cpu' else ''}"
+    if row.script:
+        how = "the script in every task"
+    elif (path.parent / "behaviour.pt").exists():
+        how = "rolling out the policies that are there"
+    print(f"{'going on with' if begun else 'building'} {path}: {how}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ what data are like
 def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end.
 
@@ -1384,45 +1115,24 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """
     row = envs.FAMILIES.get(dataset.meta.get("env"))
     reported = dataset.context_rewards if row is not None and row.sparse_reward else dataset.rewards
-    horizon = row.horizon if row is not None else None
     arrays = (x.cpu().numpy() for x in (reported, dataset.episodes, dataset.terminals))
-    return _episode_returns(*arrays, horizon)
-
-
-def numbered(episodes: np.ndarray) -> np.ndarray:
-    """Episode numbers (T, N) of any kind, as from 0 and without gaps in every task."""
-    return (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)
+    return _episode_returns(*arrays, None if row is None else row.horizon)
 
 
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
-    episodes = numbered(episodes)
-    count = int(episodes.max()) + 1
-    key = (np.arange(t)[:, None] * count + episodes.astype(np.int64)).ravel()
-    first = np.full(t * count, t * n)
-    np.minimum.at(first, key, np.tile(np.arange(n), t))
-    age = np.tile(np.arange(n), t) - first[key]
-    total = np.bincount(key, rewards.ravel() * (age < (horizon or n)), t * count)
-    length = np.bincount(key, minlength=t * count)
-    whole = np.bincount(key, terminals.ravel(), t * count) > 0
-    whole |= length >= (horizon or 1)
-    index = np.flatnonzero(whole)
-    return index // count, first[index] / max(n - 1, 1), total[index]
-
-
-def successes(dataset: Dataset) -> np.ndarray:
-    """(T, episodes) whether a behaviour that ends in a reward of 0 (and has less before) was ever achieved."""
-    episodes = numbered(dataset.episodes.cpu().numpy())
-    task, i = np.nonzero(dataset.rewards.cpu().numpy() == 0)
-    achieved = np.zeros((len(episodes), episodes.max() + 1), bool)
-    achieved[task, episodes[task, i]] = True
-    return achieved
+    first = np.ones((t, n), bool)
+    first[:, 1:] = episodes[:, 1:] != episodes[:, :-1]
+    start, number = np.flatnonzero(first), first.cumsum() - 1  # of all episodes of all tasks, one after the other
+    age, length = np.arange(t * n) - start[number], np.bincount(number)
+    total = np.bincount(number, rewards.ravel() * (age < (horizon or n)))
+    whole = (np.bincount(number, terminals.ravel()) > 0) | (length >= (horizon or 1))
+    task, place = np.divmod(start[whole], n)
+    return task, place / max(n - 1, 1), total[whole]
 
 
 # --------------------------------------------------------------------------------------------- runs: the command line
-# From here to the end of this section stands what every script needs and what is no part of any algorithm: flags from
-# a dataclass, the run's folder, metrics, curve, checkpoint and resume, the check for divergence, one line for every
-# failure, the CUDA graph. A reader of a script may skip it.
+# From here on stands what every script needs and what is no part of any algorithm. A reader of a script may skip it.
 @dataclass
 class Args:
     """The flags that every script has. A script's own `Args(data.Args)` adds its flags, one line each.
@@ -1452,11 +1162,9 @@ class Args:
     quality: Literal[QUALITIES] = "mixed"  # quality of the training tasks' data
     test_quality: Literal[QUALITIES] | None = None  # of the test tasks' data; unless given: --quality
 
-    # Flags that do not change the result of a run (but for rounding), or are in its path anyway; flags that may differ
-    # from those of the checkpoint that a run goes on from.
+    # Flags that do not change the result of a run (but for rounding), or are in its path anyway.
     ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "compile", "run_dir", "resume", "overwrite")
     ELSEWHERE += ("data_dir",)
-    GROWS = ("steps",)
     ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
 
     def complete(self, given: dict[str, Any]) -> None:
@@ -1469,39 +1177,21 @@ class Args:
         self.test_quality = self.test_quality or self.quality
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise DataError(message)
-
-
 def option(key: str) -> str:
     """The flag of a field."""
     return f"--{key.replace('_', '-')}"
 
 
-def parse(
-    cls: type[Args],
-    table: dict[str, dict],
-    small: dict[str, dict],
-    argv: list[str] | None = None,
-    ours: dict[str, dict] | None = None,
-) -> Args:
+def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = None, ours: dict | None = None) -> Args:
     """The arguments: the command line's, over small[env]'s if the sizes are small, else ours[env]'s unless --letter,
     over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
     """
-    doc = sys.modules[cls.__module__].__doc__ or ""  # none under python -OO
-    how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
-    how["allow_abbrev"] = False
-    parser = Parser(description=doc.partition("\n")[0], **how)
-    flags = _add_flags(parser, cls, list(table))
-    space, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise DataError(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(unknown[0], map(option, flags))}")
-    given, env = vars(space), getattr(space, "env", cls.env)
-    show_help, sized = given.pop("help", False), given.get("small")
+    parser, flags = flags_of(cls, list(table), sys.modules[cls.__module__].__doc__)
+    given = vars(parser.parse_args(argv))
+    env, show_help, sized = given.get("env", cls.env), given.pop("help", False), given.get("small")
     if sized is None:
         sized = given.get("device") == "cpu" or not torch.cuda.is_available()
-    row = {field.name: field.default for field in dataclasses.fields(cls)} | table.get(env, {})
+    row = {field.name: field.default for field in dataclasses.fields(cls)} | table[env]
     changes = small if sized else {} if given.get("letter") else ours or {}
     row |= changes.get(env, {}) | {"env": env, "small": sized}
     if show_help:
@@ -1509,7 +1199,6 @@ def parse(
             action.help += f" ({row[key]})" if row[key] is not None else ""
         parser.print_help()
         raise SystemExit(0)
-    refuse((env not in table, f"argument --env: expected one of {', '.join(table)}, found {env!r}"))
     if given.get("test_quality") == given.get("quality", row["quality"]):
         given.pop("test_quality", None)  # the same is no variant
     args = cls(**row | given)
@@ -1520,25 +1209,31 @@ def parse(
     return args
 
 
-def _add_flags(parser: Parser, cls: type[Args], families: list[str]) -> dict[str, argparse.Action]:
-    """A flag for every field of the dataclass, in groups, and --help."""
+def flags_of(
+    cls: type, families: list[str], doc: str | None, name_of: Callable[[str], str] = option
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
+    """A parser with a flag for every field of the dataclass, in groups, and --help; and the flags. Those that are not
+    given are not in its result. `doc` begins the help; there is none under python -OO."""
+    how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0], allow_abbrev=False, **how)
+    parser.error = lambda message: refuse((True, message))
     hints, comments = get_type_hints(cls, include_extras=True), _comments(cls)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "algorithm", "ablations")}
     groups["run"].add_argument("-h", "--help", action="store_true", help="show these lines and the defaults here")
     flags = {}
     for field in dataclasses.fields(cls):
-        text, name = comments.get(field.name, ("", "algorithm"))
-        kind = Literal[tuple(families)] if field.name == "env" else hints[field.name]
+        kind, (text, group) = hints[field.name], comments[field.name]
         if type(None) in get_args(kind):
-            kind = next(part for part in get_args(kind) if part is not type(None))
+            kind = get_args(kind)[0]
         how = {"type": partial(parse_value, kind)}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif get_origin(kind) is Literal:
-            how["metavar"] = "{" + ",".join(map(str, get_args(kind))) + "}"
-        group = groups.setdefault(name, groups["algorithm"])
-        flags[field.name] = group.add_argument(option(field.name), help=text.replace("%", "%%"), **how)
-    return flags
+        elif field.name == "env" or get_origin(kind) is Literal:
+            known = {str(value): value for value in (families if field.name == "env" else get_args(kind))}
+            how = {"type": lambda text, known=known: known.get(text, text), "choices": list(known.values())}
+        add = groups.get(group, groups["algorithm"]).add_argument
+        flags[field.name] = add(name_of(field.name), dest=field.name, help=text.replace("%", "%%"), **how)
+    return parser, flags
 
 
 @cache
@@ -1546,28 +1241,17 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
     """Of every field: the comment behind it, and the group in which it stands."""
     found: dict[str, tuple[str, str]] = {}
     for base in reversed(cls.__mro__[:-1]):
-        try:
-            lines, group = inspect.getsource(base).splitlines(), "algorithm"
-        except (OSError, TypeError):  # its source is nowhere, as under python -c: help without words
-            continue
-        for line in lines:
-            if heading := re.fullmatch(r"    # (\w+)", line):
-                group = heading[1]
-            elif field := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
-                text, place = found.get(field[1], ("", group))
-                found[field[1]] = (field[2] or text, place)
+        group, pattern = "algorithm", r"^    (?:# (\w+)|(\w+): .*?(?:  # (.*))?)$"
+        for heading, name, text in re.findall(pattern, inspect.getsource(base), re.M):
+            group = heading or group
+            if name:
+                before, place = found.get(name, ("", group))
+                found[name] = (text or before, place)
     return found
 
 
 def parse_value(kind: Any, text: str) -> Any:
     """The value of a flag on the command line; argparse.ArgumentTypeError if it is not of this kind."""
-    if get_origin(kind) is Literal:
-        for value in get_args(kind):
-            if str(value) == text:
-                return value
-        names = [str(value) for value in get_args(kind)]
-        close = _did_you_mean(text, names)
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, found {text!r}{close}")
     if not hasattr(kind, "__metadata__"):
         return kind(text)
     number, (words, good) = get_args(kind)[0], kind.__metadata__
@@ -1577,14 +1261,9 @@ def parse_value(kind: Any, text: str) -> Any:
     raise argparse.ArgumentTypeError(f"expected {words}, found {text!r}")
 
 
-def _did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def variant(args: Args, changed: dict[str, Any]) -> str:
-    """The name of the run's folder: the size, and every setting that is not this environment's default, --steps last
-    (`Run` finds runs of other lengths). Safe, and short in bytes, on every file system."""
+    """The name of the run's folder: the size, and every setting that is not this environment's default, --steps last.
+    Safe, and short in bytes, on every file system."""
     parts = ["small" if args.small else "paper"]
     for key in [key for key in vars(args) if key in changed.keys() - {*args.ELSEWHERE, "steps"}]:
         value = changed[key]
@@ -1663,9 +1342,6 @@ class Learner(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.isfinite().all():
                 raise FloatingPointError(f"the weights {name} are not finite at step {int(self.step)}")
-        for name, value in zip(self.METRICS, self.metrics[0].tolist(), strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the sum of {name} is not finite at step {int(self.step)}")
 
 
 def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -1712,15 +1388,11 @@ class Run:
         self.folder = args.run_dir / script.stem / args.env / args.variant / f"seed{args.seed}"
         self.agent = self.world = None
         self.step, self.rows, self.marks = 0, [], ()
-        self.saved = None  # step and folder of the checkpoint that stands
+        self.saved = None  # step of the checkpoint that stands
         self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean and _std in the rows
         self.unit = "gradient steps"  # what a step is
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / ".writable", lambda file: None)
-            (self.folder / ".writable").unlink()
-        except OSError as error:
-            raise DataError(f"--run-dir {args.run_dir}: cannot write there ({error.strerror})") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        refuse((not os.access(self.folder, os.W_OK), f"--run-dir {args.run_dir}: cannot write there"))
         sizes = "small sizes" if args.small else "the papers' sizes"
         if args.small and not torch.cuda.is_available() and args.device == "auto":
             sizes = "no CUDA device: small sizes; --no-small for the papers'"
@@ -1730,44 +1402,28 @@ class Run:
         """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished."""
         args, self.agent, self.world = self.args, agent, world
         torch.set_num_threads(min(args.threads, 1024) or envs.cores())
-        seconds, checkpoint = 0.0, self._checkpoint()
+        checkpoint, final, self.began = self.folder / "checkpoint.pt", self.folder / "final.json", time.time()
         if args.overwrite:
             for old in filter(Path.is_file, list(self.folder.iterdir())):
                 old.unlink()
-        elif checkpoint and args.resume:
-            seconds = self._resume(checkpoint)
+        elif checkpoint.exists() and args.resume:
+            self._resume(checkpoint)
             print(f"going on from step {self.step} of {checkpoint}", flush=True)
-        elif checkpoint or (self.folder / "final.json").exists():
-            self._standing()
+        elif final.exists():
+            with believing(final, "damaged", "--resume mends it from the checkpoint, --overwrite begins anew"):
+                other = json.loads(final.read_text())["dataset_checksums"] != world.checksum
+            refuse((other, f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir"))
+            print(f"this run is finished: {self.folder} (--overwrite begins anew)")
+            raise SystemExit(0)
+        elif checkpoint.exists():
+            raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
         elif args.resume:
             print("no checkpoint yet: from the start", flush=True)
-        self.began = time.time() - seconds
-        self._write_text("args.json", json.dumps(settings(args) | {"checksums": self._sources()}, indent=1))
-
-    def _standing(self) -> None:
-        """What stands in the folder is never replaced unasked."""
-        path = self.folder / "final.json"
-        either = "--resume goes on from there, --overwrite begins anew; expected one of them"
-        refuse((not path.exists(), f"{self.folder / 'checkpoint.pt'}: {either}"))
-        try:
-            checksums = json.loads(path.read_text())["dataset_checksums"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{path}: damaged; --resume mends it from the checkpoint, --overwrite begins anew"
-            ) from None
-        if checksums != self.world.checksum:
-            raise DataError(f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir")
-        print(f"this run is finished: {self.folder} (--overwrite begins anew)")
-        raise SystemExit(0)
-
-    def _sources(self) -> dict[str, str]:
-        """Copies the script, and the file that was started if it is another; returns checksums of the other modules."""
-        started = getattr(sys.modules["__main__"], "__file__", None) or self.script
-        for name, path in ("source.py", self.script), ("started.py", Path(started)):
+        self._write_text("args.json", json.dumps(settings(args), indent=1))
+        started = Path(getattr(sys.modules["__main__"], "__file__", None) or self.script)  # it may register a family
+        for name, path in ("source.py", self.script), ("started.py", started):
             if path.is_file() and (name == "source.py" or path.resolve() != self.script.resolve()):
                 write(self.folder / name, lambda file, path=path: file.write(path.read_bytes()))
-        files = Path(__file__), Path(envs.__file__)
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def graph(self, fn: Procedure) -> Callable[[], None]:
         """`fn`, without arguments, on CUDA as one graph."""
@@ -1776,13 +1432,12 @@ class Run:
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        shorter = "; fewer --steps are shorter" if self.args.small else "; --small sizes are shorter"
-        self.bar, restored = Progress(self.script.stem, total, shorter=shorter), self.step
-        print(f"{total - restored:,} {self.unit}, an evaluation every {self.args.eval_every:,}", flush=True)
-        for step in range(restored + 1, total + 1):
+        self.bar = Progress(self.script.stem, total)
+        print(f"{total - self.step:,} {self.unit}, an evaluation every {self.args.eval_every:,}", flush=True)
+        for step in range(self.step + 1, total + 1):
             self.step = step
             yield step
-            self.bar.show(step, restored)
+            self.bar.show(step)
 
     def due(self, step: int) -> bool:
         """Whether an evaluation is due. A run that diverged ends here, before anything is saved over what was good."""
@@ -1839,73 +1494,49 @@ class Run:
             "standardisation": [self.world.mean, self.world.std],  # of observations: all that networks need besides
         }  # fmt: skip
         write(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.saved = self.step, self.folder
+        self.saved = self.step
 
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint to go on from: this run's own or, to --resume, the last of the same run with other --steps, if
-        they may grow."""
-        own = self.folder / "checkpoint.pt"
-        if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
-            return own if own.exists() else None
-        runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
-        base = self.args.variant.partition(",steps=")[0]
-        found = [path for path in runs if path.parts[-3].partition(",steps=")[0] == base]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-    def _resume(self, path: Path) -> float:
-        """Loads a checkpoint; returns the seconds that it took."""
+    def _resume(self, path: Path) -> None:
         args, agent, anew = self.args, self.agent, "--overwrite begins anew"
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
-            then, dataset = dict(checkpoint["args"]), list(checkpoint["dataset"])
-        now, skip = settings(args), {*args.ELSEWHERE, "data"}  # of the data their checksums tell more
-        for key, default in [(field.name, field.default) for field in dataclasses.fields(args)]:
-            value, found = now[key], then.get(key, default)  # a flag that is newer than the checkpoint had its default
-            grew = key in args.GROWS and kind([found, value]) == [int, int] and found < value
-            if key not in skip and not grew and (torch.is_tensor(found) or found != value):
-                raise DataError(f"{option(key)}: the checkpoint was made with {found!r:.80}, found {value!r}; {anew}")
-        if dataset != self.world.checksum:
-            raise DataError(f"{path}: made with other data, of checksums {dataset!r:.200}; {anew}")
+            then, dataset = checkpoint["args"], checkpoint["dataset"]
+        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data"))  # of the data their checksums tell more
+        check_same(path, then, now, option, anew)
+        refuse((dataset != self.world.checksum, f"{path}: made with other data; {anew}"))
         with believing(path, "its weights are not this script's", anew):
-            check_checkpoint(checkpoint, agent, agent.optimisers)
             agent.load_state_dict(checkpoint["agent"])
+            agent.check()
             for key, optimiser in agent.optimisers.items():
                 optimiser.load_state_dict(checkpoint["optimisers"][key])
                 optimiser.param_groups[0]["capturable"] = self.device.type == "cuda"  # it may come from a CPU
             torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
             if self.device.type == "cuda" and checkpoint["random"]["cuda"] is not None:
                 torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
-        self.step, self.rows = checkpoint["step"], checkpoint["rows"]
-        self.saved = self.step, path.parent
-        return checkpoint["seconds"]
+            self.step = self.saved = checkpoint["step"]
+            self.rows, self.began = checkpoint["rows"], time.time() - checkpoint["seconds"]
 
     def where(self) -> str:
         """What an interrupted run has, in words."""
-        if self.agent is None:
-            return "no step was made yet; the same command goes on building data from the last save"
         if not self.saved:
-            return "there is no checkpoint yet"
-        step, folder = self.saved
-        return f"the checkpoint of step {step} is kept in {folder}; --resume goes on from it"
+            return f"at step {self.step} there is no checkpoint yet; what is built of the data is kept"
+        return f"at step {self.step} the checkpoint of step {self.saved} is kept in {self.folder}; --resume goes on"
 
 
 @contextlib.contextmanager
-def endings(program: str, smaller: str, interrupted: Callable[[], str]):
-    """Every way to fail ends in one line on standard error and an exit code."""
+def endings(program: str, kept: Callable[[], str]):
+    """Every way to fail ends in one line on standard error and an exit code; `kept` says what is left."""
     try:
         yield
         return
     except DataError as error:
-        message, code = str(error), error.code
+        message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
-    except (MemoryError, RuntimeError) as error:
-        text = str(error) or "MemoryError"
-        if not any(word in text for word in ("out of memory", "allocate", "MemoryError")):
-            raise
-        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes, as {smaller}", 2
+    except FloatingPointError as error:
+        message, code = f"diverged: {error}; {kept()}", 3
     except KeyboardInterrupt:
-        message, code = f"interrupted; {interrupted()}", 130
+        message, code = f"interrupted; {kept()}", 130
     print(f"{program}:", *message.splitlines(), file=sys.stderr)
     raise SystemExit(code)
 
@@ -1913,16 +1544,10 @@ def endings(program: str, smaller: str, interrupted: Callable[[], str]):
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
     """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
-    with endings(script.name, "--batch-size or --hidden", lambda: run.where() if run else "nothing was begun"):
+    with endings(script.name, lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)
-        try:
-            train(args, run)
-        except FloatingPointError as error:
-            raise Diverged(f"diverged: {error} (step {run.step}); {run.where()}") from None
+        train(args, run)
 
 
 # ------------------------------------------------------------------------------------- runs: what they have learned
@@ -1949,18 +1574,19 @@ def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[M
     """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
     step saw, as test_quality. DataError if the data are not those of the run, and whatever a reader raises.
 
-    Code is executed: the script of the run's name, from the working directory or from beside this file, else the run's
-    own copy; and where the family is not known the file that was started, which registers it.
+    Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
+    is not known the file that was started, which registers it.
     """
     folder, on = Path(folder).resolve(), choose_device(device)
     saved, checkpoint = json.loads((folder / "args.json").read_text()), read(folder / "checkpoint.pt", on)
-    name, here = folder.parts[-4], Path(__file__).resolve().parent
-    if name not in sys.modules:
-        places = [place / f"{name}.py" for place in (Path.cwd(), here, here / "benchmark")]
-        _execute(name, next(filter(Path.is_file, places), folder / "source.py"))
+    name, runs = folder.parts[-4], Path(saved["run_dir"])
+    if importlib.util.find_spec(name) is None:
+        spec = importlib.util.spec_from_file_location(name, folder / "source.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
     if saved["env"] not in envs.FAMILIES:
-        _execute("started", folder / "started.py")
-    script, runs = sys.modules[name], Path(saved["run_dir"])
+        runpy.run_path(str(folder / "started.py"), run_name="started")
+    script = importlib.import_module(name)
     args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
     hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
     for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
@@ -1974,18 +1600,6 @@ def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[M
     if checkpoint["dataset"][same] != world.checksum[same]:
         raise DataError(f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}")
     return script, args, world, agent
-
-
-def _execute(name: str, path: Path) -> None:
-    """Imports a file as the module of this name. Where it goes on to a `main` that ends the program, it is over."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        with contextlib.suppress(SystemExit):
-            spec.loader.exec_module(sys.modules[name])
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 # ---------------------------------------------------------------------------------------------- runs: their pictures
@@ -2040,60 +1654,41 @@ def plot_embeddings(run: Run, tasks: np.ndarray, z_train: torch.Tensor, z_test: 
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-def describe(path: Path, env: str | None = None) -> str:
-    """A few lines on a dataset."""
-    dataset = load(path, env)
-    t, n, d = dataset.observations.shape
-    length = n / ((dataset.episodes.diff(dim=1) != 0).sum(1).double().mean().item() + 1)
-    lines = [
-        f"{path}  ({path.stat().st_size / 1e6:.0f} MB)",
-        f"  {dataset.meta.get('env', 'your own data')}, {dataset.meta.get('quality', 'your own data')}: {t} tasks "
-        f"({len(dataset.train_tasks)} training, {len(dataset.test_tasks)} test), {n:,} transitions each, "
-        f"episodes of {length:.0f} steps, {dataset.terminals.mean().item():.2%} terminal",
-    ]
-    for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
-        r = dataset.returns[index]
-        if np.isfinite(r).all():  # relabelled data and your own may have none
-            lines.append(f"  return, {name} tasks: mean {r.mean():.2f}, worst {r.min():.2f}, best {r.max():.2f}")
-    if dataset.meta.get("behaviour") == "scripted":
-        lines.append(f"  {successes(dataset).mean():.0%} of the trajectories achieve what is wanted")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Build(Settings):
+    """The flags of this file's own command line: those of `prepare`, and of SAC, which by default are the family's."""
+
+    # run
+    env: str = ""  # task family
+    seed: Whole = 0  # of the tasks and of everything drawn
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # where SAC learns
+    workers: Count | None = None  # processes on a CPU; unless given: one for each core
+    # data
+    train: Count | None = None  # number of training tasks; unless given: the papers'
+    test: Count | None = None  # number of test tasks; unless given: the papers'
+    data_dir: Path = Path("datasets")  # where datasets are kept
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    numbers = [field for field in dataclasses.fields(Settings) if field.name not in ("core_minutes", "shard")]
-    kinds = get_type_hints(Settings, include_extras=True)
-    epilog = f"How SAC learns and is rolled out (see Settings): {', '.join(flag(n.name) for n in numbers)}"
-    parser = Parser(description="Builds (or finds) offline datasets and describes them.", epilog=epilog)
-    parser.add_argument("--env", required=True, choices=list(envs.FAMILIES), help="task family")
+    parser, _ = flags_of(Build, list(envs.FAMILIES), "Builds (or finds) offline datasets and describes them.", flag)
     parser.add_argument("--quality", nargs="+", default=["mixed"], choices=QUALITIES, help="which datasets")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks and of everything drawn")
-    parser.add_argument("--train", type=int, help="number of training tasks; default: the papers'")
-    parser.add_argument("--test", type=int, help="number of test tasks; default: the papers'")
-    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), help="where datasets are kept")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where SAC learns")
-    parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not one graph")
-    parser.add_argument("--workers", type=int, help="processes on a CPU; default: one for each core")
-    parser.add_argument("--behaviour", choices=BEHAVIOURS, help="who acts; default: the family's script, else sac")
-    parser.add_argument("--sparse", action="store_true", help="say what FOCAL++'s sparse context rewards would be")
-    for field in numbers:
-        how = {"type": partial(parse_value, kinds[field.name]), "help": argparse.SUPPRESS}
-        parser.add_argument(flag(field.name), dest=field.name, **how)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if "help" in given:
+        parser.print_help()
+        raise SystemExit(0)
+    refuse(("env" not in given, f"--env: expected one of {', '.join(envs.FAMILIES)}"))
+    return given
 
 
 def main(argv: list[str] | None = None) -> None:
-    global GRAPHS
-    with endings("data.py", "--sac-hidden, or fewer --workers", lambda: "the same command goes on from the last save"):
+    with endings("data.py", lambda: "the same command goes on from the last save"):
         args = vars(parse_args(argv))
-        sparse_too, GRAPHS = args.pop("sparse"), not args.pop("no_graph")
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)
-            print(describe(path, args["env"]))
-            if sparse_too:
-                dataset = load(path)
-                threshold, share = sparsify(dataset), (dataset.context_rewards > 0).double().mean()
-                print(f"  sparse contexts: R = {threshold:.3g}, {share:.0%} non-zero")
+            dataset = load(path, args["env"])
+            for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
+                mean = dataset.returns[index].mean()  # not a number where the file does not tell
+                print(f"{path}: {len(index)} {name} tasks, mean return {mean:.2f}")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,19 @@ def plot_returns(axes, dataset, name):
     axes.set_ylabel("return of an episode")
 
 
+def successes(dataset):
+    """(T, N) numbers of episodes from 0, and (T, episodes) whether what is wanted, a reward of 0, was ever achieved."""
+    episodes = dataset.episodes.cpu().numpy()
+    episodes = (np.diff(episodes, axis=1, prepend=episodes[:, :1]) != 0).cumsum(1)
+    task, i = np.nonzero(dataset.rewards.cpu().numpy() == 0)
+    achieved = np.zeros((len(episodes), episodes.max() + 1), bool)
+    achieved[task, episodes[task, i]] = True
+    return episodes, achieved
+
+
 def plot_behaviours(left, right, dataset, row):
     """Which share of each task's trajectories achieve what is wanted there, and the hand's paths in those that do."""
-    wanted, achieved = dataset.tasks[:, row.script.column].astype(int), data.successes(dataset)
-    episodes = data.numbered(dataset.episodes.cpu().numpy())
+    wanted, (episodes, achieved) = dataset.tasks[:, row.script.column].astype(int), successes(dataset)
     share, place = achieved.mean(1), 0
     for k, name in enumerate(row.script.names):
         rows = np.flatnonzero(wanted == k)
@@ -120,11 +129,10 @@ def film(path, gif, count=4, seed=0):
         return envs.film(vector, data.Performer(row, dataset.tasks[shown], seed).act, gif)
     try:
         agents = data.read(trained)
-        data.check_behaviour(agents)
+        policies = agents["policies"][0 if dataset.meta["quality"] == "random" else -1, shown]
+        actor = data.load_policies(policies, row, agents["settings"]["hidden"])
     except Exception as error:
         raise data.DataError(f"{trained}: no policies to film there ({type(error).__name__})") from None
-    policies = agents["policies"][0 if dataset.meta["quality"] == "random" else -1, shown]
-    actor = data.load_policies(policies, row, agents["settings"]["hidden"])
 
     @torch.no_grad()
     def policy(obs):

@@ -498,7 +498,7 @@ def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, file
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text((ROOT / "focal.py").read_text())
     Path("mine.npz").write_bytes(files[SPARSE].read_bytes())
-    data._execute("mine", Path("mine.py").resolve())
+    script("mine", tmp_path)
     sys.modules["mine"].main(f"--env {SPARSE} --data mine.npz {FEW}".split())
     del sys.modules["mine"]
     (run,) = tmp_path.glob(f"runs/mine/{SPARSE}/*/seed0")

@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -195,7 +194,7 @@ def make_trainer(env, tasks, seed=0, **changes):
 
 
 def finish(trainer):
-    while not trainer.finished:
+    while trainer.iteration < trainer.iterations:
         trainer.step()
     return trainer
 
@@ -220,7 +219,7 @@ def test_a_saved_trainer_goes_on_exactly(env, nstep):
     """Saved while actions are still random, in the middle of an episode, and at the end of one."""
     tasks, changes, files = envs.sample_tasks(env, 2, 0), {"steps": 240, "nstep": nstep}, []
     whole = make_trainer(env, tasks, **changes)
-    while not whole.finished:
+    while whole.iteration < whole.iterations:
         whole.step()
         if whole.iteration in (7, 33, 40):
             files.append(io.BytesIO())
@@ -231,7 +230,6 @@ def test_a_saved_trainer_goes_on_exactly(env, nstep):
         other = make_trainer(env, tasks, seed=99, **changes)
         other.load_state_dict(torch.load(file, weights_only=True))
         assert_same_runs(finish(other), whole)
-        assert_equal(other.last_score, whole.last_score)
         for key, value in whole.agent.state_dict().items():
             assert_equal(value, other.agent.state_dict()[key])
 
@@ -240,9 +238,9 @@ def test_policies_are_kept_from_the_untrained_to_the_last():
     trainer, seen = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0), checkpoints=6), []
     for _ in range(101):
         seen.append(torch.cat([p.detach().flatten(1) for p in trainer.agent.actor.parameters()], 1))
-        if not trainer.finished:
+        if trainer.iteration < 100:
             trainer.step()
-    assert trainer.finished
+    assert trainer.iterations == 100
     assert_equal(trainer.result()["policies"], torch.stack(seen[::20]))
     moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
     assert moved == [False] * 19 + [True] * 81  # learning begins with the 80th transition of each task
@@ -319,7 +317,8 @@ def test_a_blow_up_is_not_learned_from():
 
 # ---------------------------------------------------------------------------------------------------- whole builds
 def prepare(folder, env=WIND, quality="mixed", seed=3, train=3, test=2, workers=1, **changes):
-    return data.prepare(env, quality, seed, folder, train, test, "cpu", workers, **(TINY | changes))
+    changes = TINY | {"train": train, "test": test, "workers": workers} | changes
+    return data.prepare(env, quality, seed, folder, device="cpu", **changes)
 
 
 def run_here(jobs, *_):
@@ -430,7 +429,9 @@ def test_a_killed_build_goes_on_with_more_workers(folder, tmp_path, monkeypatch,
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
-UNGUARDED = f"import data; print(data.prepare({WIND!r}, 'mixed', 3, '.', 3, 2, 'cpu', 2, **{TINY}))"
+UNGUARDED = (
+    f"import data; print(data.prepare({WIND!r}, 'mixed', 3, '.', train=3, test=2, device='cpu', workers=2, **{TINY}))"
+)
 
 
 def output_of(process):
@@ -461,7 +462,7 @@ def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_p
     """Out of memory kills a worker, not the whole."""
     patch = "step = data.Trainer.step\n"
     patch += "data.Trainer.step = lambda t: os.kill(os.getpid(), 9) if t.n == 2 and t.iteration == 50 else step(t)"
-    with monkeypatch.context() as killed, pytest.raises(data.DataError, match="a process was killed"):
+    with monkeypatch.context() as killed, pytest.raises(data.DataError, match="a process failed or was killed"):
         killed.setattr(data, "WORKER", worker(patch))
         prepare(tmp_path, workers=2)
     assert not list(tmp_path.rglob("*.npz"))
@@ -472,7 +473,7 @@ def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_p
 @pytest.mark.parametrize(
     ("patch", "error"),
     [
-        ("data.Trainer.step = lambda t: t.check(t.last_score > 0)", data.Diverged),
+        ("data.Trainer.step = lambda t: t.vector.step(t.obs / 0)", FloatingPointError),
         ("data.write = lambda path, _: open(path / 'x', 'wb')", data.DataError),
     ],
 )
@@ -520,7 +521,7 @@ def part(tmp_path):
     def train(**changes):
         tasks, settings = envs.sample_tasks(WIND, 2, 0), dataclasses.asdict(tiny(**changes))
         reports = list(data._train_shard(tmp_path / "part.pt", WIND, tasks, 5, settings, "cpu", 1))
-        assert reports[-1][0] == settings["steps"] // settings["envs"]
+        assert reports[-1] == settings["steps"] // settings["envs"]
         return tmp_path / "part.pt"
 
     return train
@@ -549,46 +550,26 @@ def test_a_part_whose_last_write_failed_is_completed(part, monkeypatch, often):
 def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(data.time, "time", lambda: now[0])
-    bar = data.Progress("x", 1000, "steps")
-    for done, restored in ((0, 0), (500, 500), (540, 500)):
-        bar.show(done, restored)
+    bar = data.Progress("x", 1000)
+    for done in (500, 520, 560):
+        bar.show(done)
         now[0] += 20
-    assert capsys.readouterr().out.splitlines()[-1] == "x:  54%, 1.00 steps/s, 7.7 min left"
+    assert capsys.readouterr().out.splitlines()[-1] == "x:  56%, 2.00 steps/s, 3.7 min left"
 
 
 @pytest.mark.parametrize(
     ("quality", "changes", "said"),
     [
-        ("mixed", {"envs": 500}, "--sac-envs: expected at most the 400 of --sac-steps, found 500"),
-        ("mixed", {"envs": 150, "start": 350}, "--start: expected less than 301 with these --sac-steps, found 350"),
-        ("mixed", {"envs": 4, "nstep": 101}, "--nstep: expected at most the 100 steps of each environment, found 101"),
-        ("mixed", {"trajectories": 1}, "--trajectories: mixed data are of several policies; expected at least 2"),
-        ("replay", {"replay": 3}, "--replay: expected at least the 4 of --sac-envs, found 3"),
+        ("mixed", {"envs": 500}, "--sac-steps: with 400 nothing would be learned"),
+        ("mixed", {"envs": 150, "start": 350}, "--sac-steps: with 400 nothing would be learned"),
+        ("mixed", {"envs": 4, "nstep": 101}, "--sac-steps: with 400 nothing would be learned"),
+        ("mixed", {"trajectories": 1}, "--trajectories: mixed data are of several policies"),
     ],
 )
 def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_path, quality, changes, said):
     with pytest.raises(data.DataError, match=said):
         prepare(tmp_path, quality=quality, **changes)
     assert not list(tmp_path.iterdir())
-
-
-def test_policies_whose_actions_are_not_finite_have_diverged(copied):
-    behaviour = data.read(copied / "behaviour.pt")
-    tasks, policies = behaviour["tasks"].numpy(), behaviour["policies"].transpose(0, 1) * 1e30
-    with pytest.raises(data.Diverged, match="actions of SAC's policies are not finite"):
-        data.collect(WIND, tasks, policies, data.Settings(**behaviour["settings"]), 0)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_ends_in_one_line(monkeypatch, capsys, error):
-    def no_memory(**_):
-        raise error
-
-    monkeypatch.setattr(data, "prepare", no_memory)
-    with pytest.raises(SystemExit) as end:
-        data.main(["--env", WIND])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("data.py: out of memory (") and said.count("\n") == 1
 
 
 def test_another_settings_is_refused(copied):
@@ -600,16 +581,16 @@ def test_another_settings_is_refused(copied):
         assert all(str(x) in text for x in (copied / "behaviour.pt", key, value, TINY[key])) and "\n" not in text
         assert (copied / "behaviour.pt").read_bytes() == before and names(copied) == {"behaviour.pt"}
     assert prepare(copied.parent.parent, core_minutes=7.0, trajectories=10).exists()  # these change no agent
-    with pytest.raises(data.DataError, match="mixed.npz: made with --trajectories 10, asked for 5; use another"):
+    with pytest.raises(data.DataError, match=r"mixed.npz: made with --trajectories 10, asked for \[5\]; use another"):
         prepare(copied.parent.parent)
     assert prepare(copied.parent.parent, trajectories=None, discount=None).exists()  # whatever they are
 
 
 def test_settings_that_would_teach_nothing_are_refused():
-    for changes, flag in (({"steps": 400, "start": 400}, "--start"), ({"checkpoints": 1}, "--checkpoints")):
+    for changes, flag in (({"steps": 399, "start": 400}, "--start"), ({"checkpoints": 1}, "--checkpoints")):
         with pytest.raises(data.DataError, match=flag):
             data.settings_for(WIND, CPU, **changes)
-    assert data.settings_for(WIND, CPU, steps=401, start=400).start == 400
+    assert data.settings_for(WIND, CPU, steps=400, start=400).start == 400
 
 
 def test_settings_on_cuda():
@@ -642,9 +623,7 @@ def test_a_save_holds_what_was_met_and_no_more():
 
 
 def test_the_learning_rate_falls_to_a_tenth():
-    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0))
-    while not trainer.finished:
-        trainer.step()
+    trainer = finish(make_trainer(WIND, envs.sample_tasks(WIND, 2, 0)))
     assert trainer.optimiser.param_groups[0]["lr"].item() == pytest.approx(0.1 * TINY["lr"], rel=0.1)
 
 
@@ -681,9 +660,8 @@ def test_a_damaged_behaviour_is_refused(way, copied):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(data.DataError, match="file") as error:
+    with pytest.raises(OSError, match="file"):
         prepare(tmp_path / "file")
-    assert "\n" not in str(error.value)
 
 
 def test_unknown_names_are_refused(tmp_path):
@@ -717,13 +695,12 @@ def test_one_builder_at_a_time(tmp_path, capsys):
 
 
 @pytest.mark.skipif(data.fcntl is None, reason="needs file locks")
-def test_a_file_system_without_locks_is_built_on(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_built_on(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(data.fcntl, "flock", flock)
     assert data.prepare("sawyer", "mixed", data_dir=tmp_path, train=1, test=1, trajectories=1).exists()
-    assert f"no locks there ({os.strerror(errno.ENOLCK)})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -978,10 +955,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     arrays, path = sample(), tmp_path / "new" / "x.npz"
     data.save(path, arrays | {"first_return": np.zeros(3)}, {"env": WIND, "note": "mine"})
     dataset = data.load(str(path), WIND)
-    for key, (ndim, kind) in (data.REQUIRED | data.OPTIONAL).items():
+    for key, (axes, kind) in (data.REQUIRED | data.OPTIONAL).items():
         found = np.asarray(getattr(dataset, {"sparse_rewards": "context_rewards"}.get(key, key)))
         assert_equal(found, arrays[key])
-        assert found.dtype == kind and found.ndim == ndim
+        assert found.dtype == kind and found.ndim == len(axes)
     assert dataset.meta["note"] == "mine" and names(path.parent) == {"x.npz"}
     assert isinstance(dataset.observations, torch.Tensor) and isinstance(dataset.tasks, np.ndarray)
     assert set(np.load(path, allow_pickle=False).files) == {*arrays, "meta"}
@@ -996,7 +973,6 @@ def test_your_own_file_loads(tmp_path):
         assert_equal(dataset.context_rewards, arrays["rewards"])
         known = {"env": env} if env else {}  # the family decides how contexts are made sparse
         assert dataset.meta == known | {"checksum": data.checksum(arrays)}  # computed, for what resumes on it
-    assert "2 training, 1 test" in data.describe(tmp_path / "own.npz")
 
 
 def test_numbers_of_other_types_are_cast(tmp_path):
@@ -1030,33 +1006,6 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
     refused(tmp_path / "x.npz", "cannot be read (Permission denied)")
 
 
-def in_a_row():
-    """Rows as an environment gives them: two episodes of three steps in each of three tasks."""
-    arrays = sample()
-    position = np.cumsum(arrays["actions"].reshape(3, 2, 3, 2), axis=2)
-    before = np.concatenate([np.zeros_like(position[:, :, :1]), position[:, :, :-1]], axis=2)
-    return arrays | {"observations": before.reshape(3, 6, 2), "next_observations": position.reshape(3, 6, 2)}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda a: {}, None),
-        (lambda a: {"next_observations": np.roll(a["observations"], -1, 1)}, "3 of 3 last rows .* shifted by a row"),
-        (lambda a: {"episodes": 0 * a["episodes"]}, "3 of 15 rows inside an episode .* look at episodes"),
-        (lambda a: {key: a[key][:, [2, 0, 1, 3, 4, 5]] for key in ("observations", "next_observations")}, ".*shuffled"),
-        (lambda a: {"episodes": np.arange(6) + 0 * a["episodes"]}, "12 of 15 last rows"),
-    ],
-)
-def test_rows_that_do_not_follow_each_other_are_spoken_of(change, said, tmp_path, capsys):
-    """In one line; they are loaded all the same."""
-    arrays = in_a_row()
-    np.savez(tmp_path / "x.npz", **arrays | change(arrays))
-    data.load(tmp_path / "x.npz", WIND)
-    err = capsys.readouterr().err
-    assert err.count("\n") == (said is not None) and (said is None or re.search(f"x.npz: warning: {said}", err)), err
-
-
 def test_tasks_may_be_both_training_and_test_tasks_if_all_are(tmp_path):
     np.savez(tmp_path / "x.npz", **sample() | {"train_tasks": np.arange(3), "test_tasks": np.array([2, 1, 0])})
     assert data.load(tmp_path / "x.npz").test_tasks.tolist() == [2, 1, 0]
@@ -1080,7 +1029,7 @@ DAMAGE |= {f"{key} of another type": (lambda a, k=key, t=kind: {k: a[k].astype(t
 DAMAGE |= {f"{key} flat": (lambda a, k=key: {k: a[k][..., None]}, [key, "axes"])
            for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
 DAMAGE |= {
-    "no rows": (lambda a: {k: a[k][:, :0] for k in a if a[k].ndim > 1 and k != "tasks"}, ["observations"]),
+    "no rows": (lambda a: {k: a[k][:, :0] for k in a if a[k].ndim > 1 and k != "tasks"}, ["expected at least one"]),
     "action too large": (lambda a: {"actions": put(a["actions"], 1.01)}, ["actions", "1.01"]),
     "action too small": (lambda a: {"actions": put(a["actions"], -1.01)}, ["actions", "1.01"]),
     "half terminal": (lambda a: {"terminals": put(a["terminals"], 0.5)}, ["terminals"]),
@@ -1088,11 +1037,11 @@ DAMAGE |= {
     "both kinds of task": (lambda a: {"test_tasks": np.array([1, 2])}, ["2", "training", "test"]),
     "an action one rounding too large": (lambda a: {"actions": put(a["actions"], np.nextafter(np.float32(1), 2))},
                                          ["actions reach 1.0000001,"]),
-    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks holds 3,", "from 0 to 2"]),
-    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks holds -1,"]),
-    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks holds 0 more than once"]),
-    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["test_tasks is empty"]),
-    "half a task": (lambda a: {"test_tasks": np.array([0.5])}, ["test_tasks holds 0.5,", "whole numbers"]),
+    "task beyond": (lambda a: {"train_tasks": np.array([0, 3])}, ["train_tasks holds [0, 3]", "from 0 to 2"]),
+    "task below": (lambda a: {"test_tasks": np.array([-1])}, ["test_tasks holds [-1]"]),
+    "task twice": (lambda a: {"train_tasks": np.array([0, 0])}, ["train_tasks holds [0, 0], expected different"]),
+    "no test tasks": (lambda a: {"test_tasks": np.zeros(0, int)}, ["expected at least one"]),
+    "half a task": (lambda a: {"test_tasks": np.array([0.5])}, ["test_tasks holds other than whole numbers"]),
     "reward too large for float32": (lambda a: {"rewards": put(a["rewards"].astype(float), 1e300)}, ["not finite"]),
 }  # fmt: skip
 
@@ -1153,7 +1102,7 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
         if key == "extra":
             data.load(tmp_path / "x.npz")  # what no dataset needs is not read
         else:
-            refused(tmp_path / "x.npz", f"{key} holds Python objects")
+            refused(tmp_path / "x.npz", f"{key} is damaged or not numbers")
     assert names(tmp_path) == {"x.npz"}
 
 
@@ -1171,9 +1120,9 @@ def test_another_format_and_bad_meta_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, meta=np.array(json.dumps({"format": data.FORMAT + 1})), **sample())
     refused(path, "format", str(data.FORMAT), str(data.FORMAT + 1))
-    for meta in ("{", "", "[1, 2]", "null", "3", "collected in spring"):
+    for meta in ("{", "", "[1, 2]", "null", "3", "collected in spring", '{"env": [1]}'):
         np.savez(path, meta=np.array(meta), **sample())
-        refused(path, f"meta is {meta!r}")
+        refused(path, "meta is")
 
 
 @pytest.mark.parametrize("key", data.REQUIRED | data.OPTIONAL)
@@ -1267,9 +1216,9 @@ def test_command_builds_and_describes(capsys, tmp_path):
     out = capsys.readouterr().out
     for quality, rows in (("random", 600), ("replay", 160)):
         path = tmp_path / WIND / "2+1-seed1" / f"{quality}.npz"
-        assert str(path) in out and f"{rows} transitions each" in out
+        assert f"{path}: {rows} transitions a task" in out
         assert data.load(path, WIND).meta["settings"]["hidden"] == 8
-    assert "3 tasks (2 training, 1 test)" in out and "0.00% terminal" in out
+    assert "2 training tasks, mean return -" in out and "1 test tasks, mean return -" in out
     data.main(flags.split())
     assert "building" not in capsys.readouterr().out
 

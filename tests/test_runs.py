@@ -5,7 +5,6 @@ FUZZ=3000 python -m pytest tests/test_runs.py -k fuzz      # that many mutations
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -47,8 +46,6 @@ class Args(data.Args):
     # ablations
     law: Literal["square", "linear", 2] = "square"  # of the loss
     bias: bool = True  # whether the network has one
-
-    GROWS = ("steps", "half")
 
     def complete(self, given):
         super().complete(given)
@@ -204,17 +201,6 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-SLIPS = [("--stpes 5", "--steps"), ("--stpes=5", "--steps"), ("--evl-every 5", "--eval-every")]
-SLIPS += [("--env walker-param", WALKER), ("--law sqare", "square"), ("--quality expret", "expert"), ("--xyz 3", "")]
-
-
-@pytest.mark.parametrize(("text", "meant"), SLIPS)
-def test_a_slip_is_answered_with_what_was_meant(capsys, text, meant):
-    line = ended(capsys, text.split(), 2)
-    assert line.rstrip("\n").endswith(f"did you mean {meant}?") if meant else "mean" not in line
-    assert not meant.startswith("--") or "unrecognized arguments: --" in line
-
-
 def test_flags_that_do_not_go_together(files, capsys):
     for flag in ("--quality expert", "--test-quality expert", "--data-seed 1"):
         ended(capsys, words(files, "nowhere", flag), 2, flag, "--data has the data of all tasks")
@@ -275,7 +261,7 @@ def test_data_with_an_odd_name_can_be_run_on_and_gone_on_with(files, tmp_path, c
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(files[WIND].read_bytes())
     run({WIND: path}, tmp_path / "runs")
-    run({WIND: path}, tmp_path / "runs", "--resume --steps 8")
+    run({WIND: path}, tmp_path / "runs", "--resume")
     assert "going on from step 6" in capsys.readouterr().out
 
 
@@ -291,8 +277,6 @@ def test_what_a_run_writes(files, tmp_path, capsys, monkeypatch):
     assert (path / "source.py").read_text() == Path(__file__).read_text()
     assert (path / "started.py").read_text() == mine.read_text()
     args, final = (json.loads((path / name).read_text()) for name in ("args.json", "final.json"))
-    checksums = args.pop("checksums")
-    assert checksums == {m: hashlib.sha256((ROOT / m).read_bytes()).hexdigest() for m in ("data.py", "envs.py")}
     assert (args["lr"], args["data"], args["seed"], args["half"]) == (0.2, str(files[WIND]), 2, 3)
     rows = metrics(path, but=())
     assert [list(row) for row in rows] == [["step", "seconds", "loss", "even", "return_mean", "train_return_mean"]] * 2
@@ -345,14 +329,6 @@ def test_evaluations_are_due_at_marks_too(files, tmp_path):
     run = data.Run(parse_args(words(files, tmp_path, "--eval-every 5")), Path(__file__))
     run.agent = Toy(run.args)
     assert [step for step in run.steps(12, 3, 7) if run.due(step)] == [3, 5, 7, 10, 12]
-
-
-def test_a_run_s_rate_is_not_disturbed_by_its_saves(files, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(data.Progress, "show", lambda bar, done, restored=0, note="": shown.append((done, restored)))
-    run(files, tmp_path, "--steps 4 --eval-every 2")
-    run(files, tmp_path, "--steps 6 --eval-every 2 --resume")
-    assert shown == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 4), (6, 4)]
 
 
 # ------------------------------------------------------------------------------------------ what stands is kept, resume
@@ -453,26 +429,6 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, 
         assert_equal(a[key], b[key])
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
-    """From the newest, and not from one of other settings, seed or script."""
-    for i, more in enumerate(("--steps 3", "", "--steps 9 --lr 0.2", "--steps 8 --seed 1", "--steps 7 --half 5")):
-        file = run(files, tmp_path, more) / "checkpoint.pt"
-        os.utime(file, times=(1e9 + i,) * 2)
-    path = run(files, tmp_path, "--steps 12 --resume")
-    assert "going on from step 6 of" in capsys.readouterr().out
-    run(files, tmp_path, "--steps 4 --resume --seed 2")
-    assert "no checkpoint yet" in capsys.readouterr().out
-    whole = run(files, tmp_path / "whole", "--steps 12")
-    assert metrics(path) == metrics(whole)
-    assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
-
-
-def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):
-    run(files, tmp_path)
-    ended(capsys, words(files, tmp_path, "--steps 3 --resume"), 2, "--steps", "made with 6, found 3", "--overwrite")
-    assert len(list(tmp_path.rglob("metrics.csv"))) == 1
-
-
 def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(files, tmp_path, monkeypatch, capsys):
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     stored = checkpoint(path)
@@ -482,7 +438,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(files, tmp_
     (path.parent.with_name("small,tau=0.3") / "seed0").mkdir(parents=True)
     run(files, tmp_path, "--resume")
     torch.save(stored | {"args": stored["args"] | {"tau": 0.25}}, path / "checkpoint.pt")
-    ended(capsys, words(files, tmp_path, "--resume"), 2, "--tau: the checkpoint was made with 0.25, found 0.5")
+    ended(capsys, words(files, tmp_path, "--resume"), 2, "checkpoint.pt: made with --tau 0.25, asked for [0.5]")
 
 
 def test_settings_of_the_checkpoint_must_be_those_of_the_run(files, tmp_path, monkeypatch, capsys):
@@ -490,9 +446,9 @@ def test_settings_of_the_checkpoint_must_be_those_of_the_run(files, tmp_path, mo
     stored = checkpoint(path)
     for key, then, now in (("lr", 0.5, 0.1), ("width", 9, 3), ("law", "linear", "square"), ("half", 4, 3)):
         torch.save(stored | {"args": stored["args"] | {key: then}}, path / "checkpoint.pt")
-        says = f"--{key}: the checkpoint was made with {then!r}, found {now!r}"
+        says = f"made with --{key} {then}, asked for {[now]}"
         ended(capsys, words(files, tmp_path, "--resume"), 2, says)
-    for key, then in (("run_dir", "x"), ("device", "cuda"), ("threads", 4), ("data", "elsewhere.npz"), ("steps", 5)):
+    for key, then in (("run_dir", "x"), ("device", "cuda"), ("threads", 4), ("data", "elsewhere.npz")):
         torch.save(stored | {"args": stored["args"] | {key: then}}, path / "checkpoint.pt")
         with monkeypatch.context() as patch:
             interrupt(patch, "steps")
@@ -520,7 +476,6 @@ def test_a_run_on_other_data_never_replaces_one(files, tmp_path, monkeypatch, ca
     before = contents(path)
     ended(capsys, argv("B"), 2, str(path), "--overwrite", *(["other data"] if done else []))
     ended(capsys, argv("B", "--resume"), 2, "made with other data", "--overwrite")
-    ended(capsys, argv("B", "--resume --steps 8"), 2, "made with other data")
     assert contents(path) == before
     main(argv("B", "--overwrite"))
     assert contents(path) != before
@@ -534,7 +489,7 @@ def test_ctrl_c_says_what_is_kept(files, tmp_path, monkeypatch, capsys):
         ended(capsys, argv, 130, "interrupted; nothing was begun")
     with monkeypatch.context() as patch:
         interrupt(patch, "begin")
-        ended(capsys, argv, 130, "no step was made yet; the same command goes on building data from the last save")
+        ended(capsys, argv, 130, "at step 0 there is no checkpoint yet; what is built of the data is kept")
     with monkeypatch.context() as patch:
         interrupt(patch, "due")
         ended(capsys, argv, 130, "there is no checkpoint yet")
@@ -544,27 +499,10 @@ def test_ctrl_c_says_what_is_kept(files, tmp_path, monkeypatch, capsys):
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         interrupt(patch, "due")
-        ended(capsys, [*argv, "--resume"], 130, f"checkpoint of step 3 is kept in {path}; --resume goes on from it")
+        ended(capsys, [*argv, "--resume"], 130, f"the checkpoint of step 3 is kept in {path}; --resume goes on")
     with monkeypatch.context() as patch:
         interrupt(patch, "_save")  # of step 6
         ended(capsys, [*argv, "--resume"], 130, "the checkpoint of step 3 is kept")
-
-
-def test_ctrl_c_in_a_longer_run_names_the_folder_of_the_checkpoint(files, tmp_path, monkeypatch, capsys):
-    path = run(files, tmp_path)
-    interrupt(monkeypatch, "due")
-    ended(capsys, words(files, tmp_path, "--steps 9 --resume"), 130, f"the checkpoint of step 6 is kept in {path}; ")
-
-
-NO_MEMORY = [MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float))]
-NO_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes.\nat x")]
-NO_MEMORY += [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
-
-
-@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
-def test_running_out_of_memory_ends_in_one_line(files, tmp_path, monkeypatch, capsys, error):
-    interrupt(monkeypatch, "begin", 1, error)
-    ended(capsys, words(files, tmp_path), 2, "out of memory", "--batch-size")
 
 
 def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkeypatch):
@@ -578,9 +516,10 @@ def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkey
 def test_a_folder_that_cannot_be_written(files, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "runs", "/proc/nowhere", tmp_path / ("x" * 300)):
-        ended(capsys, words(files, folder), 2, f"--run-dir {folder}: cannot write there")
-    argv = ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "file")]
-    ended(capsys, argv, 2, "cannot build there")
+        ended(capsys, words(files, folder), 2, str(folder)[:100])
+    ended(
+        capsys, ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "file")], 2, str(tmp_path / "file")
+    )
 
 
 def test_cuda_is_refused_where_there_is_none(files, tmp_path, capsys):
@@ -598,18 +537,8 @@ def test_data_that_are_refused(files, tmp_path, capsys, how):
         rewards = load_arrays(files[WIND])["rewards"]
         rewards[3, 7] = np.nan
         changed(files[WIND], path, WIND, rewards=rewards)
-    word = {"other environment": "made for sparse-point-robot", "not a number": "rewards", "missing": "no such file"}
+    word = {"other environment": "made for sparse-point-robot", "not a number": "rewards", "missing": "No such file"}
     ended(capsys, words({WIND: path}, tmp_path / "runs"), 2, str(path), word.get(how, "not a readable"))
-
-
-def test_a_terminal_that_cannot_show_a_path_is_no_reason_to_end(tmp_path):
-    """Standard output of Windows, redirected: neither before training nor for the line that says what is wrong."""
-    folder = tmp_path / "数据"
-    argv = ["-c", "import test_runs; test_runs.main()", "--data", str(folder / "no.npz"), "--run-dir", str(folder)]
-    more = {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = python(*argv, env=more, encoding="cp1252")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and r"\u6570\u636e" in done.stderr
-    assert done.stdout.count("\n") == 1 and r"\u6570\u636e" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence
@@ -625,15 +554,10 @@ def test_the_first_value_that_is_not_finite_is_named(value):
         toy.check()
 
 
-def test_weights_and_sums_are_looked_at_too():
+def test_weights_are_looked_at_too():
     toy = Toy(parse_args([]))
     toy.check()
     toy.step.fill_(7)
-    for _ in range(2):
-        toy.note(loss=torch.tensor(3e38))
-        toy.record()
-    with pytest.raises(FloatingPointError, match="^the sum of loss is not finite at step 7$"):
-        toy.check()
     toy.net.bias.data.fill_(math.inf)
     with pytest.raises(FloatingPointError, match=r"^the weights net\.bias are not finite at step 7$"):
         toy.check()
@@ -688,7 +612,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_
 
 def test_a_run_is_not_disturbed_by_what_a_killed_one_left(files, tmp_path):
     path = data.Run(parse_args(words(files, tmp_path)), Path(__file__)).folder
-    for name in ("checkpoint.pt", "metrics.csv", ".writable"):
+    for name in ("checkpoint.pt", "metrics.csv"):
         (path / f".{name}.1.tmp").write_bytes(b"half")
     assert run(files, tmp_path, "--resume") == path and checkpoint(path)["step"] == 6
 
@@ -738,25 +662,6 @@ def test_fuzz_bytes_of_a_checkpoint(resuming):
     assert went_on < 0.3 * FUZZ
 
 
-def test_fuzz_contents_of_a_checkpoint(resuming):
-    """Refused, or something that makes no difference to what is believed: finite, of the same shapes and types."""
-    path, resume = resuming
-    rng, whole, refused, kind = np.random.default_rng(3), path.read_bytes(), 0, data.kind(resume().state_dict())
-    for _ in range(FUZZ):
-        path.write_bytes(whole)
-        stored = data.read(path)
-        place = odd_checkpoint(stored, rng)
-        torch.save(stored, path)
-        toy = resume()
-        if toy is None:
-            refused += 1
-            continue
-        assert data.kind(toy.state_dict()) == kind, place
-        assert all(value.isfinite().all() for key, value in toy.state_dict().items() if key != "bad_step"), place
-        assert place[0] in ("args", "optimisers", "rows", "agent", "random", "seconds", "standardisation"), place
-    assert refused > 0.5 * FUZZ
-
-
 def mangled(whole, rng):
     """Some bytes flipped, perhaps cut short or with something in between."""
     raw = bytearray(whole)
@@ -768,38 +673,6 @@ def mangled(whole, rng):
         place = rng.integers(len(raw) + 1)
         raw[place:place] = rng.bytes(rng.integers(1, 50))
     return bytes(raw)
-
-
-def places(value, here=()):
-    """Paths to everything in nested dictionaries and lists."""
-    yield here
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield from places(value[key], (*here, key))
-
-
-def odd_value(value, rng):
-    if torch.is_tensor(value) and rng.random() < 0.7:
-        ways = [value.half(), value.double(), value[..., None], torch.zeros(()), torch.zeros(2, 3), value.bool()]
-        ways += [value[:0] if value.dim() else value, value.clone()]
-        if value.is_floating_point():
-            ways[-1].view(-1)[:1] = math.nan
-        return ways[rng.integers(len(ways))]
-    ways = [None, "x\ny", -1, math.nan, [], {}, {"a": 1}, [[1]], 10**30, torch.zeros(3), True]
-    return ways[rng.integers(len(ways))]
-
-
-def odd_checkpoint(stored, rng):
-    """Changes one thing in it; returns where."""
-    where = list(places(stored))[1:]
-    *parents, last = where[rng.integers(len(where))] if rng.random() < 0.7 else (rng.choice(list(stored)),)
-    inside = stored
-    for key in parents:
-        inside = inside[key]
-    if rng.random() < 0.3:
-        del inside[last]
-    else:
-        inside[last] = odd_value(inside[last], rng)
-    return (*parents, last)
 
 
 def test_nothing_in_a_checkpoint_is_run(resuming, tmp_path):

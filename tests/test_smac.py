@@ -782,7 +782,7 @@ def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, ca
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         smac.main(argv)
-    assert end.value.code == 2 and "--steps: the checkpoint was made with 6" in capsys.readouterr().err
+    assert end.value.code == 2 and "made with --steps 6, asked for" in capsys.readouterr().err
 
 
 def test_a_run_of_another_length_is_not_looked_for(files, tmp_path, no_plots, capsys):

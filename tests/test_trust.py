@@ -7,14 +7,12 @@ FUZZ=3000 python -m pytest tests/test_trust.py -k fuzz      # that many mutation
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -28,7 +26,7 @@ from test_data import TINY as BEHAVIOUR
 from test_data import names, run_here, sample
 from test_data import prepare as prepare_tiny
 from test_focal import metrics
-from test_runs import FUZZ, MakesAFolder, contents, mangled, odd_checkpoint
+from test_runs import FUZZ, MakesAFolder, contents, mangled
 
 import data
 import envs
@@ -86,24 +84,13 @@ def test_killed_at_random_moments_nothing_is_lost():
     assert sum("killed at" in line for line in lines) >= 3  # the others had ended before
 
 
-def test_what_a_killed_process_left_behind_is_removed_and_disturbs_nothing(tmp_path):
-    path = tmp_path / "a[1].pt"
-    old, fresh, other = (tmp_path / f".{name}.99.tmp" for name in ("a[1].pt", "a[1].pt.7", "a1.pt"))
-    old, fresh = tmp_path / ".a[1].pt.99.tmp", tmp_path / ".a[1].pt.98.tmp"
-    for left in (old, fresh, other):
-        left.write_bytes(b"half")
-    for left in (old, other):
-        os.utime(left, times=(time.time() - 2 * data.STALE,) * 2)
-    data.write(path, lambda file: file.write(b"whole"))
-    assert path.read_bytes() == b"whole" and names(tmp_path) == {path.name, fresh.name, other.name}
-
-
 def test_a_build_is_not_disturbed_by_what_was_left_behind(tmp_path, here):
     there = tmp_path / WIND / "3+2-seed3"
     there.mkdir(parents=True)
     for name in ("behaviour-part0.pt", "behaviour.pt", "mixed.npz"):
         (there / f".{name}.1.tmp").write_bytes(b"half")
     assert data.load(prepare_tiny(tmp_path), WIND).rewards.shape == (5, 1000)
+    assert names(there) == {"behaviour.pt", "mixed.npz"}
 
 
 def test_parts_that_a_kill_left_beside_a_whole_behaviour_are_removed(here, tmp_path):
@@ -150,10 +137,8 @@ def test_a_full_disk_leaves_the_old_file(full, tmp_path, what, size):
 @pytest.mark.parametrize("name", ["behaviour-part1.pt", "behaviour.pt", "mixed.npz"])
 def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, capsys, name, monkeypatch):
     full(name)
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(OSError, match=f"File too large.*{name}"):
         prepare_tiny(tmp_path)
-    text = str(error.value)
-    assert name in text and "cannot build there (File too large)" in text and "\n" not in text
     (folder,) = tmp_path.glob("*/*")
     for path in folder.glob("*.pt"):
         data.read(path)
@@ -239,12 +224,12 @@ def test_behaviour_that_diverges_is_not_stored(where, here, tmp_path, monkeypatc
 
     monkeypatch.setattr(data.Trainer, "learn_eagerly", spoil)
     monkeypatch.setattr(data, "SAVE_EVERY", 0)
-    with pytest.raises(data.Diverged, match=rf"SAC diverged.*{WIND}, 1 of these 3 tasks, step 6[0-3]\b"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         prepare_tiny(tmp_path)
     (folder,) = tmp_path.glob("*/*")
     assert broken and names(folder) == {"behaviour-part0.pt"}
     stored = data.read(folder / "behaviour-part0.pt")["trainer"]
-    assert stored["iteration"] in (59, 60, 61) and all(x.isfinite().all() for x in stored["agent"].values())
+    assert stored["iteration"] <= 61 and all(x.isfinite().all() for x in stored["agent"].values())
     monkeypatch.undo()
     monkeypatch.setattr(data, "_run_jobs", run_here)
     assert data.load(prepare_tiny(tmp_path)).rewards.isfinite().all()  # the last save was good
@@ -258,7 +243,7 @@ def test_a_behaviour_driven_to_nan_ends_in_one_line(here, tmp_path, capsys, step
     with pytest.raises(SystemExit) as end:
         data.main(argv.split())
     err = capsys.readouterr().err
-    assert end.value.code == 3 and err.count("\n") == 1 and "SAC diverged" in err
+    assert end.value.code == 3 and err.count("\n") == 1 and "data.py: diverged: " in err
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz")]
 
 
@@ -374,7 +359,7 @@ def test_fuzz_arrays_of_a_dataset(tmp_path):
         if found is not None:
             used += 1
             rows = focal.pack(found, found.train_tasks, *data.standardisation(found.observations[found.train_tasks]))
-            assert rows.shape[1] == found.rewards.shape[1] and "transitions each" in data.describe(path)
+            assert rows.shape[1] == found.rewards.shape[1]
             assert data.episode_returns(found)[0].max(initial=0) < len(found.tasks)
     assert 0.05 * FUZZ < used < 0.6 * FUZZ
 
@@ -389,25 +374,6 @@ def test_episodes_may_be_numbered_in_any_way(tmp_path):
         np.savez(tmp_path / "x.npz", **arrays)
         for x, y in zip(data.episode_returns(data.load(tmp_path / "x.npz")), expected, strict=True):
             assert np.array_equal(x, y)
-        assert "episodes of 3 steps" in data.describe(tmp_path / "x.npz")
-
-
-def test_a_zip_bomb_is_refused_before_it_unfolds(tmp_path, monkeypatch):
-    """It says what it holds; a header that promises more than that does not get it either."""
-    arrays = sample() | {"sparse_rewards": np.zeros(20_000_000, np.float32)}
-    np.savez_compressed(tmp_path / "x.npz", **arrays)
-    assert (tmp_path / "x.npz").stat().st_size < 100_000
-    monkeypatch.setattr(np, "load", None)
-    monkeypatch.setattr(data, "_memory", lambda: 1e7)
-    with pytest.raises(data.DataError, match=r"x\.npz: holds 0 GB, this machine has 0 GB of memory"):
-        data.load(tmp_path / "x.npz")
-    monkeypatch.undo()
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6, 2)})
-    np.savez(tmp_path / "x.npz", **{key: value for key, value in sample().items() if key != "observations"})
-    with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
-        file.writestr("observations.npy", header.getvalue() + bytes(1000))
-    assert loaded(tmp_path / "x.npz") is None
 
 
 def test_nothing_in_a_behaviour_is_run(here, tmp_path):
@@ -441,13 +407,9 @@ def test_fuzz_a_behaviour(here, tmp_path):
     expected = prepare_tiny(tmp_path / "a", quality="random", trajectories=5)
     path, rng = expected.with_name("behaviour.pt"), np.random.default_rng(4)
     whole, wanted, refused = path.read_bytes(), data.load(expected).meta["checksum"], 0
-    for i in range(FUZZ // 2):
+    for _ in range(FUZZ // 2):
         expected.unlink(missing_ok=True)
-        path.write_bytes(mangled(whole, rng) if i % 2 else whole)
-        if i % 2 == 0:
-            stored = data.read(path)
-            odd_checkpoint(stored, rng)
-            torch.save(stored, path)
+        path.write_bytes(mangled(whole, rng))
         try:
             made = prepare_tiny(tmp_path / "a", quality="random", trajectories=5)
         except data.DataError as error:
