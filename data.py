@@ -521,6 +521,8 @@ def believing(path: Path, wrong: str, remedy: str):
     """DataError in the place of any error that comes of what a file holds."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
 
@@ -659,10 +661,10 @@ def _load_behaviour(path: Path, label: dict) -> dict:
     """A behaviour file, whole or in the making; DataError if it is damaged or made for anything else than `label`."""
     with believing(path, "damaged", "delete it to build it anew"):
         saved = read(path)
-        then, same = saved["settings"], torch.equal(saved["tasks"], label["tasks"]) and saved["env"] == label["env"]
-    asked = label["settings"] | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
-    check_same(path, then, asked, flag, "delete it or use another --data-dir")
-    refuse((not same, f"{path}: made for other tasks; delete it or use another --data-dir"))
+        asked = label["settings"] | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
+        check_same(path, saved["settings"], asked, flag, "delete it or use another --data-dir")
+        same = saved["env"] == label["env"] and torch.equal(saved["tasks"], label["tasks"])
+        refuse((not same, f"{path}: made for other tasks; delete it or use another --data-dir"))
     return saved
 
 
@@ -778,9 +780,9 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
         rows = {"observations": obs, "actions": action, "rewards": reward, "next_observations": after}
         rows |= {"terminals": terminated, "sparse_rewards": info.get("sparse_reward", reward), "episodes": episode}
         good = np.flatnonzero(~info["blew_up"] & (filled < steps))
+        out = out or {key: np.zeros((n, steps, *value.shape[1:]), np.float32) for key, value in rows.items()}
         for key, value in rows.items():
-            stored = out.setdefault(key, np.zeros((n, steps, *value.shape[1:]), np.float32))
-            stored[good, filled[good]] = value[good]
+            out[key][good, filled[good]] = value[good]
         filled[good] += 1
         episode += ended
         obs = following
@@ -1049,7 +1051,7 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
         (quality not in QUALITIES, f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"),
         (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
         (row.script and quality != "mixed", f"{env}: the script's data are mixed, found {quality}"),
-        (row.only and (train or test), f"{env}: the number of its tasks is fixed; all are for training and testing"),
+        (row.only and (train or test), f"{env}: all its tasks are for training and for testing; their number is fixed"),
         (several and settings.trajectories < 2, f"--trajectories: {quality} data are of several policies, found 1"),
     )
     train, test = train or row.train, test or row.test
@@ -1498,13 +1500,11 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         args, agent, anew = self.args, self.agent, "--overwrite begins anew"
+        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data"))  # of the data their checksums tell more
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
-            then, dataset = checkpoint["args"], checkpoint["dataset"]
-        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data"))  # of the data their checksums tell more
-        check_same(path, then, now, option, anew)
-        refuse((dataset != self.world.checksum, f"{path}: made with other data; {anew}"))
-        with believing(path, "its weights are not this script's", anew):
+            check_same(path, checkpoint["args"], now, option, anew)
+            refuse((checkpoint["dataset"] != self.world.checksum, f"{path}: made with other data; {anew}"))
             agent.load_state_dict(checkpoint["agent"])
             agent.check()
             for key, optimiser in agent.optimisers.items():

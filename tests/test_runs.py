@@ -698,7 +698,7 @@ def test_a_checkpoint_that_is_damaged_is_refused_in_words(files, tmp_path, monke
     path = unfinished(files, tmp_path, monkeypatch, capsys) / "checkpoint.pt"
     stored = checkpoint(path.parent)
     other = stored | {"agent": stored["agent"] | {"net.bias": torch.zeros(2)}}
-    for what, says in ((b"half", "not a checkpoint"), ({}, "not a checkpoint"), (other, "its weights are not")):
+    for what, says in ((b"half", "not a checkpoint"), ({}, "not a checkpoint"), (other, "not a checkpoint")):
         path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
         ended(capsys, words(files, tmp_path, "--resume"), 2, f"{path}: {says}", "--overwrite begins anew")
 
