@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import difflib
 import gc
 import hashlib
 import importlib.util
@@ -477,9 +478,21 @@ def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: b
 
 
 def fuse(fn: Procedure) -> Procedure:
-    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's."""
+    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's.
+    Where that fails one line says so, and `fn` goes on as it is."""
     torch._inductor.config.fallback_random = True
-    return torch.compile(fn, dynamic=False)
+    best = torch.compile(fn, dynamic=False)
+
+    def call():
+        nonlocal best
+        try:
+            best()
+        except Exception as error:  # each layer of the compiler has its own; later calls compile nothing
+            print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
+            best = fn
+            fn()
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------- files and locks
@@ -553,26 +566,30 @@ def locked(folder: Path):
 
 
 class Progress:
-    """A line every twenty seconds on long work, none on short: share done, rate since the last line, time left."""
+    """A line on long work, none on short: share done, rate since the last line, time left. On a terminal it is
+    rewritten every second, in a log one follows the other every twenty."""
 
-    def __init__(self, title: str, total: int, unit: str = "steps"):
+    def __init__(self, title: str, total: int, unit: str = "steps", shorter: str = ""):
         self.title, self.total, self.unit = title, total, unit
+        self.shorter = shorter  # said while more than an hour is left
+        self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
         self.said, self.last = time.time(), None  # when a line was said; the last call that made one, or the first
 
     def show(self, done: int) -> None:
         """So much is done; what was before the first call says nothing about the rate."""
         now = time.time()
         then, before = self.last = self.last or (now, done)
-        if now - self.said < 20 or done <= before:
+        if now - self.said < (1 if self.tty else 20) or done <= before:
             return
         rate, self.last = (done - before) / (now - then), (now, done)
         left = (self.total - done) / rate / 60
         how_fast = f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {left:,.1f} min left"
-        self.say(f"{self.title}: {done / self.total:4.0%}, {how_fast}")
+        how_fast += self.shorter if left > 60 else ""
+        self.say(f"{self.title}: {done / self.total:4.0%}, {how_fast}", "\r" if self.tty else "\n")
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, end: str = "\n") -> None:
         """Shows a line; the next one is due a while later."""
-        print(line, flush=True)
+        print(f"{line:<110}" if self.tty else line, end=end, flush=True)
         self.said = time.time()
 
 
@@ -847,13 +864,8 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
     task, i = train[drawn // n], drawn % n
     s, a, s2 = (arrays[key][task, i] for key in ("observations", "actions", "next_observations"))
     rewards = np.stack([row.reward(np.repeat(task[None], n, axis=0), s, a, s2, 1.0) for task in tasks])
-    alike = {
-        "observations": s,
-        "actions": a,
-        "next_observations": s2,
-        "terminals": np.zeros(n),
-        "episodes": np.arange(n),
-    }
+    alike = {"observations": s, "actions": a, "next_observations": s2}
+    alike |= {"terminals": np.zeros(n), "episodes": np.arange(n)}
     arrays = {key: np.repeat(value[None], t, axis=0) for key, value in alike.items()}
     return arrays | {"rewards": rewards, "sparse_rewards": sparse(rewards, RELABELLED_RADIUS)}
 
@@ -1167,6 +1179,7 @@ class Args:
     # Flags that do not change the result of a run (but for rounding), or are in its path anyway.
     ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "compile", "run_dir", "resume", "overwrite")
     ELSEWHERE += ("data_dir",)
+    GROWS = ("steps",)  # flags that may be larger than those of the checkpoint that a run goes on from
     ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
 
     def complete(self, given: dict[str, Any]) -> None:
@@ -1189,7 +1202,10 @@ def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = No
     over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
     """
     parser, flags = flags_of(cls, list(table), sys.modules[cls.__module__].__doc__)
-    given = vars(parser.parse_args(argv))
+    space, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise DataError(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], map(option, flags))}")
+    given = vars(space)
     env, show_help, sized = given.get("env", cls.env), given.pop("help", False), given.get("small")
     if sized is None:
         sized = given.get("device") == "cpu" or not torch.cuda.is_available()
@@ -1232,7 +1248,7 @@ def flags_of(
             how = {"action": argparse.BooleanOptionalAction}
         elif field.name == "env" or get_origin(kind) is Literal:
             known = {str(value): value for value in (families if field.name == "env" else get_args(kind))}
-            how = {"type": lambda text, known=known: known.get(text, text), "choices": list(known.values())}
+            how = {"type": partial(one_of, known), "metavar": "{" + ",".join(known) + "}"}
         add = groups.get(group, groups["algorithm"]).add_argument
         flags[field.name] = add(name_of(field.name), dest=field.name, help=text.replace("%", "%%"), **how)
     return parser, flags
@@ -1261,6 +1277,19 @@ def parse_value(kind: Any, text: str) -> Any:
         if text.isascii() and "_" not in text and good(number(text)):
             return number(text)
     raise argparse.ArgumentTypeError(f"expected {words}, found {text!r}")
+
+
+def one_of(known: dict[str, Any], text: str) -> Any:
+    """The value of a flag that has one of these, by their names."""
+    if text not in known:
+        words = f"expected one of {', '.join(known)}, found {text!r}{did_you_mean(text, known)}"
+        raise argparse.ArgumentTypeError(words)
+    return known[text]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def variant(args: Args, changed: dict[str, Any]) -> str:
@@ -1404,7 +1433,7 @@ class Run:
         """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished."""
         args, self.agent, self.world = self.args, agent, world
         torch.set_num_threads(min(args.threads, 1024) or envs.cores())
-        checkpoint, final, self.began = self.folder / "checkpoint.pt", self.folder / "final.json", time.time()
+        checkpoint, final, self.began = self._checkpoint(), self.folder / "final.json", time.time()
         if args.overwrite:
             for old in filter(Path.is_file, list(self.folder.iterdir())):
                 old.unlink()
@@ -1421,11 +1450,23 @@ class Run:
             raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
         elif args.resume:
             print("no checkpoint yet: from the start", flush=True)
-        self._write_text("args.json", json.dumps(settings(args), indent=1))
+        files = Path(__file__), Path(envs.__file__)
+        sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        self._write_text("args.json", json.dumps(settings(args) | {"checksums": sources}, indent=1))
         started = Path(getattr(sys.modules["__main__"], "__file__", None) or self.script)  # it may register a family
         for name, path in ("source.py", self.script), ("started.py", started):
             if path.is_file() and (name == "source.py" or path.resolve() != self.script.resolve()):
                 write(self.folder / name, lambda file, path=path: file.write(path.read_bytes()))
+
+    def _checkpoint(self) -> Path:
+        """Of this run or, to --resume, the last one of the same run with other --steps, if they may grow."""
+        own = self.folder / "checkpoint.pt"
+        if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
+            return own
+        same = self.args.variant.partition(",steps=")[0]
+        runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
+        found = [path for path in runs if path.parts[-3].partition(",steps=")[0] == same]
+        return max(found, key=lambda path: path.stat().st_mtime, default=own)
 
     def graph(self, fn: Procedure) -> Callable[[], None]:
         """`fn`, without arguments, on CUDA as one graph."""
@@ -1434,7 +1475,8 @@ class Run:
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        self.bar = Progress(self.script.stem, total)
+        shorter = "; fewer --steps are shorter" if self.args.small else "; --small sizes are shorter"
+        self.bar = Progress(self.script.stem, total, shorter=shorter)
         print(f"{total - self.step:,} {self.unit}, an evaluation every {self.args.eval_every:,}", flush=True)
         for step in range(self.step + 1, total + 1):
             self.step = step
@@ -1500,10 +1542,11 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         args, agent, anew = self.args, self.agent, "--overwrite begins anew"
-        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data"))  # of the data their checksums tell more
+        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data", "variant"))  # checksums tell more of the data
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
-            check_same(path, checkpoint["args"], now, option, anew)
+            grown = [key for key in args.GROWS if checkpoint["args"].get(key, now[key]) < now[key]]
+            check_same(path, checkpoint["args"], now | dict.fromkeys(grown), option, anew)
             refuse((checkpoint["dataset"] != self.world.checksum, f"{path}: made with other data; {anew}"))
             agent.load_state_dict(checkpoint["agent"])
             agent.check()
@@ -1533,6 +1576,11 @@ def endings(program: str, kept: Callable[[], str]):
         message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        if not any(word in text for word in ("MemoryError", "out of memory", "allocate")):
+            raise
+        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes, as --batch-size", 2
     except FloatingPointError as error:
         message, code = f"diverged: {error}; {kept()}", 3
     except KeyboardInterrupt:
@@ -1544,6 +1592,9 @@ def endings(program: str, kept: Callable[[], str]):
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
     """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
     with endings(script.name, lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)

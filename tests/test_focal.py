@@ -891,6 +891,31 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plo
 
 
 # -------------------------------------------------------------------------------------------------------- failures
+def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, no_plots):
+    more = "--encoder-steps 2 --coupled"
+    short = run(tmp_path, WALKER, files[WALKER], f"{more} --steps 3")
+    focal.main([*flags(WALKER, files[WALKER], f"{more} --steps 6 --resume"), "--run-dir", str(tmp_path)])
+    (path,) = (x for x in tmp_path.glob("focal/*/*/seed0") if x != short)
+    whole = run(tmp_path / "whole", WALKER, files[WALKER], f"{more} --steps 6")
+    assert metrics(path) == metrics(whole)
+    assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
+    before, after = (checkpoint(x)["agent"] for x in (short, path))
+    assert {"critic", "target", "actor", "discriminator"} <= moved(before, after)  # and the encoder stood still
+    assert "encoder" not in moved(before, after)
+
+
+def test_in_a_longer_run_a_coupled_encoder_learns_on(files, tmp_path, no_plots):
+    words = flags(WIND, files[WIND], "--coupled")
+    i = words.index("--encoder-steps")
+    words[i : i + 2] = ["--run-dir", str(tmp_path)]  # it learns to the last of --steps
+    focal.main([*words, "--steps", "3"])
+    (short,) = tmp_path.glob("focal/*/*/seed0")
+    focal.main([*words, "--steps", "6", "--resume"])
+    (path,) = (x for x in tmp_path.glob("focal/*/*/seed0") if x != short)
+    assert {"encoder", "critic"} <= moved(*(checkpoint(x)["agent"] for x in (short, path)))
+    assert [row["encoder_loss"] is None for row in metrics(path)] == [False, False]
+
+
 def refused(capsys, argv, *words, code=2):
     """Ends with this code and one line on stderr that holds these words."""
     with pytest.raises(SystemExit) as stop:

@@ -5,6 +5,7 @@ FUZZ=3000 python -m pytest tests/test_runs.py -k fuzz      # that many mutations
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,8 @@ class Args(data.Args):
     # ablations
     law: Literal["square", "linear", 2] = "square"  # of the loss
     bias: bool = True  # whether the network has one
+
+    GROWS = ("steps", "half")
 
     def complete(self, given):
         super().complete(given)
@@ -201,6 +204,17 @@ def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+SLIPS = [("--stpes 5", "--steps"), ("--stpes=5", "--steps"), ("--evl-every 5", "--eval-every")]
+SLIPS += [("--env walker-param", WALKER), ("--law sqare", "square"), ("--quality expret", "expert"), ("--xyz 3", "")]
+
+
+@pytest.mark.parametrize(("text", "meant"), SLIPS)
+def test_a_slip_is_answered_with_what_was_meant(capsys, text, meant):
+    line = ended(capsys, text.split(), 2)
+    assert line.rstrip("\n").endswith(f"did you mean {meant}?") if meant else "mean" not in line
+    assert not meant.startswith("--") or "unrecognized arguments: --" in line
+
+
 def test_flags_that_do_not_go_together(files, capsys):
     for flag in ("--quality expert", "--test-quality expert", "--data-seed 1"):
         ended(capsys, words(files, "nowhere", flag), 2, flag, "--data has the data of all tasks")
@@ -282,6 +296,8 @@ def test_what_a_run_writes(files, tmp_path, capsys, monkeypatch):
     assert [list(row) for row in rows] == [["step", "seconds", "loss", "even", "return_mean", "train_return_mean"]] * 2
     assert [row["step"] for row in rows] == [3, 6] and {key: final[key] for key in rows[-1]} == rows[-1]
     checksum = json.loads(str(np.load(files[WIND])["meta"]))["checksum"]
+    checksums = args.pop("checksums")
+    assert checksums == {m: hashlib.sha256((ROOT / m).read_bytes()).hexdigest() for m in ("data.py", "envs.py")}
     assert final["args"] == args and final["dataset_checksums"] == [checksum] * 2
     assert final["versions"]["torch"] == torch.__version__ and final["wall_clock_seconds"] >= rows[-1]["seconds"]
     returns = load_arrays(files[WIND])["returns"]
@@ -429,6 +445,26 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, 
         assert_equal(a[key], b[key])
 
 
+def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
+    """From the newest, and not from one of other settings, seed or script."""
+    for i, more in enumerate(("--steps 3", "", "--steps 9 --lr 0.2", "--steps 8 --seed 1", "--steps 7 --half 5")):
+        file = run(files, tmp_path, more) / "checkpoint.pt"
+        os.utime(file, times=(1e9 + i,) * 2)
+    path = run(files, tmp_path, "--steps 12 --resume")
+    assert "going on from step 6 of" in capsys.readouterr().out
+    run(files, tmp_path, "--steps 4 --resume --seed 2")
+    assert "no checkpoint yet" in capsys.readouterr().out
+    whole = run(files, tmp_path / "whole", "--steps 12")
+    assert metrics(path) == metrics(whole)
+    assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
+
+
+def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):
+    run(files, tmp_path)
+    ended(capsys, words(files, tmp_path, "--steps 3 --resume"), 2, "made with --steps 6", "asked for [3, ", "--overwrite")
+    assert len(list(tmp_path.rglob("metrics.csv"))) == 1
+
+
 def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(files, tmp_path, monkeypatch, capsys):
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     stored = checkpoint(path)
@@ -505,6 +541,17 @@ def test_ctrl_c_says_what_is_kept(files, tmp_path, monkeypatch, capsys):
         ended(capsys, [*argv, "--resume"], 130, "the checkpoint of step 3 is kept")
 
 
+NO_MEMORY = [MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float))]
+NO_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes.\nat x")]
+NO_MEMORY += [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_running_out_of_memory_ends_in_one_line(files, tmp_path, monkeypatch, capsys, error):
+    interrupt(monkeypatch, "begin", 1, error)
+    ended(capsys, words(files, tmp_path), 2, "out of memory", "--batch-size")
+
+
 def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkeypatch):
     for error in (RuntimeError("shapes do not fit"), ValueError("x"), KeyError("x")):
         with monkeypatch.context() as patch:
@@ -539,6 +586,16 @@ def test_data_that_are_refused(files, tmp_path, capsys, how):
         changed(files[WIND], path, WIND, rewards=rewards)
     word = {"other environment": "made for sparse-point-robot", "not a number": "rewards", "missing": "No such file"}
     ended(capsys, words({WIND: path}, tmp_path / "runs"), 2, str(path), word.get(how, "not a readable"))
+
+
+def test_a_terminal_that_cannot_show_a_path_is_no_reason_to_end(tmp_path):
+    """Standard output of Windows, redirected: neither before training nor for the line that says what is wrong."""
+    folder = tmp_path / "数据"
+    argv = ["-c", "import test_runs; test_runs.main()", "--data", str(folder / "no.npz"), "--run-dir", str(folder)]
+    more = {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = python(*argv, env=more, encoding="cp1252")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and r"\u6570\u636e" in done.stderr
+    assert done.stdout.count("\n") == 1 and r"\u6570\u636e" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- divergence
