@@ -21,9 +21,9 @@ import data
 
 
 def draw_embeddings(axes, tasks, z_train, z_test):
-    """Training tasks as dots, test tasks as circles around them."""
+    """Training tasks as dots, test tasks as stars; means over contexts."""
     (colours, _), (points, share) = data.task_colours(tasks), data.components(z_train, z_test)
-    train, test = (own.mean(1) for own in points)  # over contexts
+    train, test = (own.mean(1) for own in points)
     axes.scatter(*train.T, c=colours[: len(train)], s=10, linewidths=0, label="training tasks")
     axes.scatter(*test.T, c=colours[len(train) :], s=60, marker="*", edgecolors="black", linewidths=0.5, label="unseen")
     axes.set(title="what z knows of each goal", xlabel=f"first component of z ({share[0]:.0%})")
@@ -37,8 +37,9 @@ def draw(run, path):
     *_, z_train, z_test = script.evaluate(args, agent, world)
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": "medium"})
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
-    paths, embeddings, curve = figure.subplots(1, 3)
+    paths, embeddings, curve = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
     data.draw_paths(paths, world.env, len(world.test_rows), args.eval_episodes)
+    paths.set_title(f"paths to {len(world.test_rows)} unseen goals")
     draw_embeddings(embeddings, world.tasks, z_train, z_test)
     kinds = {"train_": "training tasks", "": "unseen tasks"}
     known = SimpleNamespace(rows=paper.metrics(run), curve=kinds, marks=(), unit="gradient steps", world=world)
