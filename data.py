@@ -96,6 +96,13 @@ def refuse(*checks: tuple[Any, str]) -> None:
             raise DataError(words)
 
 
+def refuse_idle(given: dict[str, Any], names: str, idle: bool, why: str) -> None:
+    """DataError if one of these flags was given, though it is idle."""
+    for key in names.split():
+        refused = idle and given.get(key, False) is not False
+        refuse((refused, f"{option(key)} {given.get(key)}: has no effect with {why}; expected it without"))
+
+
 def choose_device(name: str) -> torch.device:
     """The device that "auto", "cuda" or "cpu" stands for; DataError if it is not there. On CUDA float32 matrix products
     are TF32 from then on."""
@@ -1044,8 +1051,10 @@ def _check_values(arrays: Arrays, env: str | None) -> None:
     both = sorted({*train} & {*test})
     refuse((both and {*train} != {*test}, f"tasks {both!s:.60} are both training and test tasks"))
     if env is not None:
-        known = envs.is_task(env, arrays["tasks"])
-        refuse((not known.all(), f"task {known.argmin()} has parameters that no task of {env} can have"))
+        known = envs.is_task(env, arrays["tasks"], drawn=True)
+        i, means = known.argmin(), envs.family(env).means
+        found = f"task {i} is {str(arrays['tasks'][i].tolist()):.60}"
+        refuse((not known.all(), f"{found}; expected tasks of {env}, each {means}"))
 
 
 def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", **flags: Any) -> Path:
@@ -1169,6 +1178,7 @@ class Args:
     run_dir: Path = Path("runs")  # where runs are kept
     resume: bool = False  # go on from the run's checkpoint, if there is one
     overwrite: bool = False  # begin anew where a run stands already
+    film: bool = False  # write film.gif at the end: the agent in unseen tasks
     # data
     data: Path | None = None  # a dataset of your own (.npz, see data.py)
     data_dir: Path = Path("datasets")  # where datasets are kept and built
@@ -1178,7 +1188,7 @@ class Args:
 
     # Flags that do not change the result of a run (but for rounding), or are in its path anyway.
     ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "compile", "run_dir", "resume", "overwrite")
-    ELSEWHERE += ("data_dir",)
+    ELSEWHERE += ("film", "data_dir")
     GROWS = ("steps",)  # flags that may be larger than those of the checkpoint that a run goes on from
     ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
 
@@ -1321,7 +1331,25 @@ def open_datasets(args: Args, device: torch.device, **counts: Any) -> tuple[Data
         return load(path, env=args.env, device=device)
 
     train = opened(args.quality)
-    return train, opened(args.test_quality) if args.test_quality != args.quality else train
+    if args.data:
+        first = train.tasks[train.train_tasks[0]].tolist()
+        print(f"{args.data}: of {args.env} a task is {envs.family(args.env).means}; the first one {str(first):.60}")
+    test = opened(args.test_quality) if args.test_quality != args.quality else train
+    return train, with_context(test, args.context, args.env) if hasattr(args, "context") else test
+
+
+def with_context(dataset: Dataset, context: Arrays, env: str) -> Dataset:
+    """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the top
+    (without terminals and episodes: one that did not end). DataError for what does not fit."""
+    n = len(next(iter(context.values())))
+    arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
+    arrays = {name: np.asarray(array)[None] for name, array in arrays.items() if name in REQUIRED | OPTIONAL}
+    one = {"tasks": dataset.tasks[:1], "train_tasks": np.zeros(1, int), "test_tasks": np.zeros(1, int)}
+    _check(arrays | one, env)
+    of_all = lambda array: array.expand(len(dataset.tasks), *array.shape[1:]).to(dataset.rewards.device)
+    own = {name: of_all(torch.tensor(array, dtype=torch.float32)) for name, array in arrays.items()}
+    own["context_rewards"] = own.pop("sparse_rewards", own["rewards"])
+    return dataclasses.replace(dataset, **own)
 
 
 def standardisation(observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1500,6 +1528,7 @@ class Run:
         self.agent.metrics.zero_()
         self._write_metrics()
         plot_curve(self)
+        plot_paths(self)
         self._save(seconds)
         known = {"data": self.world.behaviour, "optimum": self.world.optimum}
         known = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if value is not None)
@@ -1523,6 +1552,9 @@ class Run:
         }  # fmt: skip
         bad = [key for key, value in final.items() if isinstance(value, float) and not math.isfinite(value)]
         self._write_text("final.json", json.dumps(final | dict.fromkeys(bad), indent=1))
+        if self.args.film:
+            film = str(Path(__file__).resolve().parent / "benchmark/animate.py"), str(self.folder)
+            subprocess.run([sys.executable, *film, "--out", str(self.folder / "film.gif")])
         print(f"curve, metrics and checkpoint: {self.folder}")
 
     def _write_text(self, name: str, text: str) -> None:
@@ -1623,7 +1655,8 @@ class Rehearsal:
 
 def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[ModuleType, Args, Any, Learner]:
     """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
-    step saw, as test_quality. DataError if the data are not those of the run, and whatever a reader raises.
+    step saw, as test_quality; `context`, see `with_context`, is all that it knows of test tasks then. DataError if the
+    data are not those of the run, and whatever a reader raises.
 
     Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
     is not known the file that was started, which registers it.
@@ -1653,22 +1686,56 @@ def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[M
     return script, args, world, agent
 
 
+def policy_of(script: ModuleType, args: Args, world: Any, agent: Learner) -> Callable[[np.ndarray], np.ndarray]:
+    """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the last B of its sub-environments, all
+    of them of test tasks. Contexts, adaptation and the rest are as there."""
+    env, policies = world.env, []
+    env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
+    script.evaluate(args, agent, world)
+    del env.returns
+
+    @torch.no_grad()
+    def act(observations: np.ndarray) -> np.ndarray:
+        everywhere = env.observe()
+        everywhere[-len(observations) :] = observations
+        return policies[-1](everywhere)[-len(observations) :]
+
+    return act
+
+
 # ---------------------------------------------------------------------------------------------- runs: their pictures
-def plot_curve(run: Run) -> None:
-    """Returns against steps: a line for each prefix in `run.curve`, the data's return, the optimum."""
+def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """Columns of metrics.csv: the mean of returns (n tasks, E), and over tasks their standard deviation, their tenth
+    (low) and ninetieth (high) percentile."""
+    each = returns.mean(1)
+    low, high = np.quantile(each, (0.1, 0.9))
+    row = {"mean": returns.mean(), "std": each.std(), "low": low, "high": high}
+    return {f"{prefix}return_{name}": value for name, value in row.items()}
+
+
+def save_picture(path: Path, draw: Callable, *size: float, **panels: Any) -> None:
+    """Writes what `draw` draws on its panels, side by side, of `size` inches."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(1, **panels))
+    write(path, lambda file: figure.savefig(file, dpi=130, bbox_inches="tight"))
+
+
+def plot_curve(run: Run) -> None:
+    if any(math.isfinite(row["return_mean"]) for row in run.rows):
+        save_picture(run.folder / "curve.png", lambda axes: draw_curve(axes, run), 5.2, 3.6)
+
+
+def draw_curve(axes: Any, run: Run) -> None:
+    """Returns against steps: a line for each prefix in `run.curve`, its band from low to high; the data's return, the
+    optimum."""
     rows = [row for row in run.rows if math.isfinite(row["return_mean"])]
-    if not rows:
-        return
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel=run.unit, ylabel="return", title=f"{run.script.stem} on {run.args.env}")
-    step = np.array([row["step"] for row in rows])
+    step, none = [row["step"] for row in rows], math.nan
     for (prefix, label), colour in zip(run.curve.items(), ("tab:gray", "tab:blue", "tab:cyan"), strict=False):
-        mean = np.array([row[f"{prefix}return_mean"] for row in rows])
-        std = np.array([row.get(f"{prefix}return_std", 0.0) for row in rows])
-        axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(step, mean, color=colour, label=label)
+        low, high = ([row.get(f"{prefix}return_{end}", none) for row in rows] for end in ("low", "high"))
+        axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step, [row[f"{prefix}return_mean"] for row in rows], color=colour, label=label)
     for mark in sorted(run.marks)[:-1]:
         axes.axvline(mark, color="black", linewidth=0.6)
     if run.world.behaviour is not None:
@@ -1676,32 +1743,72 @@ def plot_curve(run: Run) -> None:
     if run.world.optimum is not None:
         axes.axhline(run.world.optimum, color="tab:green", linestyle="--", label="optimum")
     axes.legend(fontsize="small", framealpha=0.8)
-    write(run.folder / "curve.png", lambda file: figure.savefig(file, dpi=130))
+    axes.set(xlabel=run.unit, ylabel="return", title=f"{run.script.stem} on {run.args.env}")
+
+
+def task_colours(tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A colour (n, 3) for each task (n, P), and its place (n, 2) on the map of colours: its two parameters, or else how
+    far along their first principal component it is, and 0."""
+    from matplotlib import colormaps
+    from matplotlib.colors import hsv_to_rgb
+
+    if tasks.shape[1] == 2:  # the hue is the direction from the middle, where it is palest
+        away = tasks - (tasks.max(0) + tasks.min(0)) / 2
+        far = np.linalg.norm(away, axis=1) / max(np.linalg.norm(away, axis=1).max(), 1e-12)
+        return hsv_to_rgb(np.c_[np.arctan2(*away.T) / (2 * np.pi) % 1, 0.3 + 0.7 * far, 0.85 + 0 * far]), tasks
+    along = tasks[:, 0] if tasks.shape[1] == 1 else tasks @ np.linalg.svd(tasks - tasks.mean(0), False)[2][0]
+    return colormaps["turbo"]((along - along.min()) / max(np.ptp(along), 1e-12))[:, :3], np.c_[along, 0 * along]
+
+
+def components(*z: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Embeddings (n, E, l) on the first two principal components of them all, (n, E, 2), and these' shares of the
+    variance."""
+    flat = torch.cat([F.pad(part, (0, max(0, 2 - part.shape[-1]))) for part in z]).flatten(0, 1).double()
+    _, size, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    share = size.square() / size.square().sum().clamp_min(1e-12)
+    points = ((flat - flat.mean(0)) @ directions[:2].T).split([len(part) * part.shape[1] for part in z])
+    return [own.view(*part.shape[:2], -1) for own, part in zip(points, z, strict=True)], F.pad(share, (0, 1))
 
 
 def plot_embeddings(run: Run, tasks: np.ndarray, z_train: torch.Tensor, z_test: torch.Tensor) -> None:
-    """Embeddings (n, E, l) of several contexts of each task on their first principal components (FOCAL's Figures 4a,
-    7); colour is the task's parameters (n, P), training tasks first, on theirs, so where z tells tasks apart like
-    colours lie together."""
-    from matplotlib.figure import Figure
+    """Embeddings (n, E, l) of several contexts of each training and each test task on their first principal components
+    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (n, P), training tasks first, and these themselves:
+    where z tells tasks apart like colours lie together."""
 
-    hue = (tasks - tasks.mean(0)) @ np.linalg.svd(tasks - tasks.mean(0), full_matrices=False)[2][0]
-    hues = hue[: len(z_train)], hue[len(z_train) :]
-    z_train, z_test = (torch.nn.functional.pad(z, (0, max(0, 2 - z.shape[-1]))) for z in (z_train, z_test))
-    flat = torch.cat([z_train, z_test]).flatten(0, 1)
-    centre = flat.mean(0)
-    _, size, directions = torch.linalg.svd((flat - centre).double(), full_matrices=False)
-    share = size.square() / size.square().sum().clamp_min(1e-12)
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    titles = f"{len(z_train)} training tasks, by parameter", f"{len(z_test)} test tasks, same colours"
-    for axes, z, own, title in zip(panels, (z_train, z_test), hues, titles, strict=True):
-        point = (z.double() - centre) @ directions[:2].T  # (n, E, 2)
-        colour = {"c": own.repeat(z.shape[1]), "vmin": hue.min(), "vmax": hue.max(), "cmap": "turbo"}
-        axes.scatter(*point.flatten(0, 1).T, **colour, s=14, linewidths=0)
-        axes.set(title=title, xlabel=f"first component ({share[0]:.0%})")
-    panels[0].set_ylabel(f"second component ({share[1]:.0%})" if len(share) > 1 else "")
-    write(run.folder / "embeddings.png", lambda file: figure.savefig(file, dpi=130))
+    def draw(panels):
+        (colours, place), (points, share) = task_colours(tasks), components(z_train, z_test)
+        for axes, own, kind in zip(panels, points, ("training", "test"), strict=False):
+            own_colours, colours = np.split(colours, [len(own)])
+            axes.scatter(*own.flatten(0, 1).T, c=own_colours.repeat(own.shape[1], 0), s=14, linewidths=0)
+            axes.set(title=f"z of {len(own)} {kind} tasks", xlabel=f"first component ({share[0]:.0%})")
+        panels[1].sharex(panels[0]), panels[1].sharey(panels[0])
+        panels[0].set_ylabel(f"second component ({share[1]:.0%})")
+        panels[2].scatter(*place.T, c=task_colours(tasks)[0], s=14, linewidths=0)
+        panels[2].set(title="their parameters", xlabel="" if tasks.shape[1] < 3 else "first principal component")
+        panels[2].set(**({"aspect": "equal"} if tasks.shape[1] == 2 else {"yticks": []}))
+
+    save_picture(run.folder / "embeddings.png", draw, 9, 3.4, ncols=3)
+
+
+def plot_paths(run: Run) -> None:
+    """See `draw_paths`; of bodies there are none."""
+    env = getattr(run.world, "env", None)
+    if env is not None and env.trail:
+        draw = lambda axes: draw_paths(axes, env, len(run.world.test_rows), run.args.eval_episodes)
+        save_picture(run.folder / "paths.png", draw, 4, 3.6)
+
+
+def draw_paths(axes: Any, env: envs.TaskVectorEnv, tasks: int, each: int) -> None:
+    """What point robots did last in the last `tasks`, the test tasks, of which each has so many sub-environments: the
+    path in the first of them, in the task's colour, and a star where its goal is."""
+    mine = slice(-each * tasks, None, each)
+    colours, paths = task_colours(env.tasks)[0][mine], np.stack(env.trail[-env.horizon :], 1)[mine, :, 1:3]
+    for path, colour in zip(paths, colours, strict=True):
+        axes.plot(*path.T, ".-", color=colour, linewidth=1, markersize=2)
+    if env.family.goal:
+        goals = env.family.goal(env.tasks[mine])
+        axes.scatter(*goals.T[:2], c=colours if np.ptp(goals, 0).any() else "black", marker="*", s=70, zorder=3)
+    axes.set(title=f"paths in {tasks} unseen tasks", xlabel="x", ylabel="y", aspect="equal")
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -85,8 +85,10 @@ class Family:
     discount: float
     observe: Callable  # (state) -> (B, obs_dim)
     reward: Callable  # (task (B, P), state, action (B, m), next_state, dt in seconds) -> (B,)
+    means: str = "its parameters"  # what a task's parameters are, in words
     sample: Callable | None = None  # (rng, n) -> (n, P)
     valid: Callable | None = None  # (task (B, P)) -> (B,) bool: is it a task? None: any finite numbers are
+    drawn: Callable | None = None  # (task (B, P)) -> (B,) bool: can `sample` give it?
     only: tuple = ()  # instead of `sample`: a fixed list of tasks, all of them both for training and for testing
     terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
     out_of_range: Callable = _never  # (state) -> (B,) bool: termination that observations cannot show
@@ -94,9 +96,7 @@ class Family:
     sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     script: Script | None = None  # what the data are collected by, instead of SAC agents
-    goal: Callable | None = (
-        None  # (task (B, P)) -> (B, 2 or more): a point robot's goal, a body's direction (x, y, ...)
-    )
+    goal: Callable | None = None  # (task (B, P)) -> (B, 2 or more): a point robot's goal, a body's direction
     drift: Callable | None = None  # (task (B, P)) -> (B, act_dim), added to every move of a point robot
     # MuJoCo
     velocity: tuple = ()  # where the torso's x (and y) velocity stands in an observation, for pictures
@@ -113,13 +113,14 @@ class Family:
 STEP, GOAL_RADIUS, WIND = 0.1, 0.2, 0.05
 
 
+def _between(low, high):
+    """A family's `drawn`: all parameters lie between these, but for rounding."""
+    return lambda task: ((task >= low - 1e-6) & (task <= high + 1e-6)).all(1)
+
+
 def _half_circle(rng, n):
     angle = rng.uniform(0, np.pi, size=n)
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
-def _task_itself(task):
-    return task
 
 
 def _goal_at_one_zero(task):
@@ -264,7 +265,9 @@ def _body_multipliers(nbody, nv, ngeom):
     """Multipliers of body mass, body inertia, dof damping and geom friction, in this order, each drawn on its own:
     1.5^u (damping: 1.3^u), u uniform in [-3, 3]."""
     base = np.repeat([1.5, 1.5, 1.3, 1.5], [nbody, 3 * nbody, nv, 3 * ngeom])
-    return lambda rng, n: base ** rng.uniform(-3, 3, size=(n, len(base)))
+    means = "multipliers of masses, inertias, damping and friction"
+    sample = lambda rng, n: base ** rng.uniform(-3, 3, size=(n, len(base)))
+    return {"sample": sample, "drawn": _between(base**-3, base**3), "means": means}
 
 
 def _multiply_body(model, multipliers):
@@ -301,7 +304,8 @@ HUMANOID = {
     "derived": _humanoid_quantities, "xml": "humanoid.xml", "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
 }  # fmt: skip
 EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
-DIRECTIONS = {"differs": "reward", "sample": lambda rng, n: rng.uniform(0, 2 * np.pi, size=(n, 1)), "goal": _heading}
+DIRECTION = {"differs": "reward", "goal": _heading, "drawn": _between(0, 2 * np.pi), "means": "a direction in radians"}
+DIRECTIONS = DIRECTION | {"sample": lambda rng, n: rng.uniform(0, 2 * np.pi, size=(n, 1))}
 PARAMETERS = {"differs": "dynamics", "reward": _forward_reward(1, 0.001), "timestep": 0.004, "modify": _multiply_body}
 SINGLE = {  # one task, with gymnasium's own reward, for MerPO's section 5.1; its one parameter means nothing
     "horizon": 1000, "data_horizon": 1000, "discount": 0.99, "train": 1, "test": 1, "differs": "nothing",
@@ -310,28 +314,30 @@ SINGLE = {  # one task, with gymnasium's own reward, for MerPO's section 5.1; it
 
 FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
-        papers="Sparse-Point-Robot (FOCAL, FOCAL++)", **POINT,
-        train=80, test=20, differs="reward", sample=_half_circle, reward=_distance_reward(_task_itself),
-        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, goal=_task_itself,
+        papers="Sparse-Point-Robot (FOCAL, FOCAL++)", **POINT, means="a goal (x, y) on the half circle, y from 0 to 1",
+        train=80, test=20, differs="reward", sample=_half_circle, reward=_distance_reward(lambda task: task),
+        drawn=lambda task: (abs(np.linalg.norm(task, axis=1) - 1) < 1e-6) & (task[:, 1] > -1e-6),
+        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, goal=lambda task: task,
     ),
     "point-robot-wind": Family(
         papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)", **POINT,
         train=40, test=10, differs="dynamics", sample=lambda rng, n: rng.uniform(-WIND, WIND, size=(n, 2)),
-        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, drift=_task_itself, goal=_goal_at_one_zero,
+        drawn=_between(-WIND, WIND), means="a wind (x, y), added to every move", drift=lambda task: task,
+        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, goal=_goal_at_one_zero,
     ),
     "cheetah-vel": Family(
         papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)", **CHEETAH, **EPISODE,
         train=80, test=20, differs="reward", sample=lambda rng, n: rng.uniform(0, 3, size=(n, 1)),
-        reward=_cheetah_vel_reward, sparse_threshold=-0.1,
+        reward=_cheetah_vel_reward, sparse_threshold=-0.1, drawn=_between(0, 3), means="a target speed in m/s",
     ),
     "cheetah-fwd-back": Family(
         papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++), Cheetah-Dir (MerPO)", **CHEETAH, **EPISODE,
         train=2, test=2, differs="reward", only=((-1.0,), (1.0,)),
-        reward=_cheetah_direction_reward, sparse_threshold=6.0,
+        reward=_cheetah_direction_reward, sparse_threshold=6.0, drawn=_between(-1, 1), means="a direction, -1 or 1",
     ),
     "ant-fwd-back": Family(
-        papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE,
-        train=2, test=2, differs="reward", only=((0.0,), (np.pi,)), goal=_heading,
+        papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE, **DIRECTION,
+        train=2, test=2, only=((0.0,), (np.pi,)),
         reward=_ant_reward, sparse_threshold=3.0,
     ),
     "ant-dir": Family(
@@ -339,11 +345,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "walker-params": Family(
         papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE, **PARAMETERS,
-        train=20, test=5, sample=_body_multipliers(nbody=8, nv=9, ngeom=8),
+        train=20, test=5, **_body_multipliers(nbody=8, nv=9, ngeom=8),
     ),
     "hopper-params": Family(
         papers="Hopper Param (SMAC)", **HOPPER, **EPISODE, **PARAMETERS,
-        train=50, test=5, sample=_body_multipliers(nbody=5, nv=6, ngeom=5),
+        train=50, test=5, **_body_multipliers(nbody=5, nv=6, ngeom=5),
     ),
     "humanoid-dir": Family(
         papers="Humanoid (SMAC)", **HUMANOID, **EPISODE, **DIRECTIONS, train=50, test=5, reward=_humanoid_reward,
@@ -399,10 +405,11 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
     return np.concatenate(list(rows.values())) if rows else row.sample(np.random.default_rng(), 0)
 
 
-def is_task(name: str, tasks: Array) -> Array:
-    """(n,) bool: whether each row, (P,), has finite numbers that a task of this family can have."""
-    row, finite = family(name), np.isfinite(tasks).all(1)
-    return finite & row.valid(tasks) if row.valid else finite
+def is_task(name: str, tasks: Array, drawn: bool = False) -> Array:
+    """(n,) bool: whether each row, (P,), has numbers that a task of this family has; `drawn`: one from `sample`."""
+    row = family(name)
+    checks = [check(tasks) for check in (row.valid, drawn and row.drawn) if check]
+    return np.isfinite(tasks).all(1) & np.all(checks, axis=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- physics
@@ -600,7 +607,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
         self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
-        self._trail: list[Array] = []
+        self.trail: list[Array] = []  # full states before the last steps, for pictures
         if self.observe().shape != (self.num_envs, self.family.obs_dim):
             raise ValueError(f"{name}: obs_dim is {self.family.obs_dim}, but observe gives {self.observe().shape}")
         self.metadata = {
@@ -634,7 +641,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
             self._seed[rows] = self._streams(seed)[rows]
             self._episode[rows] = -1
         self._reset_rows(rows)
-        self._trail = [] if len(rows) == self.num_envs else self._trail
+        self.trail = [] if len(rows) == self.num_envs else self.trail
         return self.observe(), {}
 
     def observe(self) -> Array:
@@ -672,8 +679,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         info: dict[str, Any] = {"blew_up": ~sound}
         if self.family.sparse_reward:
             info["sparse_reward"] = self.family.sparse_reward(*arguments)
-        if self.render_mode:
-            self._trail = [*self._trail[-self.horizon :], before]
+        if self.render_mode or not self.family.xml:
+            self.trail = [*self.trail[-self.horizon :], before]
         self._full = after
         ended = terminated | truncated
         if self.autoreset and ended.any():
@@ -695,8 +702,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
 
     def render(self) -> tuple[Array, ...]:
         """One (size, size, 3) uint8 picture for each sub-environment."""
-        age = np.minimum(self._elapsed, len(self._trail))
-        trails = [[full[i] for full in self._trail[len(self._trail) - age[i] :]] for i in range(self.num_envs)]
+        age = np.minimum(self._elapsed, len(self.trail))
+        trails = [[full[i] for full in self.trail[len(self.trail) - age[i] :]] for i in range(self.num_envs)]
         return tuple(self.physics.render(i, self._full[i], trails[i], self.render_size) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any):
@@ -1002,7 +1009,7 @@ def _is_scene(task):
 FAMILIES["sawyer"] = Family(
     papers="Sawyer Manipulation (SMAC)", obs_dim=13, act_dim=4, horizon=50, data_horizon=75, train=50, test=10,
     differs="layout and reward", discount=0.99, sample=_scenes, valid=_is_scene,
-    observe=lambda state: state[:, :13].copy(),
+    observe=lambda state: state[:, :13].copy(), means="a scene and what is wanted there",
     reward=lambda task, state, action, next_state, dt: np.where(_achieved(task, next_state), 0.0, -1.0),
     xml=SAWYER_XML, frame_skip=10, modify=_furnish,
     reset_noise=lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # of the hand
@@ -1041,25 +1048,19 @@ def main(argv: list[str] | None = None):
     words = "Lists task families, or films some tasks of one under its script, or else under random actions."
     parser = argparse.ArgumentParser(description=words)
     parser.add_argument("--env", choices=list(FAMILIES), help="task family")
-    parser.add_argument("--render", metavar="FILE", help="write a GIF (data.py --render films trained behaviour)")
+    parser.add_argument("--render", metavar="FILE", help="write a GIF (benchmark/picture.py films trained behaviour)")
     parser.add_argument("--tasks", type=int, default=4, help="tasks side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of the tasks and the actions")
     parser.error = lambda message: parser.exit(2, f"envs.py: {message}\n")
     args = parser.parse_args(argv)
-    if args.tasks < 1 or args.seed < 0:
-        parser.error(f"expected --tasks above 0 and --seed from 0, found {args.tasks} and {args.seed}")
-    if args.render and args.env is None:
-        parser.error(f"--render {args.render}: expected --env too")
     if not args.render:
         print("\n".join(describe(name) for name in FAMILIES if args.env in (None, name)))
         return
-    row, rng = family(args.env), np.random.default_rng(args.seed)
-    n = min(args.tasks, len(row.only) or args.tasks)
-    vector = make(args.env, sample_tasks(args.env, n, args.seed), args.seed, render_mode="rgb_array")
-    policy = lambda obs: row.script.act(vector.tasks, obs) if row.script else rng.uniform(-1, 1, (n, row.act_dim))
     try:
-        film(vector, policy, args.render)
-    except (OSError, RuntimeError) as error:
+        row, rng = family(args.env), np.random.default_rng(0)
+        tasks = sample_tasks(args.env, min(args.tasks, len(row.only) or args.tasks), 0)
+        policy = lambda obs: row.script.act(tasks, obs) if row.script else rng.uniform(-1, 1, (len(obs), row.act_dim))
+        film(make(args.env, tasks, render_mode="rgb_array"), policy, args.render)
+    except (OSError, RuntimeError, ValueError) as error:
         parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', None) or error})")
     print(args.render)
 

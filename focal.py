@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class Args(data.Args):
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # its rate is 0 by this step; unless a table says: steps / 5, steps if coupled
+    encoder_steps: Count | None = None  # its rate is 0 by then; unless a table says: steps / 5 (coupled: all of them)
     beta: Number = 1.0  # multiplies the weight of Eq. 13's negative pairs in LAWS, which is that of FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -68,7 +69,8 @@ class Args(data.Args):
     alpha_max: Number = 2e3  # with --tune-alpha, its bound
     target_divergence: Number = 0.05  # with --tune-alpha, above which alpha rises
     # ablations
-    encoder: Literal["deterministic", "probabilistic"] = "deterministic"  # probabilistic: PEARL's
+    actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z, for which Q has no use
+    encoder: Literal["deterministic", "probabilistic", "none"] = "deterministic"  # probabilistic: PEARL's; none: z = 0
     next_obs: bool = True  # s' in the context, which PEARL leaves out
     encoder_loss: Literal["dml", "bellman"] = "dml"  # dml: Eq. 13; bellman: the critic's loss instead, as in PEARL
     coupled: bool = False  # the critic's loss trains the encoder too (FOCAL, section 5.2.3)
@@ -82,35 +84,50 @@ class Args(data.Args):
         """In the ablations: by --coupled beside the encoder's own loss, by --encoder-loss bellman instead of it."""
         return self.coupled or self.encoder_loss == "bellman"
 
+    @property
+    def regularised(self):
+        """Whether there is a divergence from the behaviour, and a discriminator that estimates it."""
+        return self.actor == "brac" and (self.alpha > 0 or self.tune_alpha)
+
     def complete(self, given):
         super().complete(given)
         if self.sparse and "relabelled" in (self.quality, self.test_quality):
             raise data.DataError("--sparse: contexts of relabelled data are sparse by themselves; expected one of them")
-        if self.critic_trains_encoder and "encoder_steps" not in given:
-            self.encoder_steps = self.steps  # the critic's loss changes as long as the policy does
-        self.encoder_steps = self.encoder_steps or max(2, self.steps // 5)  # at the last one its rate is 0
+        if "encoder_steps" not in given:  # at the last one its rate is 0, and a policy has to learn after it
+            last = max(2, min(self.encoder_steps or self.steps // 5, self.steps // 2))
+            self.encoder_steps = self.steps if self.critic_trains_encoder else last  # Q changes as the policy does
+        idle = partial(data.refuse_idle, given)
+        without = "--actor clone" if self.actor == "clone" else "--alpha 0"
+        idle("alpha tune_alpha", self.actor == "clone", without)
+        idle("value_penalty discriminator_lr discriminator_steps", not self.regularised, without)
+        idle("alpha_lr alpha_max target_divergence", not self.tune_alpha, "--no-tune-alpha")
+        idle("beta eps dml", self.encoder_loss != "dml", f"--encoder-loss {self.encoder_loss}")
+        idle("kl_weight", self.encoder != "probabilistic", f"--encoder {self.encoder}")
+        idle("encoder_loss beta eps dml coupled", self.encoder == "none", "--encoder none")
 
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
+# Families that are not in it have the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
+MUJOCO = {"beta": 10}
+TWO = {"alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5}
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
-    "cheetah-vel": {"beta": 10, "quality": "expert"},
-    "cheetah-fwd-back": {"alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5},
-    "ant-fwd-back": {"alpha": 1e6, "value_penalty": True, "meta_batch_size": 4, "alpha_max": 5e6},
-    "walker-params": {"beta": 10, "alpha_max": 1e4},
+    "cheetah-vel": MUJOCO | {"quality": "expert"},
+    "cheetah-fwd-back": TWO,
+    "ant-fwd-back": TWO | {"alpha": 1e6, "alpha_max": 5e6, "latent": 20},
 }
+WALKER = MUJOCO | {"alpha_max": 1e4}
+TABLE |= dict.fromkeys(("walker-params", "hopper-params", "ant-dir", "humanoid-dir", "sawyer"), WALKER)
 # What differs on a machine without a GPU.
-SMALL_NETWORKS = {"hidden": 128, "meta_batch_size": 8, "batch_size": 64, "tau": 0.02}
-SMALL_NETWORKS |= {"final_lr": 0.1, "threads": 1, "eval_every": 2_000}
-SMALL_NETWORKS |= {"encoder_hidden": 128}
+SMALL_NETWORKS = {"hidden": 128, "meta_batch_size": 8, "batch_size": 64, "tau": 0.02, "final_lr": 0.1, "threads": 1}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 10_000, "encoder_steps": 400, "eval_every": 1_000}
 SMALL_POINT |= {"encoder_hidden": 64}
-SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64}
-SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3}
+SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64, "eval_every": 2_000}
+SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "encoder_hidden": 128}
 # FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
 SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
@@ -118,14 +135,12 @@ SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
 # discriminator outruns it: cheetah-fwd-back then stays at 200 to 700, ant-fwd-back below its data.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 4, "batch_size": 128, "alpha": 100}
 SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
-SMALL = {
-    "sparse-point-robot": SMALL_POINT,
-    "point-robot-wind": SMALL_POINT,
-    "cheetah-vel": SMALL_MUJOCO,
-    "cheetah-fwd-back": SMALL_TWO,
-    "ant-fwd-back": SMALL_TWO,
-    "walker-params": SMALL_WALKER,
-}
+# Hoppers are small as walkers are. A body with directions has both: the walkers' many tasks, the ants' discriminator.
+SMALL = dict.fromkeys(TABLE, SMALL_WALKER) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
+SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
+SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"alpha": 100, "lr": 3e-4, "discriminator_steps": 3})
+SMALL |= {"cheetah-vel": SMALL_MUJOCO}
+SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_steps": 1_500}}
 # What is ours at the papers' sizes: Table 4 to the letter (--letter) does worse than its data on unseen walkers.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
@@ -137,19 +152,6 @@ def parse_args(argv=None):
 
 
 # ===================================================================================================== 2. networks
-class BatchedLinear(nn.Module):
-    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
-
-    def __init__(self, n, d_in, d_out):
-        super().__init__()
-        bound = 1 / math.sqrt(d_in)
-        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
     """Three hidden layers, with ReLU between."""
     layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
@@ -164,21 +166,24 @@ class Actor(nn.Module):
         self.net = mlp(obs_dim + latent, hidden, 2 * act_dim)
 
     def forward(self, s, z):
+        """Mean and log std (..., m) before tanh."""
         mean, log_std = self.net(torch.cat([s, z], -1)).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)
 
-    def sample(self, s, z):
-        """An action (..., m) that carries gradients, and its log density (...)."""
-        return sample_tanh_gaussian(*self(s, z))
-
 
 def sample_tanh_gaussian(mean, log_std):
-    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    """tanh(u) (..., m), u ~ N(mean, std), by reparameterisation, and its log density (...)."""
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
+    log_pi = log_density(u, noise, log_std)
+    return torch.tanh(u), log_pi
+
+
+def log_density(u, noise, log_std):
+    """Of tanh(u), u = mean + std noise, summed over the last axis."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-    return torch.tanh(u), (log_normal - log_det).sum(-1)
+    return (log_normal - log_det).sum(-1)
 
 
 class Critic(nn.Module):
@@ -186,7 +191,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, latent, act_dim, hidden):
         super().__init__()
-        self.net = mlp(obs_dim + latent + act_dim, hidden, 1, lambda a, b: BatchedLinear(2, a, b))
+        self.net = mlp(obs_dim + latent + act_dim, hidden, 1, partial(data.BatchedLinear, 2))
 
     def forward(self, s, z, a):
         x = torch.cat([s, z, a], -1)
@@ -202,22 +207,18 @@ class Encoder(nn.Module):
 
     def __init__(self, widths, args):
         super().__init__()
-        self.net = mlp(sum(widths), args.encoder_hidden, args.latent)
+        self.net = mlp(sum(widths), args.encoder_hidden, args.latent * (2 if self.stochastic else 1))
+        self.informed = args.encoder != "none"  # else z = 0, whatever the task
 
     def forward(self, context, generator=None):
-        z = torch.tanh(self.net(context)).mean(1)
+        z = torch.tanh(self.net(context)).mean(1) * self.informed
         return z, torch.zeros_like(z[:, 0])
 
 
-class ProbabilisticEncoder(nn.Module):
-    """q_phi(z | c), PEARL's (Rakelly et al. 2019), the product of one Gaussian for each transition: a sample z (M, l)
-    and KL(q(z | c), N(0, I)) (M,)."""
+class ProbabilisticEncoder(Encoder):
+    """PEARL's q_phi(z | c) (Rakelly et al. 2019), a product of Gaussians: a sample z (M, l), KL(q, N(0, I)) (M,)."""
 
     stochastic = True
-
-    def __init__(self, widths, args):
-        super().__init__()
-        self.net = mlp(sum(widths), args.encoder_hidden, 2 * args.latent)
 
     def forward(self, context, generator=None):
         mean, spread = self.net(context).chunk(2, -1)
@@ -267,6 +268,12 @@ def actor_loss(log_pi, q, divergence, alpha):
     return (log_pi - q.amin(0) + alpha * divergence).mean()
 
 
+def clone_loss(mean, log_std, a):
+    """-log pi(a | s, z), mean over the data's actions (N, m), which are kept off the rim: behaviour cloning."""
+    u = torch.atanh(a.clamp(-0.999, 0.999))
+    return -log_density(u, (u - mean) / log_std.exp(), log_std).mean()
+
+
 def kl_dual(logit_pi, logit_data):
     """D = KL(pi || behaviour) = max over g > 0 of E_pi[log g(a)] + 1 - E_data[g(a)], at its maximum g = pi / behaviour
     (Nowozin et al. 2016); here one sample of each expectation a row, g = softplus(logit)."""
@@ -309,16 +316,15 @@ class Agent(data.Learner):
         obs_dim, act_dim, *_ = batches.split
         sizes, device = (obs_dim, args.latent, act_dim, args.hidden), batches.rows.device
         widths = [obs_dim, act_dim, obs_dim, 1] if args.next_obs else [obs_dim, act_dim, 1]  # of a context's parts
-        self.encoder = Encoder(widths, args) if args.encoder == "deterministic" else ProbabilisticEncoder(widths, args)
+        self.encoder = (ProbabilisticEncoder if args.encoder == "probabilistic" else Encoder)(widths, args)
         self.actor, self.critic, self.target = self.ACTOR(*sizes), Critic(*sizes), Critic(*sizes).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        regularised = args.alpha > 0 or args.tune_alpha
-        self.discriminator = mlp(obs_dim + args.latent + act_dim, args.hidden, 1) if regularised else None
+        self.discriminator = mlp(obs_dim + args.latent + act_dim, args.hidden, 1) if args.regularised else None
         self.register_buffer("settled", torch.zeros(len(batches.rows), self.SETTLED, args.latent))
         self.register_buffer("alpha", torch.tensor(float(args.alpha)))
         self.to(device)
         rates = {"encoder": args.encoder_lr, "critic": args.lr, "actor": args.lr}
-        rates |= {"discriminator": args.discriminator_lr} if regularised else {}
+        rates |= {"discriminator": args.discriminator_lr} if args.regularised else {}
         self.optimisers = {name: data.adam(getattr(self, name), rate) for name, rate in rates.items()}
 
     def update(self, encoder_learns=True):
@@ -382,10 +388,9 @@ class Agent(data.Learner):
     def bellman_loss(self, b, z):
         s, a, r, s2, done, a2_data, has_next = b
         with torch.no_grad():
-            a2, log_pi2 = self.actor.sample(s2, z)
-            divergence2 = 0
-            if self.args.value_penalty and self.discriminator is not None:  # Eq. 7
-                divergence2 = has_next * self.divergence(s2, z, a2, a2_data)
+            a2, log_pi2 = sample_tanh_gaussian(*self.actor(s2, z))
+            penalised = self.args.value_penalty and self.discriminator is not None  # Eq. 7
+            divergence2 = has_next * self.divergence(s2, z, a2, a2_data) if penalised else 0
             q2, scale, discount = self.target(s2, z, a2), self.args.reward_scale, self.args.discount
             y = critic_target(r, done, q2, log_pi2, divergence2, scale, discount, self.alpha)
         q = self.critic(s, z, a)
@@ -396,13 +401,13 @@ class Agent(data.Learner):
     def learn_actor(self, b, z):
         args, (s, a, *_) = self.args, b
         policy = self.actor(s, z)  # mean and log std
-        divergence = torch.zeros_like(self.alpha)
         if self.discriminator is not None:
             self.learn_discriminator(s, z, a, policy)
         a_pi, log_pi = sample_tanh_gaussian(*policy)
-        if self.discriminator is not None:
-            divergence = self.divergence(s, z, a_pi, a)
+        divergence = torch.zeros_like(self.alpha) if self.discriminator is None else self.divergence(s, z, a_pi, a)
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # Eq. 28
+        if args.actor == "clone":
+            loss = clone_loss(*policy, a)
         data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
         if args.tune_alpha:
             with torch.no_grad():
@@ -426,11 +431,8 @@ class Agent(data.Learner):
             data.descend(self.optimisers["discriminator"], loss)
         self.note(discriminator_loss=loss)
 
-    def logit(self, s, z, a):
-        return self.discriminator(torch.cat([s, z, a], -1)).squeeze(-1)
-
     def divergence(self, s, z, a_pi, a_data):
-        return kl_dual(self.logit(s, z, a_pi), self.logit(s, z, a_data))
+        return kl_dual(*(self.discriminator(torch.cat([s, z, a], -1)).squeeze(-1) for a in (a_pi, a_data)))
 
     def act(self, s, z, generator=None):
         """The action (N, m) that is scored: the policy's mean."""
@@ -474,9 +476,7 @@ def context_of(rows, split, args):
 
 def pack(dataset, tasks, mean, std):
     """Rows (n, N, D): s, a, context r, s', r, d, next a, whether there is one; observations standardised."""
-    episodes = dataset.episodes[tasks]
-    has_next = torch.zeros_like(dataset.rewards[tasks])
-    has_next[:, :-1] = (episodes[:, 1:] == episodes[:, :-1]).float()
+    has_next = F.pad((dataset.episodes[tasks].diff(dim=1) == 0).float(), (0, 1))
     a = dataset.actions[tasks]
     s, s2 = ((obs[tasks] - mean) / std for obs in (dataset.observations, dataset.next_observations))
     columns = dataset.context_rewards[tasks], dataset.rewards[tasks], dataset.terminals[tasks], has_next
@@ -492,8 +492,7 @@ class World:
         if args.sparse and "relabelled" in (train.meta.get("quality"), test.meta.get("quality")):  # from --data
             raise data.DataError("--sparse: the contexts of relabelled data are sparse by themselves; leave it out")
         if args.sparse:  # in contexts only; the goal radius R of FOCAL++'s Eq. 35 is fitted to the training tasks
-            radius = data.sparsify(train)
-            data.sparsify(test, radius)
+            data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)
         self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks])
@@ -521,15 +520,14 @@ def evaluate(args, agent, world):
     generator = torch.Generator(device).manual_seed(args.seed)
     contexts = []
     for rows in (world.train_rows, world.test_rows):
-        n, count, width = rows.shape
-        index = torch.randint(count, (n, e * args.context_size), generator=generator, device=device)
-        drawn = rows.gather(1, index[..., None].expand(-1, -1, width)).view(n * e, args.context_size, width)
+        index = torch.randint(rows.shape[1], (len(rows), e * args.context_size, 1), generator=generator, device=device)
+        drawn = rows.take_along_dim(index, 1).view(len(rows) * e, args.context_size, -1)
         contexts.append(context_of(drawn, world.split, args))
     z = agent.encoder(torch.cat(contexts), generator)[0]  # (n_all x E, l)
     policy = lambda obs: agent.act(world.scaled(obs), z, generator).cpu().numpy()
     returns = world.env.returns(policy, seed=args.seed).reshape(-1, e)
-    n, z = len(world.train_rows), z.view(-1, e, args.latent).cpu()
-    return returns[:n], returns[n:], z[:n], z[n:]
+    n, each = len(world.train_rows), z.view(-1, e, args.latent).cpu()
+    return returns[:n], returns[n:], each[:n], each[n:]
 
 
 def separation(z):
@@ -545,8 +543,7 @@ def separation(z):
 
 def summarise(train, test, z_train, z_test):
     """What an evaluation found, as columns of metrics.csv."""
-    row = {"return_mean": test.mean(), "return_std": test.mean(1).std()}
-    row |= {"train_return_mean": train.mean(), "train_return_std": train.mean(1).std()}
+    row = data.describe_returns(test) | data.describe_returns(train, "train_")
     row["esr"], row["rms"], row["variance"] = separation(z_test)
     row["train_esr"], row["train_rms"], row["train_variance"] = separation(z_train)
     return row

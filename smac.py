@@ -33,6 +33,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,7 @@ class Args(data.Args):
 
     def complete(self, given):
         super().complete(given)
+        self.exact = [key for key in ("data_size", "data_until") if key in given]  # not less where there are fewer rows
         if self.online_rewards == "none":
             self.online_steps = 0
         if self.steps + self.online_steps == 0:
@@ -145,19 +147,6 @@ def parse_args(argv=None):
 
 
 # ===================================================================================================== 2. networks
-class BatchedLinear(nn.Module):
-    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
-
-    def __init__(self, n, d_in, d_out):
-        super().__init__()
-        bound = 1 / math.sqrt(d_in)
-        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
 def mlp(d_in, hidden, d_out, linear=nn.Linear):
     """Three hidden layers, with ReLU between."""
     layers = [linear(d_in, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU(), linear(hidden, hidden), nn.ReLU()]
@@ -199,7 +188,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, latent, act_dim, hidden):
         super().__init__()
-        self.net = mlp(obs_dim + latent + act_dim, hidden, 1, lambda a, b: BatchedLinear(2, a, b))
+        self.net = mlp(obs_dim + latent + act_dim, hidden, 1, partial(data.BatchedLinear, 2))
 
     def forward(self, s, z, a):
         x = torch.cat([s, z, a], -1)
@@ -432,6 +421,17 @@ def pack(dataset, tasks, scaled, part):
     return torch.cat([s, dataset.actions[tasks, part], r, s2, d], -1)
 
 
+def choose_rows(args, found):
+    """The slice of a task's `found` rows for --data-size and --data-until; where a default wants more, all rows."""
+    until = args.data_until or found
+    until = until if "data_until" in args.exact else min(until, found)
+    size = args.data_size if "data_size" in args.exact else min(args.data_size, until)
+    if size > until or until > found:
+        words = f"expected {size} rows up to row {until}, found {found} rows a task"
+        raise data.DataError(f"--data-size, --data-until: {words}")
+    return slice(until - size, until)
+
+
 def data_return(dataset, tasks, part):
     """Mean return of the episodes that begin in these rows of these tasks; None if there are none."""
     task, place, total = data.episode_returns(dataset)
@@ -466,17 +466,12 @@ class World:
 
     def open_data(self, args, device):
         train, test = data.open_datasets(args, device, train=args.train_tasks, test=args.test_tasks)
-        until = args.data_until or train.rewards.shape[1]
-        part = slice(until - args.data_size, until)
-        found = min(train.rewards.shape[1], test.rewards.shape[1])
-        if part.start < 0 or part.stop > found:
-            words = f"expected {args.data_size} rows up to row {until}, found {found} rows a task"
-            raise data.DataError(f"--data-size, --data-until: {words}")
+        part, test_part = (choose_rows(args, dataset.rewards.shape[1]) for dataset in (train, test))
         self.train_tasks, self.test_tasks = train.tasks[train.train_tasks], test.tasks[test.test_tasks]
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks, part])
         self.train_rows = pack(train, train.train_tasks, self.scaled, part)
-        self.test_rows = pack(test, test.test_tasks, self.scaled, part)
-        self.behaviour = data_return(test, test.test_tasks, part)
+        self.test_rows = pack(test, test.test_tasks, self.scaled, test_part)
+        self.behaviour = data_return(test, test.test_tasks, test_part)
         self.checksum = [train.meta["checksum"], test.meta["checksum"]]
 
     def scaled(self, obs):
@@ -547,7 +542,7 @@ def columns(args, world, name, returns, kl=None):
     row = {}
     for prefix, part in (("train_", slice(world.seen)), ("", slice(world.seen, None))):
         own = returns.reshape(-1, args.eval_episodes)[part]  # (tasks, E)
-        row |= {f"{prefix}{name}return_mean": own.mean(), f"{prefix}{name}return_std": own.mean(1).std()}
+        row |= data.describe_returns(own, f"{prefix}{name}")
         if kl is not None:
             row[f"{prefix}{name}kl"] = kl.reshape(-1, args.eval_episodes)[part].mean()
     return row

@@ -1,4 +1,4 @@
-"""Films one trained agent in unseen tasks side by side: each film starts with one context of the task's data.
+"""Films one trained agent in unseen tasks side by side: each knows one context, or has adapted.
 
 python benchmark/animate.py runs/focal/walker-params/small/seed0       # results/focal-walker-params.gif
 """
@@ -8,33 +8,38 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run, whole
+from retest import FLAGS, load_run, whole
 
+import data
 import envs
 
 
-@torch.no_grad()
 def film(run, path, count, size):
-    """`count` of the run's test tasks, each with an embedding of `context_size` transitions of its data."""
-    script, args, world, agent = load_run(run)
-    tasks = world.env.tasks[:: args.eval_episodes][len(world.train_rows) :]
+    """`count` of the run's test tasks, under what acted in its last evaluation."""
+    script, args, world, agent = load_run(run, FLAGS)
+    every = args.eval_episodes
+    tasks = world.env.tasks[-every * len(world.test_rows) :: every]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
-    generator = torch.Generator().manual_seed(args.seed)
-    index = torch.randint(world.test_rows.shape[1], (args.context_size,), generator=generator)
-    context = script.context_of(world.test_rows[shown][:, index], world.split, args)
-    z = agent.encoder(context, generator)[0]
     vector = envs.make(args.env, tasks[shown], seed=args.seed, render_mode="rgb_array", render_size=size)
-    envs.film(vector, lambda obs: agent.act(world.scaled(obs), z, generator).numpy(), path)
+    act, everywhere = (
+        data.policy_of(script, args, world, agent),
+        np.zeros((every * len(tasks), world.env.family.obs_dim)),
+    )
+
+    def policy(obs):
+        everywhere[shown * every] = obs
+        return act(everywhere)[shown * every]
+
+    envs.film(vector, policy, path)
     vector.close()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run of FOCAL or FOCAL++")
+    parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--tasks", type=whole, default=5, help="how many test tasks")
     parser.add_argument("--size", type=whole, default=160, help="of a picture, in pixels")
     parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")

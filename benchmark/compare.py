@@ -1,4 +1,4 @@
-"""Draws runs of yours over each other: one curve for each folder of seeds, its band the standard deviation over them.
+"""Draws runs of yours over each other: one curve for each folder of seeds, its band from the lowest to the highest.
 
 python benchmark/compare.py runs/focal/sparse-point-robot/small runs/focal/sparse-point-robot/small,dml=linear
 python benchmark/compare.py runs/smac/*/small --columns return_mean offline_return_mean --out smac.png

@@ -1,38 +1,63 @@
-"""A run's curve and embeddings side by side, and its metrics, into results/ for the README.
+"""One picture of a run on point robots, for the README: paths to unseen goals, embeddings, the curve; and its metrics.
 
 python benchmark/figure.py runs/focal/sparse-point-robot/small/seed0
 """
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import paper
+from retest import load_run
+
+import data
 
 
-def main():
+def draw_embeddings(axes, tasks, z_train, z_test):
+    """Training tasks as dots, test tasks as stars; means over contexts."""
+    (colours, _), (points, share) = data.task_colours(tasks), data.components(z_train, z_test)
+    train, test = (own.mean(1) for own in points)
+    axes.scatter(*train.T, c=colours[: len(train)], s=10, linewidths=0, label="training tasks")
+    axes.scatter(*test.T, c=colours[len(train) :], s=60, marker="*", edgecolors="black", linewidths=0.5, label="unseen")
+    axes.set(title="what z knows of each goal", xlabel=f"first component of z ({share[0]:.0%})")
+    axes.set_ylabel(f"second component ({share[1]:.0%})")
+    axes.legend(fontsize="small")
+
+
+def draw(run, path):
+    """Evaluates the run's agent once more and draws it, 800 pixels wide and twice as fine."""
+    script, args, world, agent = load_run(run)
+    *_, z_train, z_test = script.evaluate(args, agent, world)
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": "medium"})
+    figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
+    paths, embeddings, curve = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    data.draw_paths(paths, world.env, len(world.test_rows), args.eval_episodes)
+    paths.set_title(f"paths to {len(world.test_rows)} unseen goals")
+    draw_embeddings(embeddings, world.tasks, z_train, z_test)
+    kinds = {"train_": "training tasks", "": "unseen tasks"}
+    known = SimpleNamespace(rows=paper.metrics(run), curve=kinds, marks=(), unit="gradient steps", world=world)
+    data.draw_curve(curve, SimpleNamespace(**vars(known), args=args, script=Path(f"{script.__name__}.py")))
+    curve.set_title("return while it learns")
+    figure.savefig(path)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
-    run = parser.parse_args().run.resolve()
-    script, env = ("", "", *run.parts)[-4:-2]
-    for name in ("curve.png", "embeddings.png", "metrics.csv"):
-        if not (run / name).exists():
-            raise SystemExit(f"figure.py: {run}: no {name} there; expected the folder of a run of an encoder's script")
-    pictures = [imread(run / name) for name in ("curve.png", "embeddings.png")]
-    height, widths = pictures[0].shape[0], [p.shape[1] * pictures[0].shape[0] / p.shape[0] for p in pictures]
-    figure = Figure(figsize=(sum(widths) / 100, height / 100), dpi=100)
-    left = 0.0
-    for picture, width in zip(pictures, widths, strict=True):
-        axes = figure.add_axes((left / sum(widths), 0, width / sum(widths), 1))
-        axes.imshow(picture, aspect="auto")
-        axes.axis("off")
-        left += width
-    figure.savefig(RESULTS / f"{script}-{env}.png")
-    shutil.copy(run / "metrics.csv", RESULTS / f"{script}-{env}.csv")
-    print(RESULTS / f"{script}-{env}.png")
+    run = parser.parse_args(argv).run.resolve()
+    path = ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.png"
+    if not (run / "paths.png").exists():
+        raise SystemExit(f"figure.py: {run}: no paths.png there; expected the folder of a run on point robots")
+    draw(run, path)
+    shutil.copy(run / "metrics.csv", path.with_suffix(".csv"))
+    print(path)
 
 
 if __name__ == "__main__":

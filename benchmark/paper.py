@@ -59,6 +59,12 @@ FOCAL = {
         },
         SEPARATED,
     ),
+    "baselines": (  # not in the paper
+        ["sparse-point-robot", "point-robot-wind", "walker-params"],
+        "",
+        {"FOCAL": "", "z = 0": "--encoder none", "behaviour cloning given z": "--actor clone"},
+        ["return_mean", "train_return_mean"],
+    ),
     "figure5": (["walker-params"], "--value-penalty", COUPLED, SEPARATED),
     "figure9": (["walker-params"], "--no-value-penalty --alpha 50", COUPLED, SEPARATED),
     "figure10": (
@@ -356,7 +362,8 @@ def draw(script, figure, env, runs, folders, suffix, rows):
 
 
 def draw_curves(path, title, groups, columns, step_of):
-    """A panel for each column of metrics.csv, in it a curve for each {label: folders of its seeds}."""
+    """A panel for each column of metrics.csv, in it a curve for each {label: folders of its seeds}, their mean, and as
+    a band the lowest and the highest of them."""
     picture = Figure(figsize=(4.2 * len(columns), 3.4), layout="constrained")
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
     for colour, (label, folders) in enumerate(groups.items()):
@@ -367,10 +374,8 @@ def draw_curves(path, title, groups, columns, step_of):
         step = [row["step"] for row in histories[0][:length]]
         for axes, column in zip(panels, columns, strict=True):
             values = np.array([[row.get(column, np.nan) for row in history[:length]] for history in histories])
-            mean, std = values.mean(0), values.std(0)
-            low, high = (values.min(0), values.max(0)) if np.abs(values).max() > 1e4 else (mean - std, mean + std)
-            axes.fill_between(step, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
-            axes.plot(step, mean, color=f"C{colour}", label=label)
+            axes.fill_between(step, values.min(0), values.max(0), color=f"C{colour}", alpha=0.15, linewidth=0)
+            axes.plot(step, values.mean(0), f"{'osD^vPX*'[colour % 8]}-", color=f"C{colour}", markersize=3, label=label)
     for axes, column in zip(panels, columns, strict=True):
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=step_of, title=LABELS.get(column, column.replace("_", " ")))

@@ -109,8 +109,8 @@ def interval(families, draws=2000):
 
 
 def draw(scores, path):
-    figure = Figure(figsize=(7, 0.5 * len(scores) + 1.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="return between random (0) and expert (1) behaviour")
+    figure = Figure(figsize=(8, 0.8 * len(scores) + 1.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="return, from that of random (0) to that of expert behaviour (1)")
     names = list(dict.fromkeys(env for families, *_ in scores.values() for env in families))
     for y, (families, mean, low, high) in enumerate(scores.values()):
         axes.plot([low, high], [y, y], color="black", linewidth=5, alpha=0.3, solid_capstyle="butt")
@@ -118,7 +118,8 @@ def draw(scores, path):
         for env, runs in families.items():
             colour, seen = f"C{names.index(env)}", axes.get_legend_handles_labels()[1]
             label = None if env in seen else env
-            axes.plot(runs, np.full(len(runs), y + 0.22), ".", color=colour, label=label)
+            row, mark = y + 0.12 + 0.07 * names.index(env), "osD^vPX*<>"[names.index(env) % 10]
+            axes.plot(runs, np.full(len(runs), row), mark, color=colour, label=label, markersize=3)
     axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(scores)), [f"{script}.py, {protocol} contexts" for script, protocol in scores])
     axes.invert_yaxis()

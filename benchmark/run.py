@@ -4,7 +4,7 @@ python benchmark/run.py                                        # everything, sid
 python benchmark/run.py --scripts focal smac --envs cheetah-vel --seeds 5
 python benchmark/run.py --same-data                            # SMAC on the data that the other scripts learn from
 python benchmark/run.py --collect                              # runs nothing: adds what is there to the table
-sbatch --array=0-83 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
+sbatch --array=0-107 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
 
 A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. The
 table keeps the rows of runs that are not in runs/, so it can grow over machines and clones. Each row is one run: its

@@ -838,18 +838,17 @@ def test_a_trail_is_of_the_episode():
     env.reset(options={"reset_mask": [False, True, False]})
     assert (env.render()[0] == before).all()  # the others keep theirs
     play(env, random_actions(env, 20))
-    assert len(env._trail) <= 7
+    assert len(env.trail) <= 7
     env.reset()
-    assert env._trail == []
+    assert env.trail == []
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         ("--env nowhere", "nowhere"),
-        ("--env cheetah-vel --render {0} --tasks 0", "expected --tasks above 0"),
-        ("--env cheetah-vel --render {0} --seed -1", "--seed from 0"),
-        ("--render {0}", "expected --env too"),
+        ("--env cheetah-vel --render {0} --tasks 0", "at least one task"),
+        ("--render {0}", "unknown environment None"),
     ],
 )
 def test_bad_words_end_in_one_line(tmp_path, capsys, words, message):
@@ -1030,6 +1029,25 @@ for name in envs.FAMILIES:
     )
     assert result.returncode == 0, result.stderr.decode()
     assert list(tmp_path.iterdir()) == [] and b"WARN" not in result.stdout + result.stderr
+
+
+# --------------------------------------------------------------------------------------------- tasks that can be drawn
+NOT_DRAWN = {
+    "sparse-point-robot": [[0.0, -1.0], [0.6, 0.7], [0.0, 0.0]], "point-robot-wind": [[0.051, 0.0], [0.0, -0.06]],
+    "cheetah-vel": [[-0.1], [3.1]], "cheetah-fwd-back": [[2.0]], "ant-fwd-back": [[-1.0]], "ant-dir": [[7.0]],
+    "humanoid-dir": [[-0.1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_are_told_from_other_families_tasks(name):
+    tasks = tasks_of(name, 200)
+    assert envs.is_task(name, tasks, drawn=True).all()
+    assert envs.is_task(name, tasks.astype(np.float32), drawn=True).all()  # as others may have stored them
+    others = np.array(NOT_DRAWN.get(name, np.empty((0, tasks.shape[1]))))
+    if name.endswith("-params"):
+        others = np.stack([np.where(np.arange(tasks.shape[1]) == 9, x, tasks[0]) for x in (0.0, -1.0, 4.0)])
+    assert envs.is_task(name, others).all() and not envs.is_task(name, others, drawn=True).any()
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -19,8 +19,8 @@ import focal
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3"
 TINY += " --steps 6 --eval-every 3 --eval-episodes 1 --encoder-steps 4 --device cpu --threads 1 --no-small --letter"
 METRICS = focal.Agent.METRICS
-COLUMNS = ["step", "seconds", *METRICS, "return_mean", "return_std"]
-COLUMNS += ["train_return_mean", "train_return_std", "esr", "rms", "variance"]
+RETURNS = ["return_mean", "return_std", "return_low", "return_high"]
+COLUMNS = ["step", "seconds", *METRICS, *RETURNS, *(f"train_{name}" for name in RETURNS), "esr", "rms", "variance"]
 COLUMNS += ["train_esr", "train_rms", "train_variance"]
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 
@@ -194,7 +194,7 @@ def test_density_of_the_actors_actions():
     actor = focal.Actor(3, 2, 2, 8).double()
     s, z = torch.randn(3000, 3, dtype=torch.float64), torch.randn(3000, 2, dtype=torch.float64)
     mean, log_std = actor(s, z)
-    action, log_density = actor.sample(s, z)
+    action, log_density = focal.sample_tanh_gaussian(mean, log_std)
     policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
     torch.testing.assert_close(log_density, policy.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
     noise = (torch.atanh(action) - mean) / log_std.exp()
@@ -207,7 +207,17 @@ def test_the_actors_spread_is_bounded():
     s, z = torch.randn(50, 3), torch.randn(50, 2)
     for bias, bound in ((99, 2), (-99, -5)):
         actor.net[-1].bias.data[2:] = bias
-        assert (actor(s, z)[1] == bound).all() and actor.sample(s, z)[1].isfinite().all()
+        policy = actor(s, z)
+        assert (policy[1] == bound).all() and focal.sample_tanh_gaussian(*policy)[1].isfinite().all()
+
+
+def test_cloning_raises_the_density_of_the_datas_actions():
+    mean, log_std, a = random_tensors((7, 2), (7, 2), (7, 2))
+    a = a.tanh().clamp(-0.99, 0.99)
+    policy = lambda: TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    oracle = lambda: -policy().log_prob(a).sum() / 7
+    assert_gradients(lambda: focal.clone_loss(mean, log_std, a), oracle, [mean, log_std])
+    assert focal.clone_loss(mean, log_std, a.sign()).isfinite()  # on the rim a tanh-Gaussian has no density
 
 
 # ------------------------------------------------------------------- one update against a loop over single transitions
@@ -217,6 +227,7 @@ CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --valu
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL} --coupled"]
 CASES += ["--alpha 0 --dml linear", "--alpha 0 --dml square", "--alpha 2 --final-lr 0.5"]
+CASES += ["--actor clone", "--actor clone --coupled"]
 
 
 def fixed(*shape, **_):
@@ -289,6 +300,10 @@ def naive_actor(args, agent, batch, z, rate):
         a_pi, log_pi = policy(agent, s, z[i])
         divergences += [naive_divergence(agent, s, z[i], a_pi, a) if agent.discriminator else torch.zeros(())]
         losses += [log_pi - min(q_values(agent.critic, s, z[i], a_pi)) + alpha * divergences[-1]]
+        if args.actor == "clone":
+            mu, log_std = agent.actor.net(torch.cat([s, z[i]])).chunk(2)
+            a = a.clamp(-0.999, 0.999)
+            losses[-1] = -(Normal(mu, log_std.exp()).log_prob(a.atanh()) - (1 - a**2).log()).sum()
     descend(agent.actor, mean(losses), rate)
     if args.tune_alpha:
         alpha += args.alpha_lr * (mean(divergences).item() - args.target_divergence)
@@ -302,7 +317,7 @@ def naive_embedding(args, agent, split, rows, noise):
     out = []
     for s, a, r, s2, *_ in (row.split(split) for row in rows):
         out += [agent.encoder.net(torch.cat([s, a, s2, r] if args.next_obs else [s, a, r]))]
-    if args.encoder == "deterministic":
+    if args.encoder != "probabilistic":
         return sum(torch.tanh(x) for x in out) / len(rows), torch.zeros(())
     mu, var = zip(*((x[: args.latent], x[args.latent :].exp().log1p()) for x in out), strict=True)
     var_c = 1 / sum(1 / v for v in var)
@@ -384,7 +399,7 @@ def check_update(k, monkeypatch, next_value=naive_value, learn_actor=naive_actor
     assert agent.alpha.item() == pytest.approx(expected.alpha.item(), rel=1e-9)
 
 
-NAIVE = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --meta-batch-size 5 --discriminator-steps 2"
+NAIVE = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --meta-batch-size 5"
 NAIVE += f" --encoder-steps 2 --encoder-lr {RATE} --lr {RATE} --reward-scale 2 --tau 0.25"
 
 
@@ -492,15 +507,39 @@ def test_alpha_zero_means_no_discriminator(files):
     assert moved(before, after) == {"encoder", "critic", "actor", "target", "discriminator"}
 
 
-@pytest.mark.parametrize("more", ["--alpha 0", "--alpha 50", "--alpha 1 --alpha-lr 1e6", "--alpha 50 --alpha-max 3"])
-def test_alpha_seeks_its_target(files, more):
-    _, _, k = after_updates(files, f"--tune-alpha --target-divergence 0.5 {more}")
+def test_what_clones_has_no_discriminator_and_no_use_for_q(files):
+    before, after, k = after_updates(files, "--actor clone")
+    assert k.agent.discriminator is None and moved(before, after) == {"encoder", "critic", "actor", "target"}
+    actors = [
+        [p for key, p in after_updates(files, f"--actor clone --reward-scale {scale}", 3)[1].items() if "actor" in key]
+        for scale in (5, 50)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*actors, strict=True))
+
+
+def test_without_an_encoder_nothing_is_known_of_a_task(files):
+    def other_contexts(k):
+        contexts = k.batches.contexts
+        k.batches.contexts = lambda task: 3 * contexts(task)
+
+    before, after, k = after_updates(files, "--encoder none", 3)
+    assert moved(before, after) == {"critic", "actor", "target", "discriminator"}
+    assert not moved(after, after_updates(files, "--encoder none", 3, prepare=other_contexts)[1])
+    k.agent.settle()
+    _, _, *z = focal.evaluate(k.args, k.agent, k.world)
+    assert not any(x.any() for x in (*z, k.agent.settled))
+
+
+@pytest.mark.parametrize("more", ["", "--alpha-lr 1e6", "--alpha-max 3"])
+@pytest.mark.parametrize("first", [0, 1, 50])
+def test_alpha_seeks_its_target(files, first, more):
+    _, _, k = after_updates(files, f"--tune-alpha --target-divergence 0.5 --alpha {first} {more}")
     divergence = k.agent.metrics[0, METRICS.index("divergence")].item()
     alpha = k.args.alpha + k.args.alpha_lr * (divergence - 0.5)
     assert k.agent.alpha.item() == pytest.approx(min(max(alpha, 0), k.args.alpha_max), rel=1e-5)
     assert k.agent.discriminator is not None
-    fixed = after_updates(files, more)[2]
-    assert fixed.agent.alpha.item() == fixed.args.alpha != k.agent.alpha.item() or "--alpha 0" in more
+    fixed = after_updates(files, f"--alpha {first}")[2]
+    assert fixed.agent.alpha.item() == fixed.args.alpha != k.agent.alpha.item() or first == 0
 
 
 def test_the_value_penalty_uses_next_actions_of_the_same_episode_only(files):
@@ -735,6 +774,7 @@ def test_separation():
 def test_what_a_run_writes(files, tmp_path):
     path = run(tmp_path, WIND, files[WIND], "--seed 2 --eval-episodes 2")
     names = {"args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"}
+    names.add("paths.png")
     assert path.name == "seed2" and names <= {file.name for file in path.iterdir()} <= names | {"started.py"}
     assert (path / "embeddings.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = metrics(path, but=())
@@ -792,6 +832,31 @@ def test_flags_win_over_what_follows_from_other_flags():
     assert (told.encoder_steps, not_told.encoder_steps) == (3000, not_told.steps)
     assert focal.parse_args(words[:-1]).encoder_steps == 3000 and "encoder-steps" not in not_told.variant
     assert "encoder-steps=3000" in told.variant
+
+
+def test_in_a_short_run_the_policy_has_half_of_the_steps_after_the_encoder():
+    read = lambda more: focal.parse_args(["--env", WALKER, "--small", *more.split()]).encoder_steps
+    assert [read(f"--steps {n}") for n in (40, 3_000, 6_000, 24_000, 90_000)] == [20, 1_500, 3_000, 3_000, 3_000]
+    assert read("--steps 40 --encoder-steps 35") == 35 and read("--steps 40 --coupled") == 40
+
+
+IDLE = {
+    "--value-penalty": "--alpha 0", "--discriminator-lr 1e-3": "--alpha 0", "--discriminator-steps 2": "--actor clone",
+    "--alpha-lr 2": "", "--alpha-max 3": "", "--target-divergence 0.1": "", "--alpha 3": "--actor clone",
+    "--tune-alpha": "--actor clone", "--dml square": "--encoder-loss bellman", "--beta 3": "--encoder-loss bellman",
+    "--eps 1": "--encoder none", "--coupled": "--encoder none", "--kl-weight 1": "--encoder none",
+    "--kl-weight 2": "", "--encoder-loss dml": "--encoder none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("idle", IDLE)
+def test_flags_without_effect_are_refused(idle):
+    words = ["--env", WALKER, "--small", *IDLE[idle].split()]
+    with pytest.raises(data.DataError, match=f"^{idle.split()[0]} .*: has no effect with {IDLE[idle]}"):
+        focal.parse_args([*words, *idle.split()])
+    useful = "--tune-alpha --encoder probabilistic" if "kl" in idle else "--tune-alpha"
+    focal.parse_args(["--env", WALKER, "--small", *useful.split(), *idle.split()])
+    focal.parse_args(["--env", WALKER, "--alpha", "0", "--no-value-penalty"])  # what is off needs nothing
 
 
 def test_sparse_contexts_are_made_once(files, tmp_path, capsys):
@@ -983,8 +1048,9 @@ NAMES = "reward_scale", "beta", "alpha", "value_penalty", "meta_batch_size", "la
 @pytest.mark.parametrize("name", list(focal.TABLE))
 def test_the_papers_settings(name):
     args = focal.parse_args(["--env", name, "--no-small", "--letter"])
-    assert tuple(getattr(args, key) for key in NAMES) == TABLE_4[name]
-    assert set(focal.TABLE) == set(TABLE_4) and args.test_quality == args.quality
+    paper = TABLE_4.get(name, TABLE_4["walker-params"])  # families that are not in it have the walkers' row
+    assert tuple(getattr(args, key) for key in NAMES) == paper
+    assert set(focal.TABLE) > set(TABLE_4) and args.test_quality == args.quality
     assert args.quality == ("expert" if name in EXPERT else "mixed")
     assert {key: getattr(args, key) for key in SIZES} == SIZES
     given = "--latent 7 --alpha 3 --discount 0.5 --value-penalty --beta 4 --meta-batch-size 2 --reward-scale 9"

@@ -86,13 +86,14 @@ def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
 # ------------------------------------------------------------------------------------------------------- key encoder
 @pytest.mark.parametrize("loss", ["contrast", "dml"])
 def test_the_key_encoder_follows_and_gets_no_gradient(files, loss):
-    k = build(WIND, files[WIND], f"--momentum 0.8 --encoder-loss {loss}")
+    k = build(WIND, files[WIND], f"--encoder-loss {loss}")
+    k.args.momentum = m = 0.8
     for _ in range(3):
         slow = {key: p.clone() for key, p in k.agent.key_encoder.named_parameters()}
         k.update()
         for key, p in k.agent.key_encoder.named_parameters():
             fast = k.agent.encoder.get_parameter(key)
-            torch.testing.assert_close(p, 0.8 * slow[key] + 0.2 * fast, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(p, m * slow[key] + (1 - m) * fast, rtol=1e-6, atol=1e-7)
             assert p.grad is None and not p.requires_grad
     stood = copy.deepcopy(k.agent.key_encoder.state_dict())
     k.update(encoder_learns=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WIND
+from conftest import SPARSE, WIND
 
 import data
 import envs
@@ -248,11 +248,48 @@ def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
     flags = f"--env {WIND} --data {files[WIND]} {sizes}"
     elsewhere(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
     (final,) = begun.glob("runs/**/final.json")
-    (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("data.load_run"))
-    first, second = elsewhere(read, "load.py").splitlines()
-    assert first.startswith(f"{name} {WIND} step") and len(example("data.load_run").splitlines()) <= 12
+    (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("data.load_run(folder)"))
+    *_, first, second = elsewhere(read, "load.py").splitlines()
+    assert first.startswith(f"{name} {WIND} step") and len(example("data.load_run(folder)").splitlines()) <= 12
     returned = float(re.findall(r"-\d+\.\d+", second)[-1 if name == "merpo" else 0])
     assert returned == pytest.approx(json.loads(final.read_text())["return_mean"], rel=1e-5)
+    (read / "act.py").write_text(BEFORE_ACTING.format(folder=final.parent, file=files[WIND]) + example("context=mine"))
+    with open(read / "act.py", "a") as file:
+        file.write("print(total, *act(s[:2])[0], *act(s[:1])[0])\n")
+    total, *twice = map(float, elsewhere(read, "act.py").split("\n")[-2].split())
+    assert -60 < total < 0 and twice[:2] == pytest.approx(twice[2:], rel=1e-4) and max(map(abs, twice)) <= 1
+
+
+BEFORE_ACTING = f"""
+import gymnasium, numpy, envs
+folder, file = {{folder!r}}, numpy.load({{file!r}})
+s, a, r, s2 = (file[name][4] for name in ("observations", "actions", "rewards", "next_observations"))
+env = gymnasium.make("{WIND}-v0", task=file["tasks"][4])
+"""
+
+
+def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path, no_plots):
+    """All alike, so that it does not matter which are drawn: z is that of one of them, observations are raw."""
+    sizes = f"--meta-batch-size 2 --batch-size 4 --hidden 8 --eval-episodes 2 {TINY['focal']}"
+    focal.main(["--env", SPARSE, "--data", str(files[SPARSE]), "--run-dir", str(tmp_path), *sizes.split()])
+    (folder,) = tmp_path.glob("focal/*/*/seed0")
+    rng = np.random.default_rng(0)
+    own = {
+        "observations": rng.normal(size=2),
+        "actions": rng.uniform(-1, 1, 2),
+        "next_observations": rng.normal(size=2),
+    }
+    mine = {key: np.tile(row, (7, 1)) for key, row in own.items()} | {"rewards": np.full(7, 0.3)}
+    script, args, world, agent = data.load_run(folder, context=mine)
+    seen, act = rng.normal(size=(3, 2)), data.policy_of(script, args, world, agent)
+    scaled = lambda obs: (obs - world.mean.numpy()) / world.std.numpy()
+    row = [scaled(own["observations"]), own["actions"], scaled(own["next_observations"]), [0.3]]
+    with torch.no_grad():
+        z = agent.encoder(torch.tensor(np.concatenate(row), dtype=torch.float32)[None, None])[0]
+        expected = agent.act(torch.tensor(scaled(seen), dtype=torch.float32), z.expand(3, -1))
+    np.testing.assert_allclose(act(seen), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(data.DataError, match="actions has shape"):
+        data.load_run(folder, context=mine | {"actions": np.zeros((7, 3))})
 
 
 @pytest.mark.layout

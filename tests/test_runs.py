@@ -27,6 +27,7 @@ from test_focal import assert_equal, changed, checkpoint, load_arrays, metrics
 from torch import nn
 
 import data
+import envs
 
 ROOT = Path(data.__file__).resolve().parent
 FUZZ = int(os.environ.get("FUZZ", 100))
@@ -461,7 +462,9 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
 
 def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):
     run(files, tmp_path)
-    ended(capsys, words(files, tmp_path, "--steps 3 --resume"), 2, "made with --steps 6", "asked for [3, ", "--overwrite")
+    ended(
+        capsys, words(files, tmp_path, "--steps 3 --resume"), 2, "made with --steps 6", "asked for [3, ", "--overwrite"
+    )
     assert len(list(tmp_path.rglob("metrics.csv"))) == 1
 
 
@@ -803,17 +806,61 @@ def test_the_curve(files, tmp_path, monkeypatch):
     assert drawn == {"training tasks": (2, 4, 0, 0), "test tasks": (2, 4, *returns), "the test tasks' data": (known,)}
 
 
+def test_the_band_of_a_curve_is_where_most_tasks_are(tmp_path, monkeypatch):
+    returns, bands = np.arange(22.0).reshape(11, 2) ** 2, []
+    row = {"step": 5} | data.describe_returns(returns, "train_") | data.describe_returns(returns + 1)
+    each = returns.mean(1)  # over a task's episodes
+    expected = {"mean": returns.mean(), "std": each.std(), "low": each[1], "high": each[9]}
+    assert {key: row[f"train_return_{key}"] for key in expected} == pytest.approx(expected)
+    monkeypatch.setattr(Axes, "fill_between", lambda axes, x, low, high, **how: bands.append([*x, *low, *high]))
+    data.plot_curve(pictured(tmp_path, rows=[row]))
+    np.testing.assert_allclose(bands, [[5, each[1], each[9]], [5, each[1] + 1, each[9] + 1]])
+
+
+def pictured(folder, **more):
+    """Stands for a run whose pictures are drawn."""
+    world = SimpleNamespace(behaviour=None, optimum=None)
+    how = {"marks": (), "unit": "steps", "script": Path("toy.py"), "args": SimpleNamespace(env=WIND), "world": world}
+    how["curve"] = {"train_": "training tasks", "": "test tasks"}
+    return SimpleNamespace(folder=folder, **(how | more))
+
+
 def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
     speed = np.array([3.0, 1.0, 2.5, 0.5, 2.0])  # three training tasks, two test tasks; z is the speed, three times
     z, drawn = torch.tensor(speed)[:, None, None].expand(5, 6, 3), []  # from six contexts of each
-    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, **how: drawn.append((x.numpy(), how)))
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, c, **how: drawn.append((np.asarray(x), np.asarray(y), c)))
     data.plot_embeddings(SimpleNamespace(folder=tmp_path), speed[:, None], z[:3], z[3:])
-    sign = np.sign(drawn[0][1]["c"][0] * (speed[0] - speed.mean()))  # of a principal component there are two
-    for (x, how), own in zip(drawn, (speed[:3], speed[3:]), strict=True):
-        np.testing.assert_allclose(how["c"], sign * (own - speed.mean()).repeat(6), atol=1e-12)
-        np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(how["c"]), atol=1e-12)
-        assert how["vmax"] - how["vmin"] == pytest.approx(2.5)  # of all tasks in every panel
-    assert (tmp_path / "embeddings.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    key, colours = drawn[2], data.task_colours(speed[:, None])[0]
+    for (x, _, c), own in zip(drawn, (slice(3), slice(3, 5)), strict=False):
+        np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(speed[own] - speed.mean()).repeat(6), atol=1e-12)
+        np.testing.assert_array_equal(c, colours[own].repeat(6, 0))
+    np.testing.assert_array_equal(key[0], speed)  # what the colours are
+    np.testing.assert_array_equal(key[2], colours)
+    assert len(drawn) == 3 and (tmp_path / "embeddings.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_colours_of_tasks_with_two_parameters_tell_both(tmp_path):
+    x, y = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(0, 2, 5))
+    tasks = np.stack([x.ravel(), y.ravel()], 1)
+    colours, place = data.task_colours(tasks)
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + np.eye(25)
+    assert apart.min() > 0.05 and place is tasks
+    assert len(np.unique(data.task_colours(np.zeros((3, 2)))[0], axis=0)) == 1  # tasks that are one
+    assert np.isfinite(data.task_colours(np.zeros((2, 1)))[0]).all() and data.task_colours(np.eye(4))[1].shape == (4, 2)
+
+
+def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
+    tasks, drawn = envs.sample_tasks(SPARSE, 5, 0), []
+    world = SimpleNamespace(env=envs.make(SPARSE, tasks.repeat(3, axis=0), threads=1), test_rows=[0, 0])
+    run = SimpleNamespace(folder=tmp_path, world=world, args=SimpleNamespace(eval_episodes=3))
+    data.plot_paths(run)
+    assert not list(tmp_path.iterdir())  # before the first evaluation
+    world.env.returns(lambda obs: tasks.repeat(3, axis=0) * 0.5, seed=0)
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, **how: drawn.append((x[-1], y[-1], how["color"])))
+    data.plot_paths(run)
+    np.testing.assert_allclose([(x, y) for x, y, _ in drawn], tasks[3:] * 0.05 * 19)  # before the last step
+    np.testing.assert_array_equal([c for *_, c in drawn], data.task_colours(tasks)[0][3:])
+    assert (tmp_path / "paths.png").exists()
 
 
 def test_embeddings_of_one_number_and_of_one_context_are_shown_too(tmp_path):

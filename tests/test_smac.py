@@ -57,7 +57,7 @@ def run(folder, name, file, more="", script=smac):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    for name in ("plot_curve", "plot_embeddings"):
+    for name in ("plot_curve", "plot_embeddings", "plot_paths"):
         monkeypatch.setattr(data, name, lambda *args: None)
 
 
@@ -731,6 +731,19 @@ def test_the_data_are_cut(files):
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
     k = build(WIND, files[WIND], "--data-size 20 --data-until 60")  # and that is their first
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rows_that_are_fewer_than_a_default_wants_are_all_taken(files):
+    """60 rows a task, in data of one's own; defaults want 1,600, and 400 of them for contexts."""
+    words = ["--env", WIND, "--data", str(files[WIND]), *TINY.split(), "--no-small"]
+    world = smac.World(smac.parse_args(words), torch.device("cpu"))
+    stored = data.load(files[WIND])
+    for rows, tasks in ((world.train_rows, TRAIN), (world.test_rows, TEST)):
+        s = rows[..., :2] * world.std + world.mean
+        torch.testing.assert_close(s, stored.observations[tasks], atol=1e-5, rtol=1e-4)
+    for more, kept in (("--data-size 20", slice(40, 60)), ("--data-until 50", slice(0, 50))):
+        rows = smac.World(smac.parse_args([*words, *more.split()]), torch.device("cpu")).train_rows
+        assert torch.equal(rows[..., 4], stored.rewards[TRAIN, kept])
 
 
 def test_observations_are_kept_within_a_bound(files):

@@ -1,0 +1,53 @@
+"""A picture of every family of tasks: one task each, a moment after its start.
+
+python benchmark/families.py       # results/families.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import envs
+
+STEPS, SIZE, COLUMNS = 12, 320, 5
+
+
+def moment(name):
+    """The picture of a task after some steps: towards the goal, by the family's script, or random ones."""
+    row, rng = envs.family(name), np.random.default_rng(0)
+    env = envs.make(name, envs.sample_tasks(name, 2, 0)[1:], render_mode="rgb_array", render_size=SIZE)
+    obs = env.reset()[0]
+    for _ in range(STEPS):
+        action = rng.uniform(-1, 1, (1, row.act_dim))
+        if row.script:
+            action = row.script.act(env.tasks, obs)
+        elif not row.xml:
+            action = 2 * (row.goal(env.tasks) - obs) + 0.5 * action
+        obs = env.step(action)[0]
+    picture = env.render()[0]
+    env.close()
+    return picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "families.png", help="the picture")
+    path = parser.parse_args(argv).out
+    names = [name for name, row in envs.FAMILIES.items() if row.differs != "nothing"]
+    rows = -(-len(names) // COLUMNS)
+    figure = Figure(figsize=(8, 1.8 * rows), dpi=150, layout="constrained")
+    for axes, name in zip(figure.subplots(rows, COLUMNS).flat, names, strict=False):
+        axes.imshow(moment(name))
+        axes.set_title(name, fontsize=9)
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
