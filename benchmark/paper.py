@@ -63,7 +63,7 @@ FOCAL = {
         ["sparse-point-robot", "point-robot-wind", "walker-params"],
         "",
         {"FOCAL": "", "z = 0": "--encoder none", "behaviour cloning given z": "--actor clone"},
-        ["return_mean", "train_return_mean"],
+        SEPARATED,
     ),
     "figure5": (["walker-params"], "--value-penalty", COUPLED, SEPARATED),
     "figure9": (["walker-params"], "--no-value-penalty --alpha 50", COUPLED, SEPARATED),

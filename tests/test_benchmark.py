@@ -217,13 +217,18 @@ def test_runs_of_ones_own_are_compared(tmp_path, capsys):
             compare.main([*folders, *words])
 
 
-@pytest.mark.parametrize("module", [focal, focal_pp, script("bcq")])
-def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module):
+FILMED = [(focal, "--film"), (focal_pp, ""), (script("bcq"), ""), (smac, "--online-steps 0")]
+FILMED += [(merpo, "--model-steps 1 --adapt-steps 1")]
+
+
+@pytest.mark.parametrize(("module", "more"), FILMED)
+def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, more):
     animate, seen, film = script("animate"), {}, envs.film
     monkeypatch.setattr(envs, "film", lambda vector, *rest: (seen.update(tasks=vector.tasks), film(vector, *rest)))
     flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 1 --run-dir {tmp_path} --seed 1"
-    module.main(flags.split())
+    module.main([*flags.split(), *more.split()])
     (run,) = tmp_path.glob(f"{module.__name__}/{SPARSE}/*/seed1")
+    assert (run / "film.gif").exists() == ("--film" in more)
     animate.main([str(run), "--tasks", "2", "--size", "40", "--out", str(tmp_path / "agent.gif")])
     picture = Image.open(tmp_path / "agent.gif")
     dataset = data.load(files[SPARSE])

@@ -176,7 +176,7 @@ def test_help_is_in_groups_with_the_defaults_of_the_environment_and_the_size(cap
     assert re.findall(r"^(\w+):$", text, re.M) == ["run", "data", "algorithm", "ablations"]
     groups = dict(re.findall(r"^(\w+):$(.*?)(?=^\w+:$|\Z)", text, re.M | re.S))
     expected = {"run": "env small letter seed device threads graph compile eval-every eval-episodes"}
-    expected["run"] += " run-dir resume overwrite"
+    expected["run"] += " run-dir resume overwrite film"
     expected |= {"data": "data data-dir data-seed quality test-quality", "algorithm": "steps width lr tau eps half"}
     expected |= {"ablations": "law bias"}
     for name, flags in expected.items():

@@ -665,6 +665,7 @@ def test_when_exploration_draws_z(files, every, expected):
 def test_what_a_run_writes(files, tmp_path, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
     names = ["args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"]
+    names.append("paths.png")
     assert {file.name for file in path.iterdir()} - {"started.py"} == set(names)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18]
