@@ -40,7 +40,6 @@ import dataclasses
 import difflib
 import gc
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -48,7 +47,6 @@ import os
 import pickle
 import platform
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -58,7 +56,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -67,6 +64,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import envs
+import pictures
 
 try:
     import fcntl
@@ -504,10 +502,8 @@ def fuse(fn: Procedure) -> Procedure:
 
 # ------------------------------------------------------------------------------------------------- files and locks
 def write(path: Path, save) -> None:
-    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one.
-
-    OSError, which names the file, if that fails; what stood there before still does.
-    """
+    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one. OSError,
+    which names the file, if that fails; what stood there before still does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1132,10 +1128,8 @@ def _announce(path: Path, settings: Settings, env: str, device: torch.device, wo
 
 
 def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end.
-
-    Returns are those that the papers report (sparse ones for sparse-point-robot), over the family's horizon.
-    """
+    """Task, place in the data (0 first row, 1 last) and return of every episode that was seen to its end. Returns are
+    those that the papers report (sparse ones for sparse-point-robot), over the family's horizon."""
     row = envs.FAMILIES.get(dataset.meta.get("env"))
     reported = dataset.context_rewards if row is not None and row.sparse_reward else dataset.rewards
     arrays = (x.cpu().numpy() for x in (reported, dataset.episodes, dataset.terminals))
@@ -1633,76 +1627,6 @@ def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) 
         train(args, run)
 
 
-# ------------------------------------------------------------------------------------- runs: what they have learned
-class Rehearsal:
-    """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
-
-    def __init__(self, script: ModuleType, args: Args, device: torch.device):
-        self.args, self.device, self.updates = args, device, []
-        with torch.random.fork_rng(), contextlib.suppress(StopIteration):
-            script.train(args, self)
-
-    def begin(self, agent: Learner, world: Any) -> None:
-        self.agent, self.world = agent, world
-
-    def graph(self, fn: Procedure) -> Callable[[], None]:
-        self.updates.append(fn)
-        return fn
-
-    def steps(self, *_: int):
-        raise StopIteration
-
-
-def load_run(folder: Path | str, device: str = "cpu", **changes: Any) -> tuple[ModuleType, Args, Any, Learner]:
-    """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
-    step saw, as test_quality; `context`, see `with_context`, is all that it knows of test tasks then. DataError if the
-    data are not those of the run, and whatever a reader raises.
-
-    Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
-    is not known the file that was started, which registers it.
-    """
-    folder, on = Path(folder).resolve(), choose_device(device)
-    saved, checkpoint = json.loads((folder / "args.json").read_text()), read(folder / "checkpoint.pt", on)
-    name, runs = folder.parts[-4], Path(saved["run_dir"])
-    if importlib.util.find_spec(name) is None:
-        spec = importlib.util.spec_from_file_location(name, folder / "source.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    if saved["env"] not in envs.FAMILIES:
-        runpy.run_path(str(folder / "started.py"), run_name="started")
-    script = importlib.import_module(name)
-    args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
-    hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
-    for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
-        is_path = saved[key] and Path in (hints.get(key), *get_args(hints.get(key)))
-        setattr(args, key, root / saved[key] if is_path else saved[key])
-    vars(args).update(changes, device=device)
-    rehearsal = Rehearsal(script, args, on)
-    agent, world = rehearsal.agent, rehearsal.world
-    agent.load_state_dict(checkpoint["agent"])
-    same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of the training and of the test tasks' data
-    if checkpoint["dataset"][same] != world.checksum[same]:
-        raise DataError(f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}")
-    return script, args, world, agent
-
-
-def policy_of(script: ModuleType, args: Args, world: Any, agent: Learner) -> Callable[[np.ndarray], np.ndarray]:
-    """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the last B of its sub-environments, all
-    of them of test tasks. Contexts, adaptation and the rest are as there."""
-    env, policies = world.env, []
-    env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
-    script.evaluate(args, agent, world)
-    del env.returns
-
-    @torch.no_grad()
-    def act(observations: np.ndarray) -> np.ndarray:
-        everywhere = env.observe()
-        everywhere[-len(observations) :] = observations
-        return policies[-1](everywhere)[-len(observations) :]
-
-    return act
-
-
 # ---------------------------------------------------------------------------------------------- runs: their pictures
 def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
     """Columns of metrics.csv: the mean of returns (n tasks, E), and over tasks their standard deviation, their tenth
@@ -1713,102 +1637,22 @@ def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}return_{name}": value for name, value in row.items()}
 
 
-def save_picture(path: Path, draw: Callable, *size: float, **panels: Any) -> None:
-    """Writes what `draw` draws on its panels, side by side, of `size` inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots(1, **panels))
-    write(path, lambda file: figure.savefig(file, dpi=130, bbox_inches="tight"))
+def plot(run: Run, name: str, png: bytes | None) -> None:
+    """Keeps a picture in the run's folder, if there is something to see."""
+    if png:
+        write(run.folder / name, lambda file: file.write(png))
 
 
 def plot_curve(run: Run) -> None:
-    if any(math.isfinite(row["return_mean"]) for row in run.rows):
-        save_picture(run.folder / "curve.png", lambda axes: draw_curve(axes, run), 5.2, 3.6)
+    plot(run, "curve.png", pictures.curve(run))
 
 
-def draw_curve(axes: Any, run: Run) -> None:
-    """Returns against steps: a line for each prefix in `run.curve`, its band from low to high; the data's return, the
-    optimum."""
-    rows = [row for row in run.rows if math.isfinite(row["return_mean"])]
-    step, none = [row["step"] for row in rows], math.nan
-    for (prefix, label), colour in zip(run.curve.items(), ("tab:gray", "tab:blue", "tab:cyan"), strict=False):
-        low, high = ([row.get(f"{prefix}return_{end}", none) for row in rows] for end in ("low", "high"))
-        axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(step, [row[f"{prefix}return_mean"] for row in rows], color=colour, label=label)
-    for mark in sorted(run.marks)[:-1]:
-        axes.axvline(mark, color="black", linewidth=0.6)
-    if run.world.behaviour is not None:
-        axes.axhline(run.world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
-    if run.world.optimum is not None:
-        axes.axhline(run.world.optimum, color="tab:green", linestyle="--", label="optimum")
-    axes.legend(fontsize="small", framealpha=0.8)
-    axes.set(xlabel=run.unit, ylabel="return", title=f"{run.script.stem} on {run.args.env}")
-
-
-def task_colours(tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A colour (n, 3) for each task (n, P), and its place (n, 2) on the map of colours: its two parameters, or else how
-    far along their first principal component it is, and 0."""
-    from matplotlib import colormaps
-    from matplotlib.colors import hsv_to_rgb
-
-    if tasks.shape[1] == 2:  # the hue is the direction from the middle, where it is palest
-        away = tasks - (tasks.max(0) + tasks.min(0)) / 2
-        far = np.linalg.norm(away, axis=1) / max(np.linalg.norm(away, axis=1).max(), 1e-12)
-        return hsv_to_rgb(np.c_[np.arctan2(*away.T) / (2 * np.pi) % 1, 0.3 + 0.7 * far, 0.85 + 0 * far]), tasks
-    along = tasks[:, 0] if tasks.shape[1] == 1 else tasks @ np.linalg.svd(tasks - tasks.mean(0), False)[2][0]
-    return colormaps["turbo"]((along - along.min()) / max(np.ptp(along), 1e-12))[:, :3], np.c_[along, 0 * along]
-
-
-def components(*z: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Embeddings (n, E, l) on the first two principal components of them all, (n, E, 2), and these' shares of the
-    variance."""
-    flat = torch.cat([F.pad(part, (0, max(0, 2 - part.shape[-1]))) for part in z]).flatten(0, 1).double()
-    _, size, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    share = size.square() / size.square().sum().clamp_min(1e-12)
-    points = ((flat - flat.mean(0)) @ directions[:2].T).split([len(part) * part.shape[1] for part in z])
-    return [own.view(*part.shape[:2], -1) for own, part in zip(points, z, strict=True)], F.pad(share, (0, 1))
-
-
-def plot_embeddings(run: Run, tasks: np.ndarray, z_train: torch.Tensor, z_test: torch.Tensor) -> None:
-    """Embeddings (n, E, l) of several contexts of each training and each test task on their first principal components
-    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (n, P), training tasks first, and these themselves:
-    where z tells tasks apart like colours lie together."""
-
-    def draw(panels):
-        (colours, place), (points, share) = task_colours(tasks), components(z_train, z_test)
-        for axes, own, kind in zip(panels, points, ("training", "test"), strict=False):
-            own_colours, colours = np.split(colours, [len(own)])
-            axes.scatter(*own.flatten(0, 1).T, c=own_colours.repeat(own.shape[1], 0), s=14, linewidths=0)
-            axes.set(title=f"z of {len(own)} {kind} tasks", xlabel=f"first component ({share[0]:.0%})")
-        panels[1].sharex(panels[0]), panels[1].sharey(panels[0])
-        panels[0].set_ylabel(f"second component ({share[1]:.0%})")
-        panels[2].scatter(*place.T, c=task_colours(tasks)[0], s=14, linewidths=0)
-        panels[2].set(title="their parameters", xlabel="" if tasks.shape[1] < 3 else "first principal component")
-        panels[2].set(**({"aspect": "equal"} if tasks.shape[1] == 2 else {"yticks": []}))
-
-    save_picture(run.folder / "embeddings.png", draw, 9, 3.4, ncols=3)
+def plot_embeddings(run: Run, *what: Any) -> None:
+    plot(run, "embeddings.png", pictures.embeddings(*what))
 
 
 def plot_paths(run: Run) -> None:
-    """See `draw_paths`; of bodies there are none."""
-    env = getattr(run.world, "env", None)
-    if env is not None and env.trail:
-        draw = lambda axes: draw_paths(axes, env, len(run.world.test_rows), run.args.eval_episodes)
-        save_picture(run.folder / "paths.png", draw, 4, 3.6)
-
-
-def draw_paths(axes: Any, env: envs.TaskVectorEnv, tasks: int, each: int) -> None:
-    """What point robots did last in the last `tasks`, the test tasks, of which each has so many sub-environments: the
-    path in the first of them, in the task's colour, and a star where its goal is."""
-    mine = slice(-each * tasks, None, each)
-    colours, paths = task_colours(env.tasks)[0][mine], np.stack(env.trail[-env.horizon :], 1)[mine, :, 1:3]
-    for path, colour in zip(paths, colours, strict=True):
-        axes.plot(*path.T, ".-", color=colour, linewidth=1, markersize=2)
-    if env.family.goal:
-        goals = env.family.goal(env.tasks[mine])
-        axes.scatter(*goals.T[:2], c=colours if np.ptp(goals, 0).any() else "black", marker="*", s=70, zorder=3)
-    axes.set(title=f"paths in {tasks} unseen tasks", xlabel="x", ylabel="y", aspect="equal")
+    plot(run, "paths.png", pictures.paths(run))
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import FLAGS, load_run, whole
 
-import data
 import envs
+import trained
 
 
 def film(run, path, count, size):
@@ -25,7 +25,7 @@ def film(run, path, count, size):
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
     vector = envs.make(args.env, tasks[shown], seed=args.seed, render_mode="rgb_array", render_size=size)
     act, everywhere = (
-        data.policy_of(script, args, world, agent),
+        trained.policy_of(script, args, world, agent),
         np.zeros((every * len(tasks), world.env.family.obs_dim)),
     )
 

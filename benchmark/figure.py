@@ -17,12 +17,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import paper
 from retest import load_run
 
-import data
+import pictures
 
 
 def draw_embeddings(axes, tasks, z_train, z_test):
     """Training tasks as dots, test tasks as stars; means over contexts."""
-    (colours, _), (points, share) = data.task_colours(tasks), data.components(z_train, z_test)
+    (colours, _), (points, share) = pictures.task_colours(tasks), pictures.components(z_train, z_test)
     train, test = (own.mean(1) for own in points)
     axes.scatter(*train.T, c=colours[: len(train)], s=10, linewidths=0, label="training tasks")
     axes.scatter(*test.T, c=colours[len(train) :], s=60, marker="*", edgecolors="black", linewidths=0.5, label="unseen")
@@ -38,12 +38,12 @@ def draw(run, path):
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": "medium"})
     figure = Figure(figsize=(8, 2.8), dpi=200, layout="constrained")
     paths, embeddings, curve = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    data.draw_paths(paths, world.env, len(world.test_rows), args.eval_episodes)
+    pictures.draw_paths(paths, world.env, len(world.test_rows), args.eval_episodes)
     paths.set_title(f"paths to {len(world.test_rows)} unseen goals")
     draw_embeddings(embeddings, world.tasks, z_train, z_test)
     kinds = {"train_": "training tasks", "": "unseen tasks"}
     known = SimpleNamespace(rows=paper.metrics(run), curve=kinds, marks=(), unit="gradient steps", world=world)
-    data.draw_curve(curve, SimpleNamespace(**vars(known), args=args, script=Path(f"{script.__name__}.py")))
+    pictures.draw_curve(curve, SimpleNamespace(**vars(known), args=args, script=Path(f"{script.__name__}.py")))
     curve.set_title("return while it learns")
     figure.savefig(path)
 

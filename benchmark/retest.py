@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path.cwd())]
 import data
 import merpo
+import trained
 
 FLAGS = {
     "FOCAL": ["test_quality", "context_size", "eval_episodes"],
@@ -52,7 +53,7 @@ def load_run(folder, kinds=("FOCAL",), **changes):
     """The script (or the one that it builds on), settings, world and agent of a run; ends in one line if it cannot."""
     try:
         check(folder, json.loads((folder / "args.json").read_text()), kinds, changes)
-        _, args, world, agent = data.load_run(folder, **changes)
+        _, args, world, agent = trained.load_run(folder, **changes)
     except data.DataError as error:
         message = error
     except OSError as error:

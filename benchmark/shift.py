@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path.cwd())]
 import data
 import smac
+import trained
 
 NAMES = {"prior_": "exploration", "short_": "on online contexts", "offline_": "on offline contexts"}
 
@@ -86,7 +87,7 @@ def plot_paths(axes, found, points, world):
 
 def draw(run):
     """The pictures of one run; returns where they are."""
-    _, args, world, agent = data.load_run(run)
+    _, args, world, agent = trained.load_run(run)
     phases = ["offline-phase"] * (args.steps > 0) + ["online-phase"] * (int(agent.step) > args.steps)
     files = [run / f"shift-{phase}.png" for phase in phases]
     for file in reversed(files):

@@ -40,6 +40,7 @@ import focal
 import focal_pp
 import merpo
 import smac
+import trained
 
 SCRIPTS = {script.__name__: script for script in (focal, focal_pp, smac, merpo)}
 UPDATES = dict.fromkeys(("focal", "focal_pp"), ("encoder learns", "encoder stands still"))
@@ -97,7 +98,7 @@ def build(script, env, size, device, path, more=()):
     words = ["--env", env, "--data", str(path), *(["--small"] if size == "small" else ["--no-small", "--letter"])]
     args = SCRIPTS[script].parse_args([*words, *more])
     torch.manual_seed(0)
-    run = data.Rehearsal(SCRIPTS[script], args, device)
+    run = trained.Rehearsal(SCRIPTS[script], args, device)
     steps = {"inner step": getattr(args, "inner_steps", 1)}
     kinds = dict(zip(UPDATES[script], run.updates, strict=True))
     return {name: (steps.get(name, 1), fn, data.capture, run.agent.optimisers) for name, fn in kinds.items()}

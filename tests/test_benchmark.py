@@ -21,6 +21,7 @@ import focal
 import focal_pp
 import merpo
 import smac
+import trained
 
 ROOT = Path(focal.__file__).resolve().parent
 
@@ -537,7 +538,7 @@ def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp
     monkeypatch.setattr(envs, "FAMILIES", known)
     monkeypatch.setattr(focal, "TABLE", table)
     monkeypatch.chdir("/")
-    loaded, args, _, agent = data.load_run(run)
+    loaded, args, _, agent = trained.load_run(run)
     assert loaded is focal and args.env == "gusts" and agent.step == 2 and "gusts" in envs.FAMILIES
     del envs.FAMILIES["gusts"], focal.TABLE["gusts"]
 

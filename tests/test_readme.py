@@ -25,6 +25,7 @@ import focal
 import focal_pp
 import merpo
 import smac
+import trained
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -248,9 +249,9 @@ def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
     flags = f"--env {WIND} --data {files[WIND]} {sizes}"
     elsewhere(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
     (final,) = begun.glob("runs/**/final.json")
-    (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("data.load_run(folder)"))
+    (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("trained.load_run(folder)"))
     *_, first, second = elsewhere(read, "load.py").splitlines()
-    assert first.startswith(f"{name} {WIND} step") and len(example("data.load_run(folder)").splitlines()) <= 12
+    assert first.startswith(f"{name} {WIND} step") and len(example("trained.load_run(folder)").splitlines()) <= 12
     returned = float(re.findall(r"-\d+\.\d+", second)[-1 if name == "merpo" else 0])
     assert returned == pytest.approx(json.loads(final.read_text())["return_mean"], rel=1e-5)
     (read / "act.py").write_text(BEFORE_ACTING.format(folder=final.parent, file=files[WIND]) + example("context=mine"))
@@ -280,8 +281,8 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
         "next_observations": rng.normal(size=2),
     }
     mine = {key: np.tile(row, (7, 1)) for key, row in own.items()} | {"rewards": np.full(7, 0.3)}
-    script, args, world, agent = data.load_run(folder, context=mine)
-    seen, act = rng.normal(size=(3, 2)), data.policy_of(script, args, world, agent)
+    script, args, world, agent = trained.load_run(folder, context=mine)
+    seen, act = rng.normal(size=(3, 2)), trained.policy_of(script, args, world, agent)
     scaled = lambda obs: (obs - world.mean.numpy()) / world.std.numpy()
     row = [scaled(own["observations"]), own["actions"], scaled(own["next_observations"]), [0.3]]
     with torch.no_grad():
@@ -289,7 +290,7 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
         expected = agent.act(torch.tensor(scaled(seen), dtype=torch.float32), z.expand(3, -1))
     np.testing.assert_allclose(act(seen), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(data.DataError, match="actions has shape"):
-        data.load_run(folder, context=mine | {"actions": np.zeros((7, 3))})
+        trained.load_run(folder, context=mine | {"actions": np.zeros((7, 3))})
 
 
 @pytest.mark.layout

@@ -28,6 +28,7 @@ from torch import nn
 
 import data
 import envs
+import pictures
 
 ROOT = Path(data.__file__).resolve().parent
 FUZZ = int(os.environ.get("FUZZ", 100))
@@ -830,7 +831,7 @@ def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
     z, drawn = torch.tensor(speed)[:, None, None].expand(5, 6, 3), []  # from six contexts of each
     monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, c, **how: drawn.append((np.asarray(x), np.asarray(y), c)))
     data.plot_embeddings(SimpleNamespace(folder=tmp_path), speed[:, None], z[:3], z[3:])
-    key, colours = drawn[2], data.task_colours(speed[:, None])[0]
+    key, colours = drawn[2], pictures.task_colours(speed[:, None])[0]
     for (x, _, c), own in zip(drawn, (slice(3), slice(3, 5)), strict=False):
         np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(speed[own] - speed.mean()).repeat(6), atol=1e-12)
         np.testing.assert_array_equal(c, colours[own].repeat(6, 0))
@@ -842,11 +843,13 @@ def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
 def test_colours_of_tasks_with_two_parameters_tell_both(tmp_path):
     x, y = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(0, 2, 5))
     tasks = np.stack([x.ravel(), y.ravel()], 1)
-    colours, place = data.task_colours(tasks)
+    colours, place = pictures.task_colours(tasks)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + np.eye(25)
     assert apart.min() > 0.05 and place is tasks
-    assert len(np.unique(data.task_colours(np.zeros((3, 2)))[0], axis=0)) == 1  # tasks that are one
-    assert np.isfinite(data.task_colours(np.zeros((2, 1)))[0]).all() and data.task_colours(np.eye(4))[1].shape == (4, 2)
+    assert len(np.unique(pictures.task_colours(np.zeros((3, 2)))[0], axis=0)) == 1  # tasks that are one
+    assert np.isfinite(pictures.task_colours(np.zeros((2, 1)))[0]).all() and pictures.task_colours(np.eye(4))[
+        1
+    ].shape == (4, 2)
 
 
 def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
@@ -859,7 +862,7 @@ def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, **how: drawn.append((x[-1], y[-1], how["color"])))
     data.plot_paths(run)
     np.testing.assert_allclose([(x, y) for x, y, _ in drawn], tasks[3:] * 0.05 * 19)  # before the last step
-    np.testing.assert_array_equal([c for *_, c in drawn], data.task_colours(tasks)[0][3:])
+    np.testing.assert_array_equal([c for *_, c in drawn], pictures.task_colours(tasks)[0][3:])
     assert (tmp_path / "paths.png").exists()
 
 

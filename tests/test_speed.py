@@ -26,6 +26,7 @@ import focal
 import focal_pp
 import merpo
 import smac
+import trained
 
 ROOT = Path(focal.__file__).resolve().parent
 META = torch.device("meta")
@@ -63,7 +64,7 @@ class NoWaiting(TorchDispatchMode):
 def updates_of(script, file, more="", device=META, name=WALKER, tiny=None):
     """What a script makes graphs of."""
     words = f"--env {name} --data {file} {TINY[tiny or script]} {more}"
-    return data.Rehearsal(script, script.parse_args(words.split()), device).updates
+    return trained.Rehearsal(script, script.parse_args(words.split()), device).updates
 
 
 def without_values(trainer):

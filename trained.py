@@ -1,0 +1,99 @@
+"""What runs have learned: an agent from a run's folder, and its policy on raw observations. No script needs this file.
+
+import trained
+
+script, args, world, agent = trained.load_run("runs/focal/sparse-point-robot/small/seed0")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import torch
+
+import data
+import envs
+
+
+class Rehearsal:
+    """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
+
+    def __init__(self, script: ModuleType, args: data.Args, device: torch.device):
+        self.args, self.device, self.updates = args, device, []
+        with torch.random.fork_rng(), contextlib.suppress(StopIteration):
+            script.train(args, self)
+
+    def begin(self, agent: data.Learner, world: Any) -> None:
+        self.agent, self.world = agent, world
+
+    def graph(self, fn: Callable[[], None]) -> Callable[[], None]:
+        self.updates.append(fn)
+        return fn
+
+    def steps(self, *_: int):
+        raise StopIteration
+
+
+def load_run(
+    folder: Path | str, device: str = "cpu", **changes: Any
+) -> tuple[ModuleType, data.Args, Any, data.Learner]:
+    """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
+    step saw, as test_quality; `context`, see `data.with_context`, is all that it knows of test tasks then.
+    `data.DataError` if the data are not those of the run, and whatever a reader raises.
+
+    Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
+    is not known the file that was started, which registers it.
+    """
+    folder, on = Path(folder).resolve(), data.choose_device(device)
+    saved, checkpoint = json.loads((folder / "args.json").read_text()), data.read(folder / "checkpoint.pt", on)
+    name, runs = folder.parts[-4], Path(saved["run_dir"])
+    if importlib.util.find_spec(name) is None:
+        spec = importlib.util.spec_from_file_location(name, folder / "source.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    if saved["env"] not in envs.FAMILIES:
+        runpy.run_path(str(folder / "started.py"), run_name="started")
+    script = importlib.import_module(name)
+    args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
+    hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
+    for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
+        is_path = saved[key] and Path in (hints.get(key), *get_args(hints.get(key)))
+        setattr(args, key, root / saved[key] if is_path else saved[key])
+    vars(args).update(changes, device=device)
+    rehearsal = Rehearsal(script, args, on)
+    agent, world = rehearsal.agent, rehearsal.world
+    agent.load_state_dict(checkpoint["agent"])
+    same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of the training and of the test tasks' data
+    if checkpoint["dataset"][same] != world.checksum[same]:
+        raise data.DataError(
+            f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}"
+        )
+    return script, args, world, agent
+
+
+def policy_of(
+    script: ModuleType, args: data.Args, world: Any, agent: data.Learner
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the last B of its sub-environments, all
+    of them of test tasks. Contexts, adaptation and the rest are as there."""
+    env, policies = world.env, []
+    env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
+    script.evaluate(args, agent, world)
+    del env.returns
+
+    @torch.no_grad()
+    def act(observations: np.ndarray) -> np.ndarray:
+        everywhere = env.observe()
+        everywhere[-len(observations) :] = observations
+        return policies[-1](everywhere)[-len(observations) :]
+
+    return act
