@@ -502,8 +502,8 @@ def fuse(fn: Procedure) -> Procedure:
 
 # ------------------------------------------------------------------------------------------------- files and locks
 def write(path: Path, save) -> None:
-    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one. OSError,
-    which names the file, if that fails; what stood there before still does."""
+    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one.
+    OSError, which names the file, if that fails; what stood there before still does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
