@@ -83,9 +83,9 @@ def load_run(
 def policy_of(
     script: ModuleType, args: data.Args, world: Any, agent: data.Learner
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the last B of its sub-environments, all
-    of them of test tasks. Contexts, adaptation and the rest are as there."""
-    env, policies = world.env, []
+    """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the first B of its sub-environments of
+    test tasks. Contexts, adaptation and the rest are as there."""
+    env, policies, first = world.env, [], -args.eval_episodes * len(world.test_rows)
     env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
     script.evaluate(args, agent, world)
     del env.returns
@@ -93,7 +93,7 @@ def policy_of(
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
         everywhere = env.observe()
-        everywhere[-len(observations) :] = observations
-        return policies[-1](everywhere)[-len(observations) :]
+        everywhere[first:][: len(observations)] = observations
+        return policies[-1](everywhere)[first:][: len(observations)]
 
     return act

@@ -254,9 +254,9 @@ def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
     assert first.startswith(f"{name} {WIND} step") and len(example("trained.load_run(folder)").splitlines()) <= 12
     returned = float(re.findall(r"-\d+\.\d+", second)[-1 if name == "merpo" else 0])
     assert returned == pytest.approx(json.loads(final.read_text())["return_mean"], rel=1e-5)
-    (read / "act.py").write_text(BEFORE_ACTING.format(folder=final.parent, file=files[WIND]) + example("context=mine"))
-    with open(read / "act.py", "a") as file:
-        file.write("print(total, *act(s[:2])[0], *act(s[:1])[0])\n")
+    before = BEFORE_ACTING.format(folder=str(final.parent), file=str(files[WIND]))
+    after = "print(total, *act(s[:2])[0], *act(s[:1])[0])\n"
+    (read / "act.py").write_text(before + example("context=mine") + after)
     total, *twice = map(float, elsewhere(read, "act.py").split("\n")[-2].split())
     assert -60 < total < 0 and twice[:2] == pytest.approx(twice[2:], rel=1e-4) and max(map(abs, twice)) <= 1
 

@@ -62,8 +62,8 @@ def test_a_run_that_is_not_in_the_list_is_refused(run, monkeypatch, capsys):
         arguments(run, monkeypatch, "--scripts smac --envs ant-dir --task 3")
     assert "--task 3: expected 0 to 2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        arguments(run, monkeypatch, "--scripts focal --envs humanoid-dir --list")
-    assert "none of focal has humanoid-dir" in capsys.readouterr().err
+        arguments(run, monkeypatch, "--scripts merpo --envs humanoid-dir --list")
+    assert "none of merpo has humanoid-dir" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
