@@ -25,7 +25,7 @@ Choices where the paper is silent:
 - Observations are standardised; so are, for the models, rewards and changes of observations.
 What we learned (the last is a default of small runs, in which lambda and beta stay where they begin):
 - Q_meta needs a slow target of its own: one that is copied anew in each meta-iteration is not slow, and Q explodes.
-- Rewards in the scale of FOCAL's critic (5, points 100) make one set of weights fit every family.
+- Weights that are shares of mean |Q| (`--relative`) are the same for every family, whatever its rewards' scale.
 - A new task needs many steps at falling rates, in which alpha rises to 1: pi_c cannot know which task it is.
 """
 
@@ -73,10 +73,10 @@ class Args(data.Args):
     adapt_alpha: Share | None = None  # where alpha is after half of them, risen evenly; unless given: as it began
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
-    reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
     ent: Number = 0.2  # temperature of the entropy in the critic's target
     alpha: Share = 0.4  # weight of the behaviour in Eq. 9; with --adaptive where it begins
     alpha_lr: Number = 1e-4  # of Eq. 11
+    relative: bool = False  # beta and lambda are shares of a task's mean |Q|
     beta_initial: Number = 1.0  # of the conservative term in Eq. 1
     beta_lr: Number = 1e-3  # step of log beta
     actions: Count = 10  # of pi_n at each state of rho in that term
@@ -135,13 +135,12 @@ STARTS = {
     "behaviour-init": (True, 1.0, False),
     "combo": (False, None, True),
 }
-# Table 2 of the paper, and the scale of FOCAL's rewards. Of families that are not in it sparse-point-robot has the
-# wind's row, cheetah-vel the cheetah's but the walker's task batch.
+# Table 2 of the paper. Of families that are not in it sparse-point-robot has the wind's row, cheetah-vel the cheetah's
+# but the walker's task batch.
 TWO = {"meta_batch_size": 2, "lambda_initial": 100, "threshold": 10}
-POINT = {"discount": 0.9, "threshold": 10, "reward_scale": 100}
 TABLE = {
-    "sparse-point-robot": POINT,
-    "point-robot-wind": POINT,
+    "sparse-point-robot": {"discount": 0.9, "threshold": 10},
+    "point-robot-wind": {"discount": 0.9, "threshold": 10},
     "cheetah-vel": {"actor_lr": 5e-4, "lambda_initial": 100, "threshold": 10},
     "cheetah-fwd-back": TWO | {"actor_lr": 5e-4},
     "ant-fwd-back": TWO | {"lr": 8e-4, "actor_lr": 5e-4},
@@ -151,7 +150,7 @@ TABLE = {
 # Stage 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "eta": 0.0,
-    "reward_scale": 1, "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
+    "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
     "steps": 20_000,  # of J steps of RAC: the paper's 200 epochs of 1,000
 }  # fmt: skip
 TABLE |= {
@@ -162,7 +161,8 @@ TABLE |= {
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "eval_every": 200, "tau": 0.02}
 SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 2_000, "adapt_alpha": 1.0, "final_lr": 0.1}
-SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5}
+SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "eval_every": 400, "model_steps": 200}
+SMALL_MANY |= {"relative": True, "lambda_initial": 0.04, "beta_initial": 0.01, "ent": 0.0}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4}
 SMALL = dict.fromkeys(TABLE, SMALL_MANY) | dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
 
@@ -262,9 +262,9 @@ def model_loss(mean, log_var, target):
     return 0.5 * ((target - mean).square() * (-log_var).exp() + log_var).sum(-1).mean(-1)
 
 
-def critic_target(r, d, q_next, log_pi_next, reward_scale, discount, ent):
+def critic_target(r, d, q_next, log_pi_next, discount, ent):
     """B Q of Eq. 1, clipped double Q with maximum entropy; q_next (2, n, B) of the slow target at a' ~ pi_n(. | s')."""
-    return reward_scale * r + discount * (1 - d) * (q_next.amin(0) - ent * log_pi_next)
+    return r + discount * (1 - d) * (q_next.amin(0) - ent * log_pi_next)
 
 
 def critic_loss(q_rho, q_data, q, y, beta):
@@ -472,8 +472,7 @@ class RAC(nn.Module):
         s, a, r, s2, done = d_f.split(self.world.split, -1)
         with torch.no_grad():
             a2, log_pi2 = sample_tanh_gaussian(*self.actor(s2))
-            q2, scale, discount = self.target(s2, a2), args.reward_scale, args.discount
-            y = critic_target(r[..., 0], done[..., 0], q2, log_pi2, scale, discount, args.ent)
+            y = critic_target(r[..., 0], done[..., 0], self.target(s2, a2), log_pi2, args.discount, args.ent)
             a_rho, _ = sample_tanh_gaussian(*(x.repeat_interleave(args.actions, 1) for x in self.actor(s_rho)))
         parts = (s_rho.repeat_interleave(args.actions, 1), a_rho), (s_data, a_data), (s, a)
         values = self.critic(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))  # one pass for all three
@@ -482,24 +481,21 @@ class RAC(nn.Module):
         # appendix A.2.2, "Tune beta": up where the gap is above the threshold, else down
         log_beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
         tasks.log_beta.index_copy_(0, index, log_beta)
-        loss = critic_loss(q_rho, q_data, q, y, log_beta.exp())
+        loss = critic_loss(q_rho, q_data, q, y, log_beta.exp() * self.unit(q))
         data.descend(self.optimisers["critic"], loss)
         data.follow(self.target, self.critic, args.tau)
         return {"critic_loss": loss / len(gap), "q_mean": q.mean(), "q_gap": gap.mean(), "beta": log_beta.exp().mean()}
 
     def improve_policy(self, s_rho, s_data, a_data, meta_policy):
-        """Eq. 7, made computable by Eq. 9. At alpha = 0 it is Eq. 6 (COMBO-3) and, over many tasks, Eq. 5; `free` it is
-        Eq. 2 (COMBO). (Eq. 8 is Eq. 1 for tables.)"""
+        """Eq. 7 as Eq. 9; at alpha = 0 Eq. 6 (COMBO-3) and, over many tasks, Eq. 5; `free` Eq. 2 (COMBO)."""
         args, tasks, index = self.args, self.tasks, self.index
         alpha, lam = tasks.alpha[index], tasks.lam[index]
         policy = self.actor(s_rho)
         a, log_pi = sample_tanh_gaussian(*policy)
-        with torch.no_grad():  # pi_c is fixed here
-            meta = meta_policy(s_rho)
-        d_meta = gaussian_divergence(policy, meta)
+        d_meta = gaussian_divergence(policy, meta_policy(s_rho))  # pi_c stays: `descend` moves the actor alone
         q = self.critic(s_rho, a)
+        weight = torch.zeros_like(lam) if self.free else lam * self.unit(q)
         q = q - args.ent * log_pi if args.actor_entropy else q
-        weight = torch.zeros_like(lam) if self.free else lam
         loss = actor_loss(q, self.actor.log_density(s_data, a_data), d_meta, weight, alpha)  # Eq. 9
         data.descend(self.optimisers["actor"], loss)
         d_behaviour, d_meta = self.from_behaviour(s_data).clamp_max(10), d_meta.detach().mean(-1).clamp_max(10)
@@ -509,6 +505,11 @@ class RAC(nn.Module):
         tasks.lam.index_copy_(0, index, lam)
         log = {"actor_loss": loss / len(lam), "lambda": lam.mean(), "alpha": alpha.mean()}
         return log | {"d_behaviour": d_behaviour.mean(), "d_meta": d_meta.mean()}
+
+    def unit(self, q):
+        """In what beta and lambda are measured (T,): 1 or, if they are relative, mean |Q|; q (2, T, B)."""
+        mean = q.detach().abs().mean((0, 2))
+        return mean if self.args.relative else torch.ones_like(mean)
 
     @torch.no_grad()
     def from_behaviour(self, s):
@@ -574,9 +575,7 @@ class Agent(data.Learner):
         for i in range(args.outer_steps):
             draw = tasks.imagined if args.model else tasks.draw
             s = draw(index, args.batch_size).split(self.world.split, -1)[0]
-            with torch.no_grad():  # pi_n is fixed here
-                policy = rac.actor(s)
-            kl = gaussian_divergence(policy, self.meta_policy(s))
+            kl = gaussian_divergence(rac.actor(s), self.meta_policy(s))  # pi_n stays
             if args.adaptive and i == 0:
                 real = tasks.draw(index, args.batch_size).split(self.world.split, -1)[0]
                 # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5]

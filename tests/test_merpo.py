@@ -102,11 +102,11 @@ def test_task_models_descend_the_likelihood_and_the_proximal_term(files):
 def test_critic_target_and_loss():
     r, d, log_pi, q_next = random_tensors((2, 4), (2, 4), (2, 4), (2, 2, 4))
     d = (d > 0).double()
-    y = merpo.critic_target(r, d, q_next, log_pi, 5, 0.9, 0.3)
+    y = merpo.critic_target(r, d, q_next, log_pi, 0.9, 0.3)
     for n in range(2):
         for i in range(4):
             future = min(q_next[0, n, i], q_next[1, n, i]) - 0.3 * log_pi[n, i]
-            torch.testing.assert_close(y[n, i], 5 * r[n, i] + (0.9 * future if d[n, i] == 0 else 0))
+            torch.testing.assert_close(y[n, i], r[n, i] + (0.9 * future if d[n, i] == 0 else 0))
     q_rho, q_data, q = random_tensors((2, 2, 6), (2, 2, 3), (2, 2, 4), seed=1)
     beta = torch.tensor([0.5, 2.0]).double()
 
@@ -229,7 +229,7 @@ def naive_step(args, k, index, real, rho, rates, free):
             with torch.no_grad():
                 u2 = before_tanh(pi(n, s2), once[n, i])
                 value = min(naive_q(k.rac.target, n, tasks, s2, u2.tanh())) - args.ent * density(pi(n, s2), u2)
-                y = args.reward_scale * r[0] + (0 if d else args.discount * value)
+                y = r[0] + (0 if d else args.discount * value)
             qs += [q(s, a)]
             errors += [0.5 * sum((x - y) ** 2 for x in qs[-1])]
         with torch.no_grad():
@@ -242,24 +242,29 @@ def naive_step(args, k, index, real, rho, rates, free):
         gaps += [gap.item() / 2]
         kept.log_beta[task] += args.beta_lr * (1 if gaps[-1] > args.threshold else -1)
         betas += [kept.log_beta[task].exp().item()]
-        losses += [betas[-1] * gap + mean(errors)]
+        unit = mean([abs(x.detach()) for pair in qs[-size:] for x in pair]) if args.relative else 1
+        losses += [betas[-1] * unit * gap + mean(errors)]
     descend(k.rac.critic, sum(losses), rates["critic"])
     for slow, fast in zip(k.rac.target.parameters(), k.rac.critic.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
 
     gains, metas = [], []
     for n, task in enumerate(index.tolist()):
-        values, kls = [], []
+        values, kls, sizes = [], [], []
         for i, row in enumerate(rho[n]):
             s = row[: k.world.split[0]]
             u, policy = before_tanh(pi(n, s), once[n, i]), pi(n, s)
             meta = [x.detach() for x in naive_policy(k.agent.meta_policy, 0, s)]
             entropy = args.ent * density(policy, u) if args.actor_entropy else 0
-            values += [min(naive_q(k.rac.critic, n, tasks, s, u.tanh())) - entropy]
+            pair = naive_q(k.rac.critic, n, tasks, s, u.tanh())
+            values += [min(pair) - entropy]
+            sizes += [abs(x.detach()) for x in pair]
             kls += [kl(policy, meta)]
         likelihood = mean([density(pi(n, s), a.atanh()) for s, a, *_ in (row.split(k.world.split) for row in real[n])])
         lam, alpha = 0 if free else kept.lam[task].item(), kept.alpha[task].item()
-        gains += [mean(values) + lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)]
+        unit = mean(sizes) if args.relative else 1
+        held = lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)
+        gains += [mean(values) + unit * held]
         metas += [min(mean(kls).item(), 10)]
     descend(k.rac.actor, -sum(gains), rates["actor"])
     behaviours = []
@@ -303,7 +308,11 @@ def naive_outer(args, k, index, drawn, rate):
 
 ITERATIONS = ["", "--no-model", "--alpha 0 --real-ratio 0.25", "--actor-entropy --inner-steps 2", "--adaptive"]
 ITERATIONS += ["--inner-steps 2", "--actor-entropy"]
-ITERATIONS += ["--final-lr 0.5 --outer-steps 2 --actions 3", "--threshold 0 --outer-steps 2 --adaptive --no-model"]
+ITERATIONS += [
+    "--final-lr 0.5 --outer-steps 2 --actions 3 --relative",
+    "--relative --actor-entropy",
+    "--threshold 0 --outer-steps 2 --adaptive --no-model",
+]
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -690,7 +699,7 @@ def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_thei
 def test_the_target_is_slow_across_meta_iterations(files, tau, low, high):
     """Each step is worth 1, so that Q is at most 10. In 200 steps of tau the target makes 200 tau backups, whether or
     not the critics begin anew at Q_meta every ten of them."""
-    more = "--reward-scale 1 --ent 0 --beta-initial 0 --beta-lr 0 --no-model --inner-steps 10 --steps 20 --lr 0.01"
+    more = "--ent 0 --beta-initial 0 --beta-lr 0 --no-model --inner-steps 10 --steps 20 --lr 0.01"
     k = build(WIND, files[WIND], f"{more} --tau {tau} --batch-size 32 --meta-batch-size 4")
     k.tasks.rows[..., 4], k.tasks.rows[..., -1] = 1.0, 0.0
     settle(k)
@@ -809,7 +818,7 @@ def test_starts_at_test_time(files, monkeypatch, start):
 
 def test_a_short_try_out_is_short():
     stages = lambda flags: (lambda args: (args.model_steps, args.steps))(merpo.parse_args(flags.split()))
-    assert stages("--small") == (400, 800) and stages("--no-small") == (2_000, 2_000)
+    assert stages("--small") == (200, 800) and stages("--no-small") == (2_000, 2_000)
     assert stages("--small --steps 40") == (40, 40) and stages("--small --steps 40 --model-steps 90") == (90, 40)
 
 
@@ -1038,12 +1047,12 @@ TABLE_2 = {
     "model_task_lr": 1e-4, "model_adapt_steps": 25, "lambda_lr": 1, "target_divergence": 0.05, "beta_lr": 1e-3,
     "alpha": 0.4, "outer_lr": 1e-3, "real_ratio": 0.5, "rollout_length": 1, "beta_initial": 1, "steps": 2_000,
 }  # fmt: skip
-COLUMNS = ("discount", "meta_batch_size", "lr", "actor_lr", "lambda_initial", "threshold", "reward_scale")
-BY_FAMILY = {  # the scale of rewards is FOCAL's
-    WALKER: (0.99, 8, 1e-3, 1e-3, 5, 5, 5),
-    "cheetah-fwd-back": (0.99, 2, 1e-3, 5e-4, 100, 10, 5),
-    "ant-fwd-back": (0.99, 2, 8e-4, 5e-4, 100, 10, 5),
-    WIND: (0.9, 8, 1e-3, 1e-3, 5, 10, 100),
+COLUMNS = ("discount", "meta_batch_size", "lr", "actor_lr", "lambda_initial", "threshold")
+BY_FAMILY = {
+    WALKER: (0.99, 8, 1e-3, 1e-3, 5, 5),
+    "cheetah-fwd-back": (0.99, 2, 1e-3, 5e-4, 100, 10),
+    "ant-fwd-back": (0.99, 2, 8e-4, 5e-4, 100, 10),
+    WIND: (0.9, 8, 1e-3, 1e-3, 5, 10),
 }
 
 
