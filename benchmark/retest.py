@@ -5,8 +5,8 @@ python benchmark/retest.py runs/merpo/point-robot-wind/small/seed* --test-start 
 python benchmark/retest.py runs/smac/walker-params/small/seed* --eval-episodes 20
 
 The flags are the scripts' own, those that no training step sees. MerPO's test tasks adapt their models anew to the data
-that they are given; `clone_return_mean` is the return of policies fitted to the same data by maximum likelihood. Prints
-a line for each run and writes retest/<flags>.json into its folder.
+that they are given; `clone_return_mean` is the return of policies fitted to the same data by maximum likelihood, over
+five fits. Prints a line for each run and writes retest/<flags>.json into its folder.
 """
 
 import argparse
@@ -26,9 +26,11 @@ import trained
 FLAGS = {
     "FOCAL": ["test_quality", "context_size", "eval_episodes"],
     "SMAC": ["eval_episodes"],
-    "MerPO": ["test_quality", "test_trajectories", "test_start", "adapt_steps", "adapt_lr", "eval_episodes"],
+    "MerPO": ["test_quality", "test_trajectories", "test_start", "eval_episodes"],
 }
-whole, number = (partial(data.parse_value, kind) for kind in (data.Count, data.Number))
+FLAGS["MerPO"] += ["adapt_steps", "adapt_lr", "adapt_alpha"]
+whole, number, share = (partial(data.parse_value, kind) for kind in (data.Count, data.Number, data.Share))
+CLONES = 5  # fits of policies to the test tasks' data; the return of one by itself swings
 
 
 def kind_of(settings):
@@ -72,8 +74,7 @@ def test(folder, changes):
     torch.manual_seed(args.seed)
     row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
     if kind_of(vars(args)) == "MerPO":
-        agent.test_tasks.settle(agent.meta_model)
-        row["clone_return_mean"] = script.play(args, agent.test_tasks.behaviour, world).mean()
+        row["clone_return_mean"] = clone_return(script, args, agent, world)
         returns = script.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
         if not script.STARTS[args.test_start][0]:
@@ -87,6 +88,16 @@ def test(folder, changes):
         _, returns, _, z = script.evaluate(args, agent, world)
         row |= {"return_mean": returns.mean(), "variance": script.separation(z)[2]}
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def clone_return(script, args, agent, world):
+    """Mean return of policies fitted to the test tasks' data, over CLONES fits from scratch; models adapt, too."""
+    tasks, returns = agent.test_tasks, []
+    for _ in range(CLONES):
+        tasks.behaviour = script.Policy(len(tasks.rows), *world.sizes)
+        tasks.settle(agent.meta_model)
+        returns.append(script.play(args, tasks.behaviour, world).mean())
+    return sum(returns) / CLONES
 
 
 def result(folder, changes):
@@ -104,6 +115,7 @@ def arguments(argv=None):
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=whole, help="MerPO: steps of RAC on a test task")
     parser.add_argument("--adapt-lr", type=number, help="MerPO: learning rate of those steps")
+    parser.add_argument("--adapt-alpha", type=share, help="MerPO: the behaviour's share in the last of those steps")
     parser.add_argument("--eval-episodes", type=whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)
     changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}

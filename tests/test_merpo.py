@@ -214,7 +214,8 @@ def naive_step(args, k, index, real, rho, rates, free):
     """Algorithm 1, lines 4 and 5, for tasks one after the other; returns what is recorded."""
     tasks, size, mean = len(index), real.shape[1], lambda values: sum(values) / len(values)
     fixed, m = test_focal.fixed, k.world.split[1]
-    once, ten = fixed(tasks, size, m), fixed(tasks, 10 * size, m)
+    count = args.actions
+    once, many = fixed(tasks, size, m), fixed(tasks, count * size, m)
     before_tanh = lambda policy, noise: policy[0] + policy[1].exp() * noise
     pi = lambda n, s: naive_policy(k.rac.actor, n, s)
     kept, losses, gaps, qs, betas = k.tasks, [], [], [], []
@@ -233,30 +234,37 @@ def naive_step(args, k, index, real, rho, rates, free):
             errors += [0.5 * sum((x - y) ** 2 for x in qs[-1])]
         with torch.no_grad():
             fresh = [
-                (s, before_tanh(pi(n, s), ten[n, 10 * i + j])) for i, (s, *_) in enumerate(rho_rows) for j in range(10)
+                (s, before_tanh(pi(n, s), many[n, count * i + j]))
+                for i, (s, *_) in enumerate(rho_rows)
+                for j in range(count)
             ]
         gap = mean([sum(q(s, u.tanh())) for s, u in fresh]) - mean([sum(q(s, a)) for s, a, *_ in data_rows])
         gaps += [gap.item() / 2]
         kept.log_beta[task] += args.beta_lr * (1 if gaps[-1] > args.threshold else -1)
         betas += [kept.log_beta[task].exp().item()]
-        losses += [betas[-1] * gap + mean(errors)]
+        unit = mean([abs(x.detach()) for pair in qs[-size:] for x in pair]) if args.relative else 1
+        losses += [betas[-1] * unit * gap + mean(errors)]
     descend(k.rac.critic, sum(losses), rates["critic"])
     for slow, fast in zip(k.rac.target.parameters(), k.rac.critic.parameters(), strict=True):
         slow.data = (1 - args.tau) * slow + args.tau * fast.data
 
     gains, metas = [], []
     for n, task in enumerate(index.tolist()):
-        values, kls = [], []
+        values, kls, sizes = [], [], []
         for i, row in enumerate(rho[n]):
             s = row[: k.world.split[0]]
             u, policy = before_tanh(pi(n, s), once[n, i]), pi(n, s)
             meta = [x.detach() for x in naive_policy(k.agent.meta_policy, 0, s)]
             entropy = args.ent * density(policy, u) if args.actor_entropy else 0
-            values += [min(naive_q(k.rac.critic, n, tasks, s, u.tanh())) - entropy]
+            pair = naive_q(k.rac.critic, n, tasks, s, u.tanh())
+            values += [min(pair) - entropy]
+            sizes += [abs(x.detach()) for x in pair]
             kls += [kl(policy, meta)]
         likelihood = mean([density(pi(n, s), a.atanh()) for s, a, *_ in (row.split(k.world.split) for row in real[n])])
         lam, alpha = 0 if free else kept.lam[task].item(), kept.alpha[task].item()
-        gains += [mean(values) + lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)]
+        unit = mean(sizes) if args.relative else 1
+        held = lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)
+        gains += [mean(values) + unit * held]
         metas += [min(mean(kls).item(), 10)]
     descend(k.rac.actor, -sum(gains), rates["actor"])
     behaviours = []
@@ -291,15 +299,20 @@ def naive_outer(args, k, index, drawn, rate):
         weight = [(k.tasks.lam[task] * (1 - k.tasks.alpha[task])).item() for task in index.tolist()]
         loss = sum(w * x for w, x in zip(weight, far, strict=True)) / sum(weight)
         descend(k.agent.meta_policy, loss, rate)
-    for p, q in zip(k.agent.meta_q.parameters(), k.rac.critic.parameters(), strict=True):
-        for twin in range(2):
-            p.data[twin] += args.meta_q_lr * (mean([q.data[twin * tasks + n] for n in range(tasks)]) - p.data[twin])
+    for meta, own in (k.agent.meta_q, k.rac.critic), (k.agent.meta_target, k.rac.target):
+        for p, q in zip(meta.parameters(), own.parameters(), strict=True):
+            for twin in range(2):
+                p.data[twin] += args.meta_q_lr * (mean([q.data[twin * tasks + n] for n in range(tasks)]) - p.data[twin])
     return {"meta_policy_loss": loss}
 
 
 ITERATIONS = ["", "--no-model", "--alpha 0 --real-ratio 0.25", "--actor-entropy --inner-steps 2", "--adaptive"]
 ITERATIONS += ["--inner-steps 2", "--actor-entropy"]
-ITERATIONS += ["--final-lr 0.5 --outer-steps 2", "--threshold 0 --outer-steps 2 --adaptive --no-model"]
+ITERATIONS += [
+    "--final-lr 0.5 --outer-steps 2 --actions 3 --relative",
+    "--relative --actor-entropy",
+    "--threshold 0 --outer-steps 2 --adaptive --no-model",
+]
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -310,8 +323,9 @@ def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, 
     k = build(WIND, files[WIND], f"{sizes} {rates} {more}")
     agent, (d, m) = k.agent.double(), k.world.split[:2]
     with torch.no_grad():
-        for p in [*k.tasks.behaviour.parameters(), *agent.meta_policy.parameters(), *agent.meta_q.parameters()]:
-            p += 0.3 * torch.randn_like(p)
+        for net in (k.tasks.behaviour, agent.meta_policy, agent.meta_q, agent.meta_target):
+            for p in net.parameters():
+                p += 0.3 * torch.randn_like(p)
         for values in (k.tasks.log_beta, k.tasks.lam):  # not the same for all tasks
             values += 0.3 * torch.rand_like(values)
 
@@ -352,10 +366,10 @@ def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, 
         for own, meta in (
             (expected.rac.actor, expected.agent.meta_policy),
             (expected.rac.critic, expected.agent.meta_q),
+            (expected.rac.target, expected.agent.meta_target),
         ):
             for p, q in zip(own.parameters(), meta.parameters(), strict=True):
                 p.copy_(q.repeat_interleave(3, 0))
-        expected.rac.target.load_state_dict(expected.rac.critic.state_dict())
     for _ in range(k.args.inner_steps):
         batches = [drawn.pop(0) for _ in range(3 if k.args.model else 1)][-2:]  # the first starts the rollouts
         log = naive_step(k.args, expected, index, batches[0], batches[-1], rates, free)
@@ -459,7 +473,7 @@ def started(files, name=WIND, more=""):
     settle(k)
     k.index = torch.tensor([2, 0, 3])
     k.rac.take_up(k.index)
-    k.rac.start(k.agent.meta_policy, k.agent.meta_q)
+    k.rac.start(k.agent.meta_policy, k.agent.meta_q, k.agent.meta_target)
     return k
 
 
@@ -470,14 +484,15 @@ def step(k):
 def test_tasks_start_from_the_meta_policy_with_their_own_models(files):
     k = started(files)
     step(k)
+    k.agent.meta_target.net[0].bias.data += 1  # as if Q_meta had moved on from it
     assert all(float(state["step"]) > 0 for adam in k.adam.values() for state in adam.state.values())
-    k.rac.start(k.agent.meta_policy, k.agent.meta_q)
+    k.rac.start(k.agent.meta_policy, k.agent.meta_q, k.agent.meta_target)
     assert not any(value.any() for adam in k.adam.values() for state in adam.state.values() for value in state.values())
-    for slots, source in ((k.rac.actor, k.agent.meta_policy), (k.rac.critic, k.agent.meta_q)):
+    pairs = (k.rac.actor, k.agent.meta_policy), (k.rac.critic, k.agent.meta_q), (k.rac.target, k.agent.meta_target)
+    for slots, source in pairs:
         for a, b in zip(slots.parameters(), source.parameters(), strict=True):
             for i in range(3):
                 assert torch.equal(a.view(-1, 3, *a.shape[1:])[:, i], b)
-    assert test_focal.moved(*(dict(x.named_parameters()) for x in (k.rac.target, k.rac.critic))) == set()
     own = k.tasks.models.net[0].weight.view(4, 5, -1)
     assert torch.equal(k.rac.models.net[0].weight.view(3, 5, -1), own[k.index])
     own = k.tasks.behaviour.net[0].weight
@@ -647,7 +662,7 @@ def test_who_learns(files):
     before = weights(k.agent)
     k.learn_policy()
     after = weights(k.agent)
-    assert moved(before, after) == {"meta_policy", "meta_q", "rac"}
+    assert moved(before, after) == {"meta_policy", "meta_q", "meta_target", "rac"}
     changed = {
         key.split(".")[1] for key in before if key.startswith("rac") and not torch.equal(before[key], after[key])
     }
@@ -680,6 +695,20 @@ def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_thei
     assert gap == pytest.approx([gap[0] * 0.9**i for i in range(40)], rel=1e-3, abs=1e-5)  # a plain step of xi_q
 
 
+@pytest.mark.parametrize(("tau", "low", "high"), [(0, 0.8, 1.2), (0.005, 1.2, 2.5), (1, 8, 10.5)])
+def test_the_target_is_slow_across_meta_iterations(files, tau, low, high):
+    """Each step is worth 1, so that Q is at most 10. In 200 steps of tau the target makes 200 tau backups, whether or
+    not the critics begin anew at Q_meta every ten of them."""
+    more = "--ent 0 --beta-initial 0 --beta-lr 0 --no-model --inner-steps 10 --steps 20 --lr 0.01"
+    k = build(WIND, files[WIND], f"{more} --tau {tau} --batch-size 32 --meta-batch-size 4")
+    k.tasks.rows[..., 4], k.tasks.rows[..., -1] = 1.0, 0.0
+    settle(k)
+    for _ in range(20):
+        k.learn_policy()
+    s, a = k.tasks.rows[:1, :, :2], k.tasks.rows[:1, :, 2:4]
+    assert low < k.agent.meta_q(s, a).mean() < high
+
+
 def test_every_outer_step_moves_the_meta_policy(files):
     def distance(outer_steps):
         k = started(files, WIND, f"--outer-steps {outer_steps} --actor-lr 0.1")
@@ -707,6 +736,25 @@ def test_rates_fall_to_their_last_share_in_training_and_on_test_tasks(files, mon
     monkeypatch.setattr(merpo.RAC, "step", note)
     merpo.evaluate(k.args, k.agent, k.world)
     assert used == pytest.approx([0.01 * x for x in share])
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("", [0.4] * 4),
+        ("--adapt-alpha 1", [0.7, 1, 1, 1]),
+        ("--adapt-alpha 0.8 --test-start meta-no-init", [0.6, 0.8, 0.8, 0.8]),
+        ("--test-start behaviour", [1] * 4),
+    ],
+)
+def test_alpha_rises_on_a_test_task(files, monkeypatch, more, expected):
+    k = started(files, WIND, f"--adapt-steps 4 {more}")
+    used, step_of = [], merpo.RAC.step
+    note = lambda self, meta: used.extend(self.tasks.alpha[:1].tolist()) or step_of(self, meta)
+    monkeypatch.setattr(merpo.RAC, "step", note)
+    for _ in range(2):  # anew in every evaluation
+        merpo.evaluate(k.args, k.agent, k.world)
+    assert used == pytest.approx(expected * 2)
 
 
 @pytest.mark.parametrize(("shift", "expected"), [("behaviour", 1), ("meta", -1)])
@@ -766,6 +814,12 @@ def test_starts_at_test_time(files, monkeypatch, start):
     merpo.evaluate(k.args, k.agent, k.world)
     initialise, alpha, free = merpo.STARTS[start]
     assert seen == [(initialise, pytest.approx(0.4 if alpha is None else alpha), free)]
+
+
+def test_a_short_try_out_is_short():
+    stages = lambda flags: (lambda args: (args.model_steps, args.steps))(merpo.parse_args(flags.split()))
+    assert stages("--small") == (200, 800) and stages("--no-small") == (2_000, 2_000)
+    assert stages("--small --steps 40") == (40, 40) and stages("--small --steps 40 --model-steps 90") == (90, 40)
 
 
 def test_a_policy_that_copies_the_data_gets_their_return(tmp_path, monkeypatch):
@@ -977,7 +1031,7 @@ def test_few_trajectories(files, short_trajectories):
         ("hopper", "--single rac --test-start behaviour", ["--test-start", "behaviour", "--single"]),
         ("hopper", "", ["hopper", "--single"]),
         (WIND, "--test-start nowhere", ["--test-start", "nowhere"]),
-        (WIND, "--adapt-steps 0 --test-start combo", ["--adapt-steps 0", "--test-start combo"]),
+        (WIND, "--adapt-steps 0", ["--adapt-steps", "0"]),
     ],
 )
 def test_bad_input_ends_in_one_line(files, tmp_path, capsys, name, more, words):
