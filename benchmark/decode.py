@@ -1,10 +1,12 @@
-"""How much a run's embeddings say about their tasks: a small network learns the task from z.
+"""How much a run's embeddings say about their tasks, and what they do not: a small network learns the task from z.
 
-python benchmark/decode.py runs/focal/sparse-point-robot/*/seed*
+python benchmark/decode.py runs/focal_pp/sparse-point-robot/*/seed*
 
 Fits the parameters of the training tasks (a goal, a wind) from embeddings of 64 contexts of each. Prints the mean
 distance between the fit and the truth, in the parameters' own units, on other contexts of the same tasks and on the
-test tasks; beside them the distance of always guessing the training tasks' mean.
+test tasks. In brackets what it is made of: noise, the distance of a context's fit from the mean fit of its task, and
+bias, that of the mean fit from the truth. Beside them the distance on the training tasks of a linear fit, which grows
+where z bends, and of always guessing the training tasks' mean.
 """
 
 import argparse
@@ -50,18 +52,32 @@ def fit(z, target):
     return net
 
 
+def linear_fit(z, target):
+    """The same by least squares: an affine map (..., l) -> (..., k)."""
+    extended = lambda z: torch.cat([z, torch.ones_like(z[..., :1])], -1).double()
+    wanted = target.repeat_interleave(z.shape[1], 0).double()
+    matrix = torch.linalg.lstsq(extended(z.flatten(0, 1)), wanted).solution
+    return lambda z: (extended(z) @ matrix).float()
+
+
+def parts(found, truth):
+    """Mean distances of fits (n, C, k) from the truth (n, k) and from their task's mean, and of that from the truth."""
+    mean, distance = found.mean(1, keepdim=True), lambda x: x.norm(dim=-1).mean().item()
+    return distance(found - truth[:, None]), distance(found - mean), distance(mean[:, 0] - truth)
+
+
+@torch.no_grad()
 def errors(train, again, test, tasks, test_tasks):
-    """Mean distances on other contexts of the training tasks, on the test tasks, and of the guess, from embeddings
-    (n, C, l) and task parameters (n, k)."""
+    """From embeddings (n, C, l) and task parameters (n, k): `parts` on other contexts of the training tasks and on the
+    test tasks, and the distances of a linear fit and of the guess."""
     mean, std = tasks.mean(0), tasks.std(0, correction=0).clamp_min(1e-6)
     centre, scale = train.flatten(0, 1).mean(0), train.flatten(0, 1).std(0).clamp_min(1e-6)
-    net = fit((train - centre) / scale, (tasks - mean) / std)
-
-    @torch.no_grad()
-    def distance(z, truth):
-        return (net((z - centre) / scale) * std + mean - truth[:, None]).norm(dim=-1).mean().item()
-
-    return distance(again, tasks), distance(test, test_tasks), (mean - test_tasks).norm(dim=-1).mean().item()
+    train, again, test = ((z - centre) / scale for z in (train, again, test))
+    with torch.enable_grad():
+        net = fit(train, (tasks - mean) / std)
+    linear = parts(linear_fit(train, tasks)(again), tasks)[0]
+    seen, unseen = (parts(net(z) * std + mean, truth) for z, truth in ((again, tasks), (test, test_tasks)))
+    return seen, unseen, linear, (mean - test_tasks).norm(dim=-1).mean().item()
 
 
 def main(argv=None):
@@ -74,8 +90,10 @@ def main(argv=None):
         tasks = torch.as_tensor(world.env.tasks[::e], dtype=torch.float32).flatten(1)  # each E times, training first
         train, test = embeddings(script, args, world, agent, seed=0)
         again = embeddings(script, args, world, agent, seed=1)[0]
-        seen, unseen, guess = errors(train, again, test, tasks[:n], tasks[n:])
-        print(f"{run}  training tasks {seen:.3f}  test tasks {unseen:.3f}  guess {guess:.3f}", flush=True)
+        seen, unseen, linear, guess = errors(train, again, test, tasks[:n], tasks[n:])
+        split = "{:.3f} (noise {:.3f}, bias {:.3f})"
+        print(f"{run}  training tasks {split.format(*seen)}  test tasks {split.format(*unseen)}", end="  ")
+        print(f"linear {linear:.3f}  guess {guess:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -578,20 +578,25 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
     noise = lambda n, scale: scale * torch.randn(n, 8, 3, generator=generator)
     mix = torch.randn(2, 3, generator=generator)
     say = lambda tasks: (tasks @ mix)[:, None] + noise(len(tasks), 0.1)
-    seen, test, guess = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen)
+    (seen, wide, bias), (test, *_), linear, guess = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen)
     assert guess == pytest.approx((unseen - tasks.mean(0)).norm(dim=1).mean().item())
-    assert seen < 0.5 and test < 0.8 and guess > 3
-    swapped = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen.flip(0))[1]
-    assert swapped > 2
-    seen, test, guess = decode.errors(noise(60, 1), noise(60, 1), noise(10, 1), tasks, unseen)
-    assert seen > 2 and test > 0.8 * guess  # noise says nothing
+    assert linear < 0.5 and seen < 0.5 and test < 0.8 and guess > 3 and bias < seen < wide + bias
+    _, (swapped, wide_too, bias), *_ = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen.flip(0))
+    assert swapped > 2 and wide_too < 0.5 and bias > 2  # the wrong task, always
+    bent = lambda tasks: torch.tanh(say(tasks) / 4)
+    (seen, *_), _, linear, _ = decode.errors(bent(tasks), bent(tasks), bent(unseen), tasks, unseen)
+    assert linear > 2 * seen
+    (seen, *_), (test, *_), linear, guess = decode.errors(noise(60, 1), noise(60, 1), noise(10, 1), tasks, unseen)
+    assert seen > 2 and linear > 2 and test > 0.8 * guess  # noise says nothing
     flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
     focal.main(flags.split())
     (run,) = tmp_path.glob(f"focal/{SPARSE}/*/seed0")
     dataset, given = data.load(files[SPARSE]), []
-    monkeypatch.setattr(decode, "errors", lambda *args: given.append(args) or (0.1, 0.2, 0.3))
+    answer = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.7, 0.8
+    monkeypatch.setattr(decode, "errors", lambda *args: given.append(args) or answer)
     decode.main([str(run)])
-    assert "training tasks 0.100  test tasks 0.200  guess 0.300" in capsys.readouterr().out
+    expected = "  training tasks 0.100 (noise 0.200, bias 0.300)  test tasks 0.400 (noise 0.500, bias 0.600)"
+    assert f"{expected}  linear 0.700  guess 0.800" in capsys.readouterr().out
     ((train, again, test, tasks, test_tasks),) = given
     assert train.shape == again.shape == (4, 64, 5) and test.shape == (2, 64, 5) and not torch.equal(train, again)
     for found, chosen in ((tasks, dataset.train_tasks), (test_tasks, dataset.test_tasks)):
