@@ -694,7 +694,7 @@ def begin_test(args, agent, world):
 def summarise(agent, returns):
     """Columns of metrics.csv: returns after and before adaptation, models' errors; stage 1 has no `returns`."""
     adapted, meta = (returns[max(returns)], returns[0]) if returns else [np.full((1, 1), math.nan)] * 2
-    row = {"return_mean": adapted.mean(), "return_std": adapted.mean(1).std(), "meta_return_mean": meta.mean()}
+    row = data.describe_returns(adapted) | {"meta_return_mean": meta.mean()}
     before, after = agent.test_tasks.errors.tolist() if returns else (math.nan, math.nan)
     return row | {"error_before": before, "error_after": after}
 

@@ -837,7 +837,7 @@ def test_a_policy_that_copies_the_data_gets_their_return(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- whole runs
 def test_what_a_run_writes(files, tmp_path, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
-    names = ["args.json", "metrics.csv", "final.json", "curve.png", "checkpoint.pt", "source.py"]
+    names = ["args.json", "metrics.csv", "final.json", "curve.png", "checkpoint.pt", "source.py", "paths.png"]
     assert {file.name for file in path.iterdir()} - {"started.py"} == set(names)  # that is pytest, in some of its modes
     rows = metrics(path)
     assert [row["step"] for row in rows] == [2, 4, 6] and rows[0]["return_mean"] is rows[0]["q_mean"] is rows[1][
