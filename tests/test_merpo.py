@@ -1038,7 +1038,7 @@ def test_bad_input_ends_in_one_line(files, tmp_path, capsys, name, more, words):
     with pytest.raises(SystemExit) as end:
         run(tmp_path, name, files[WIND], more)
     shown = capsys.readouterr()
-    assert end.value.code == 2 and shown.out.count("\n") <= 1 and shown.err.count("\n") == 1
+    assert end.value.code == 2 and shown.out.count("\n") <= 2 and shown.err.count("\n") == 1
     assert shown.err.startswith("merpo.py: ") and all(word in shown.err for word in words)
 
 
