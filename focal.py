@@ -13,13 +13,14 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 
 (On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Contexts and returns are sparse
 there; actor and critic learn from dense rewards.) Where we differ from the paper:
-- Observations are standardised; the encoder learns first and then stands still, since a policy cannot settle
-  while z moves under it. |d|^2 in (13) is a mean over latent dimensions, as FOCAL's Table 5b presupposes.
+- Observations are standardised. After `encoder_steps` the encoder stands still, since a policy cannot settle while z
+  moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
+  and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
 - (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
 - The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
-faster than the discriminator outruns it; the point robots' experts are too narrow as data (see the table).
+faster than the discriminator outruns it; the point robots' experts are too narrow as data (see TABLE).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Args(data.Args):
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
     encoder_steps: Count | None = None  # its rate is 0 by then; unless a table says: steps / 5 (coupled: all of them)
-    beta: Number = 1.0  # multiplies the weight of Eq. 13's negative pairs in LAWS, which is that of FOCAL's Table 5b
+    beta: Number = 1.0  # of Eq. 13's negative pairs, times the weight that LAWS has from FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
     value_penalty: bool = False  # D in the target (FOCAL's Eq. 7)
@@ -69,13 +70,13 @@ class Args(data.Args):
     alpha_max: Number = 2e3  # with --tune-alpha, its bound
     target_divergence: Number = 0.05  # with --tune-alpha, above which alpha rises
     # ablations
-    actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z, for which Q has no use
+    actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z; Q learns, unused
     encoder: Literal["deterministic", "probabilistic", "none"] = "deterministic"  # probabilistic: PEARL's; none: z = 0
     next_obs: bool = True  # s' in the context, which PEARL leaves out
     encoder_loss: Literal["dml", "bellman"] = "dml"  # dml: Eq. 13; bellman: the critic's loss instead, as in PEARL
     coupled: bool = False  # the critic's loss trains the encoder too (FOCAL, section 5.2.3)
     kl_weight: Number = 0.1  # weight of KL(q(z|c), N(0, I)), with a probabilistic encoder
-    dml: Literal["inverse-square", "inverse", "linear", "square"] = "inverse-square"  # law of Eq. 13's negative pairs
+    dml: Literal[tuple(LAWS)] = "inverse-square"  # law of Eq. 13's negative pairs
 
     GROWS = ("steps", "encoder_steps")
 
@@ -141,7 +142,7 @@ SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"alpha": 100, "lr": 3e-4, "discriminator_steps": 3})
 SMALL |= {"cheetah-vel": SMALL_MUJOCO}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_steps": 1_500}}
-# What is ours at the papers' sizes: Table 4 to the letter (--letter) does worse than its data on unseen walkers.
+# What is ours at the papers' sizes, on walkers alone: there Table 4 to the letter (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
 OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}
@@ -348,7 +349,7 @@ class Agent(data.Learner):
 
     def set_rates(self, encoder_learns):
         """Learning rates fall linearly: the encoder's to 0, since its loss does not depend on the policy, but the
-        policy on z: it learns first and then stands still."""
+        policy on z: it stands still from then on."""
         args, step = self.args, self.step
         if encoder_learns:
             data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))

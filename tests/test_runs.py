@@ -152,6 +152,8 @@ def test_what_is_given_wins_over_sizes_over_the_environment_over_defaults():
     for more, width in (("--no-small", 6), ("--no-small --letter", 4), ("--small", 4), ("--no-small --width 5", 5)):
         argv = ["--env", WALKER, *more.split()]
         assert data.parse(Args, TABLE, SMALL, argv, {WALKER: {"width": 6}}).width == width
+    with pytest.raises(data.DataError, match="^--letter: small sizes .*expected --no-small with it$"):
+        parse_args(["--small", "--letter"])
 
 
 @pytest.mark.parametrize("cuda_is_there", [False, True])
