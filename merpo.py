@@ -1,15 +1,15 @@
 """MerPO: model-based offline meta-RL with regularised policy optimisation (Lin et al.; ICLR 2022; arXiv:2202.02929).
 
 Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the paper's equations):
-    stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi (3)
-        phi <- phi - xi (phi - mean theta_n)                            the meta-model; -log T, where (3) has log T
+    stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi
+        (3, which has log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
     adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
     stage 2, repeat: draw tasks; their policies and critics start from the meta-policy pi_c and Q_meta; J times RAC:
         roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
         Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
         pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
         lambda rises where pi_n is far from the behaviour and from pi_c
-    pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta towards the mean of Q_n; alpha_n by (11)
+    with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta <- mean of Q_n
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
     python merpo.py --env point-robot-wind    # no GPU, 14 minutes of a busy core: -8.7, adapted -6.1 (data -7.7)
@@ -21,12 +21,12 @@ Choices where the paper is silent:
 - A policy fitted to each task's data stands for the behaviour in lambda and (11). log beta moves by its rate up or down
   (Adam on a scalar does little else); lambda is clipped at ten times its initial value, its divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
-  of mean 1. xi_q is 1, Q_meta takes the mean of Q_n whole: with Table 2's 1e-3 it moves 1e-5 a meta-iteration.
+  of mean 1. xi_q is 1, Q_meta takes the mean of Q_n whole: with Table 2's 1e-3 a weight moves 1e-5 an iteration.
 - Observations are standardised; so are, for the models, rewards and changes of observations.
-What we learned (the last is a default of small runs, in which lambda and beta stay where they begin):
-- Q_meta needs a slow target of its own: one that is copied anew in each meta-iteration is not slow, and Q explodes.
-- Weights that are shares of mean |Q| (`--relative`) are the same for every family, whatever its rewards' scale.
-- A new task needs many steps at falling rates, in which alpha rises to 1: pi_c cannot know which task it is.
+What we learned, and what small runs do (in them beta and lambda stay where they begin, and there is no entropy):
+- Q_meta needs a slow target of its own: copied anew in each meta-iteration it is not slow, and cheetahs' Q explodes.
+- beta and lambda are shares of mean |Q| (`--relative`), the same for every family, whatever the scale of its rewards.
+- A new task takes 2,000 steps at falling rates, from pi_c but not held to it, which cannot know which task it is.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class Args(data.Args):
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
     adapt_lr: Number | None = None  # of its critic and policy; unless given: --lr and --actor-lr
-    adapt_alpha: Share | None = None  # where alpha is after half of them, risen evenly; unless given: as it began
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     ent: Number = 0.2  # temperature of the entropy in the critic's target
@@ -105,7 +104,7 @@ class Args(data.Args):
 
     # --single has no outer step and no new task
     MANY = ("model_lr", "outer_lr", "outer_steps", "meta_q_lr", "adaptive", "alpha_lr", "test_quality")
-    MANY += ("test_trajectories", "test_start", "adapt_steps", "adapt_lr", "adapt_alpha")
+    MANY += ("test_trajectories", "test_start", "adapt_steps", "adapt_lr")
 
     def complete(self, given):
         super().complete(given)
@@ -160,8 +159,8 @@ TABLE |= {
 # What differs on a machine without a GPU: sizes, and what the header says was learned (with the test returns in view).
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "eval_every": 200, "tau": 0.02}
-SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 2_000, "adapt_alpha": 1.0, "final_lr": 0.1}
-SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "eval_every": 400, "model_steps": 200}
+SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 2_000, "final_lr": 0.1, "eval_every": 400}
+SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "model_steps": 200, "test_start": "behaviour-init"}
 SMALL_MANY |= {"relative": True, "lambda_initial": 0.04, "beta_initial": 0.01, "ent": 0.0}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4}
 SMALL = dict.fromkeys(TABLE, SMALL_MANY) | dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
@@ -660,12 +659,9 @@ def evaluate(args, agent, world, at=()):
         return returns | {1: play(args, agent.rac.actor, world)}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(args.seed)
-        rac, first = begin_test(args, agent, world), agent.test_tasks.alpha.clone()
-        last = first if args.adapt_alpha is None else torch.full_like(first, args.adapt_alpha)
+        rac = begin_test(args, agent, world)
         for step in range(1, args.adapt_steps + 1):
-            done = torch.tensor(step / args.adapt_steps, device=device)
-            anneal(rac.args, rac.optimisers, done)
-            agent.test_tasks.alpha.copy_(first.lerp(last, (2 * done).clamp_max(1)))
+            anneal(rac.args, rac.optimisers, torch.tensor(step / args.adapt_steps, device=device))
             rac.step(agent.meta_policy)
             if step in (*at, args.adapt_steps):
                 returns[step] = play(args, rac.actor, world)

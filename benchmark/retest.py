@@ -28,8 +28,8 @@ FLAGS = {
     "SMAC": ["eval_episodes"],
     "MerPO": ["test_quality", "test_trajectories", "test_start", "eval_episodes"],
 }
-FLAGS["MerPO"] += ["adapt_steps", "adapt_lr", "adapt_alpha"]
-whole, number, share = (partial(data.parse_value, kind) for kind in (data.Count, data.Number, data.Share))
+FLAGS["MerPO"] += ["adapt_steps", "adapt_lr"]
+whole, number = (partial(data.parse_value, kind) for kind in (data.Count, data.Number))
 CLONES = 5  # fits of policies to the test tasks' data; the return of one by itself swings
 
 
@@ -115,7 +115,6 @@ def arguments(argv=None):
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=whole, help="MerPO: steps of RAC on a test task")
     parser.add_argument("--adapt-lr", type=number, help="MerPO: learning rate of those steps")
-    parser.add_argument("--adapt-alpha", type=share, help="MerPO: the behaviour's share in the last of those steps")
     parser.add_argument("--eval-episodes", type=whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)
     changes = {key: value for key, value in vars(args).items() if key != "runs" and value is not None}

@@ -742,12 +742,12 @@ def test_rates_fall_to_their_last_share_in_training_and_on_test_tasks(files, mon
     ("more", "expected"),
     [
         ("", [0.4] * 4),
-        ("--adapt-alpha 1", [0.7, 1, 1, 1]),
-        ("--adapt-alpha 0.8 --test-start meta-no-init", [0.6, 0.8, 0.8, 0.8]),
-        ("--test-start behaviour", [1] * 4),
+        ("--alpha 0.7 --test-start meta-no-init", [0.7] * 4),
+        ("--test-start behaviour-init", [1] * 4),
+        ("--small", [1] * 4),
     ],
 )
-def test_alpha_rises_on_a_test_task(files, monkeypatch, more, expected):
+def test_alpha_on_a_test_task(files, monkeypatch, more, expected):
     k = started(files, WIND, f"--adapt-steps 4 {more}")
     used, step_of = [], merpo.RAC.step
     note = lambda self, meta: used.extend(self.tasks.alpha[:1].tolist()) or step_of(self, meta)

@@ -390,7 +390,7 @@ OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--a
 OWN[smac] += ["--updates 1e300", *(f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3"))]
 OWN[merpo] = ["--meta-policy runs", "--real-ratio 0.3 --no-model", "--rollouts 4", "--rollouts 20000"]
 OWN[merpo] += ["--rollouts 6000 --rollout-length 2"]
-SINGLE = "outer-lr 1", "adapt-lr 1", "adapt-alpha 1", "adapt-steps 9", "test-quality random", "test-trajectories 3"
+SINGLE = "outer-lr 1", "adapt-lr 1", "adapt-steps 9", "test-quality random", "test-trajectories 3"
 OWN[merpo] += [f"--{flag} --env halfcheetah --single combo" for flag in SINGLE]
 
 
