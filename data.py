@@ -1596,6 +1596,9 @@ class Run:
 @contextlib.contextmanager
 def endings(program: str, kept: Callable[[], str]):
     """Every way to fail ends in one line on standard error and an exit code; `kept` says what is left."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
     try:
         yield
         return
@@ -1603,11 +1606,13 @@ def endings(program: str, kept: Callable[[], str]):
         message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
+        if isinstance(error, BrokenPipeError):  # nobody reads: Python shall not try once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
         text = f"{type(error).__name__}: {error}"
         if not any(word in text for word in ("MemoryError", "out of memory", "allocate")):
             raise
-        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes, as --batch-size", 2
+        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes", 2
     except FloatingPointError as error:
         message, code = f"diverged: {error}; {kept()}", 3
     except KeyboardInterrupt:
@@ -1619,9 +1624,6 @@ def endings(program: str, kept: Callable[[], str]):
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
     """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
     with endings(script.name, lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)
@@ -1644,16 +1646,9 @@ def plot(run: Run, name: str, png: bytes | None) -> None:
         write(run.folder / name, lambda file: file.write(png))
 
 
-def plot_curve(run: Run) -> None:
-    plot(run, "curve.png", pictures.curve(run))
-
-
-def plot_embeddings(run: Run, *what: Any) -> None:
-    plot(run, "embeddings.png", pictures.embeddings(*what))
-
-
-def plot_paths(run: Run) -> None:
-    plot(run, "paths.png", pictures.paths(run))
+plot_curve = lambda run: plot(run, "curve.png", pictures.curve(run))
+plot_embeddings = lambda run, *what: plot(run, "embeddings.png", pictures.embeddings(*what))
+plot_paths = lambda run: plot(run, "paths.png", pictures.paths(run))
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -118,11 +118,6 @@ def _between(low, high):
     return lambda task: ((task >= low - 1e-6) & (task <= high + 1e-6)).all(1)
 
 
-def _half_circle(rng, n):
-    angle = rng.uniform(0, np.pi, size=n)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
-
 def _goal_at_one_zero(task):
     return np.broadcast_to([1.0, 0.0], (len(task), 2))
 
@@ -196,9 +191,7 @@ def _cheetah_direction_reward(task, state, action, next_state, dt):
 
 def _forward_reward(bonus, cost):
     """gymnasium's r = v + bonus - cost |a|^2."""
-    return lambda task, state, action, next_state, dt: (
-        _velocity(state, next_state, dt) + bonus - cost * np.square(action).sum(1)
-    )
+    return lambda task, s, action, s2, dt: _velocity(s, s2, dt) + bonus - cost * np.square(action).sum(1)
 
 
 def _observe_walker(state):
@@ -315,7 +308,8 @@ SINGLE = {  # one task, with gymnasium's own reward, for MerPO's section 5.1; it
 FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
         papers="Sparse-Point-Robot (FOCAL, FOCAL++)", **POINT, means="a goal (x, y) on the half circle, y from 0 to 1",
-        train=80, test=20, differs="reward", sample=_half_circle, reward=_distance_reward(lambda task: task),
+        train=80, test=20, differs="reward", sample=lambda rng, n: _heading(rng.uniform(0, np.pi, size=(n, 1))),
+        reward=_distance_reward(lambda task: task),
         drawn=lambda task: (abs(np.linalg.norm(task, axis=1) - 1) < 1e-6) & (task[:, 1] > -1e-6),
         sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, goal=lambda task: task,
     ),

@@ -11,12 +11,13 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
         w, theta as above, the actor also by PEARL's loss; h and h' now hold the labelled trajectories too
 At meta-test time the agent explores for two episodes with z from the prior, then acts on its posterior.
 
-    python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12: -216 offline, -128 in the end
+    python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12; in the end -118 (data -208)
 
 Where we differ from the paper:
-- Data are the last rows of the early replay of one SAC agent for each task, in the paper's sizes (small runs on MuJoCo
-  have those of half-trained policies); the paper's are one PEARL run's, on cheetah-vel its first (benchmark/pearl.py
-  makes such). Contexts are of the last 400 of these rows, and of what is collected.
+- Data, in the paper's sizes, are the last rows of the early replay of one SAC agent for each task (point robots: the
+  first; sawyer: a script's; small runs on MuJoCo: half-trained policies'); the paper's are one PEARL run's, of which
+  benchmark/pearl.py makes such. Contexts are of the last 400 of these rows, which RL has too, and of what is collected.
+- Exploration samples actions in training and takes their mean at meta-test. True ends of episodes are always seen.
 - Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
   An oracle is this script with true rewards online; the paper's is PEARL with them. z is drawn once an episode
   (`--z-every step`: line 7's once a step).
@@ -89,6 +90,7 @@ class Args(data.Args):
 
     GROWS = ()  # where phases end and how fast rates fall depends on the length of a run
     ONE_FILE = (*data.Args.ONE_FILE, "train_tasks", "test_tasks")
+    ELSEWHERE = (*data.Args.ELSEWHERE, "exact")
 
     def complete(self, given):
         super().complete(given)
@@ -120,8 +122,8 @@ TABLE = {
     "humanoid-dir": {"data_size": 1200},
     "sawyer": SAWYER,
 }
-# What differs on a machine without a GPU. (Beside batches of 128, the KL has half of Eq. 3's weight; sawyer's discount,
-# target and KL were chosen on seed 0, and so were online contexts on cheetah-vel too.)
+# What differs on a machine without a GPU. (Batches are 128 but kl_weight stays, so the KL has half of Eq. 3's weight.
+# Sawyer's discount, tau and kl_weight, and cheetah-vel's online contexts, were chosen on seed 0.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -210,7 +212,7 @@ class Decoder(nn.Module):
 
 # ================================================================================================= 3. task encoder
 class Encoder(nn.Module):
-    """q_phi(z | h): the product of one Gaussian factor for each (s, a, r), with which rows of a history h begin."""
+    """q_phi(z | h): the product of one Gaussian factor for each (s, a, r), the first columns of a row of h."""
 
     def __init__(self, d_in, hidden, latent):
         super().__init__()
@@ -421,11 +423,11 @@ def pack(dataset, tasks, scaled, part):
     return torch.cat([s, dataset.actions[tasks, part], r, s2, d], -1)
 
 
-def choose_rows(args, found):
-    """The slice of a task's `found` rows for --data-size and --data-until; where a default wants more, all rows."""
+def choose_rows(args, found, exact):
+    """The slice of a task's `found` rows for --data-size and --data-until; but for `exact` ones fewer if there are."""
     until = args.data_until or found
-    until = until if "data_until" in args.exact else min(until, found)
-    size = args.data_size if "data_size" in args.exact else min(args.data_size, until)
+    until = until if "data_until" in exact else min(until, found)
+    size = args.data_size if "data_size" in exact else min(args.data_size, until)
     if size > until or until > found:
         words = f"expected {size} rows up to row {until}, found {found} rows a task"
         raise data.DataError(f"--data-size, --data-until: {words}")
@@ -466,7 +468,9 @@ class World:
 
     def open_data(self, args, device):
         train, test = data.open_datasets(args, device, train=args.train_tasks, test=args.test_tasks)
-        part, test_part = (choose_rows(args, dataset.rewards.shape[1]) for dataset in (train, test))
+        part, test_part = (
+            choose_rows(args, x.rewards.shape[1], args.exact if x is train else ()) for x in (train, test)
+        )
         self.train_tasks, self.test_tasks = train.tasks[train.train_tasks], test.tasks[test.test_tasks]
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks, part])
         self.train_rows = pack(train, train.train_tasks, self.scaled, part)
@@ -486,7 +490,7 @@ def play(agent, world, env, z, seed, explore=False, anew=None, every="episode"):
 
     Returns rows (B, H, D) with the rewards that `env` gives, whether each row comes before the first end of an episode
     (B, H), the return up to there (B,), and whether the physics held (B,). Where an episode ends early the next begins.
-    Where `anew` (B,), z is from the prior, and drawn again with `every` "episode" or "step".
+    Where `anew` (B,), z is drawn again from the prior as an episode ends (`every` "episode") or at every step ("step").
     """
     device, obs = z.device, env.reset(seed=seed)[0]
     rows, counted, alive, total = [], [], np.ones(len(obs), bool), np.zeros(len(obs))
@@ -530,10 +534,10 @@ def posteriors(args, agent, world, rows, counted):
     found = {"": agent.encoder(rows, counted)}
     found["short_"] = agent.encoder(torch.take_along_dim(rows, index[..., None], 1), counted.gather(1, index))
     if "offline_" in world.CONTEXTS:
-        own = torch.cat([world.train_rows[: world.seen], world.test_rows])[:, -args.context_data :]
-        own = own.repeat_interleave(args.eval_episodes, 0)
-        index = torch.randint(own.shape[1], (len(own), size), device=own.device)
-        found["offline_"] = agent.encoder(torch.take_along_dim(own, index[..., None], 1))
+        parts = world.train_rows[: world.seen], world.test_rows  # of test tasks there may be fewer rows
+        draw = lambda x: torch.take_along_dim(x, torch.randint(x.shape[1], (len(x), size, 1), device=x.device), 1)
+        own = [draw(x[:, -args.context_data :].repeat_interleave(args.eval_episodes, 0)) for x in parts]
+        found["offline_"] = agent.encoder(torch.cat(own))
     return found
 
 
