@@ -136,8 +136,10 @@ SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
 # discriminator outruns it: cheetah-fwd-back then stays at 200 to 700, ant-fwd-back below its data.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 4, "batch_size": 128, "alpha": 100}
 SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
-# Hoppers are small as walkers are. A body with directions has both: the walkers' many tasks, the ants' discriminator.
-SMALL = dict.fromkeys(TABLE, SMALL_WALKER) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
+# A z of more numbers sets unseen walkers apart from those that the policy has learned on.
+SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1, "steps": 12_000}
+# A body with directions has both: the walkers' many tasks, the ants' discriminator.
+SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"alpha": 100, "lr": 3e-4, "discriminator_steps": 3})
 SMALL |= {"cheetah-vel": SMALL_MUJOCO}
