@@ -26,7 +26,7 @@ Choices where the paper is silent:
 What we learned, and what small runs do (in them beta and lambda stay where they begin, and there is no entropy):
 - Q_meta needs a slow target of its own: copied anew in each meta-iteration it is not slow, and cheetahs' Q explodes.
 - beta and lambda are shares of mean |Q| (`--relative`), the same for every family, whatever the scale of its rewards.
-- A new task takes 2,000 steps at falling rates, from pi_c but not held to it, which cannot know which task it is.
+- A new task takes 4,000 steps at falling rates, from pi_c but not held to it, which cannot know which task it is.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ TABLE |= {
 # What differs on a machine without a GPU: sizes, and what the header says was learned (with the test returns in view).
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "eval_every": 200, "tau": 0.02}
-SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 2_000, "final_lr": 0.1, "eval_every": 400}
+SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 4_000, "final_lr": 0.1, "eval_every": 500}
 SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "model_steps": 200, "test_start": "behaviour-init"}
 SMALL_MANY |= {"relative": True, "lambda_initial": 0.04, "beta_initial": 0.01, "ent": 0.0}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4}
