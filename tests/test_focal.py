@@ -897,7 +897,8 @@ VARIANTS += [
 VARIANTS += [(WALKER, "--alpha 0 --tune-alpha --alpha-lr 2 --alpha-max 9 --target-divergence 0.01 --value-penalty")]
 VARIANTS += [(WIND, "--alpha 3 --discriminator-steps 1 --discriminator-lr 1e-3 --beta 2 --eps 0.2 --encoder-lr 1e-2")]
 VARIANTS += [(WALKER, PEARL), (WALKER, f"{PEARL} --alpha 0"), (WALKER, "--encoder probabilistic")]
-VARIANTS += [(WIND, "--no-letter --small --hidden 8 --encoder-hidden 8 --tau 0.1 --discount 0.5 --reward-scale 3 --lr 1e-2")]
+SMALLER = "--no-letter --small --hidden 8 --encoder-hidden 8"
+VARIANTS += [(WIND, f"{SMALLER} --tau 0.1 --discount 0.5 --reward-scale 3 --lr 1e-2")]
 
 
 @pytest.mark.parametrize("name, more", VARIANTS)
