@@ -555,7 +555,7 @@ NO_MEMORY += [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 Gi
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_running_out_of_memory_ends_in_one_line(files, tmp_path, monkeypatch, capsys, error):
     interrupt(monkeypatch, "begin", 1, error)
-    ended(capsys, words(files, tmp_path), 2, "out of memory", "--batch-size")
+    ended(capsys, words(files, tmp_path), 2, "out of memory", "expected smaller sizes")
 
 
 def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkeypatch):
