@@ -193,6 +193,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     refuse(
         (s.checkpoints < 2, "--checkpoints: expected at least 2, the untrained policy and the last one, found 1"),
         (most < max(s.start, s.nstep * s.envs), words),
+        (s.replay < s.envs, f"--replay {s.replay}: expected {s.envs} or more, a step of each of the --sac-envs"),
     )
     return s
 
@@ -501,13 +502,13 @@ def fuse(fn: Procedure) -> Procedure:
 
 
 # ------------------------------------------------------------------------------------------------- files and locks
-def write(path: Path, save) -> None:
-    """Calls save(file) on a temporary name, then renames: no half-written file ever stands under the final one.
+def write(path: Path, save: Callable | bytes) -> None:
+    """Writes bytes, or calls save(file), under a temporary name, then renames: no final name ever has half a file.
     OSError, which names the file, if that fails; what stood there before still does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            save(file)
+            save(file) if callable(save) else file.write(save)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -537,7 +538,7 @@ def believing(path: Path, wrong: str, remedy: str):
     """DataError in the place of any error that comes of what a file holds."""
     try:
         yield
-    except DataError:
+    except (DataError, MemoryError, PermissionError, torch.OutOfMemoryError):  # of no file's doing
         raise
     except Exception as error:
         raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
@@ -773,13 +774,6 @@ class Performer:
         return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
 
 
-def perform(env: str, tasks: np.ndarray, trajectories: int, seed: int) -> Arrays:
-    """So many trajectories of the script in each task, see `record`."""
-    stream = 1_000_003 * seed + 1_000 + QUALITIES.index("mixed")
-    performer = Performer(envs.family(env), tasks.repeat(trajectories, axis=0), stream)
-    return record(env, tasks, performer.act, trajectories, stream)
-
-
 def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
     """So many trajectories of each task under act: (n, d) observations -> (n, m) actions.
 
@@ -831,11 +825,14 @@ def load_policies(flat: torch.Tensor, row: envs.Family, hidden: int) -> BatchedM
 
 
 def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, settings: Settings, seed: int) -> dict:
-    """The arrays of the dataset of this quality, see the top of this file."""
-    policies = behaviour["policies"].transpose(0, 1)  # (T, checkpoints, parameters)
-    stream = 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
+    """The arrays of the dataset of this quality, see the top of this file; a family's script needs no `behaviour`."""
+    row, stream = envs.family(env), 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
+    if row.script:
+        performer = Performer(row, tasks.repeat(settings.trajectories, axis=0), stream)
+        return record(env, tasks, performer.act, settings.trajectories, stream)
     if quality == "replay":
         return _replay(env, tasks, behaviour["early"])
+    policies = behaviour["policies"].transpose(0, 1)  # (T, checkpoints, parameters)
     count = max(settings.trajectories, Settings.trajectories if quality == "medium" else 0)
     spread = np.linspace(0, policies.shape[1] - 1, count).round().astype(int)  # of `mixed`
     if quality == "mixed":
@@ -929,7 +926,7 @@ def checksum(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(memoryview(array.reshape(-1)).cast("B"))
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
@@ -1029,10 +1026,6 @@ def _check(arrays: Arrays, env: str | None) -> None:
         )
     too_few = 0 in sizes.values() or sizes["N"] < 2
     refuse((too_few, f"found {sizes}, expected at least one of each and two transitions (N)"))
-    _check_values(arrays, env)
-
-
-def _check_values(arrays: Arrays, env: str | None) -> None:
     episodes, t = arrays["episodes"], len(arrays["tasks"])
     train, test = (arrays[name].tolist() for name in ("train_tasks", "test_tasks"))
     largest = np.abs(arrays["actions"]).max()
@@ -1093,11 +1086,8 @@ def _build(path, env, train, test, seed, settings, device, workers):
     every = np.arange(len(tasks))
     index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
     _announce(path, settings, env, device, workers, len(tasks))
-    if row.script:
-        arrays = perform(env, tasks, settings.trajectories, seed)
-    else:
-        agents = build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
-        arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+    agents = {} if row.script else build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
+    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
     if quality == "relabelled":
         arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
     elif "first_return" in arrays:
@@ -1475,11 +1465,11 @@ class Run:
             print("no checkpoint yet: from the start", flush=True)
         files = Path(__file__), Path(envs.__file__)
         sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        self._write_text("args.json", json.dumps(settings(args) | {"checksums": sources}, indent=1))
+        write(self.folder / "args.json", json.dumps(settings(args) | {"checksums": sources}, indent=1).encode())
         started = Path(getattr(sys.modules["__main__"], "__file__", None) or self.script)  # it may register a family
         for name, path in ("source.py", self.script), ("started.py", started):
             if path.is_file() and (name == "source.py" or path.resolve() != self.script.resolve()):
-                write(self.folder / name, lambda file, path=path: file.write(path.read_bytes()))
+                write(self.folder / name, path.read_bytes())
 
     def _checkpoint(self) -> Path:
         """Of this run or, to --resume, the last one of the same run with other --steps, if they may grow."""
@@ -1534,7 +1524,7 @@ class Run:
 
     def _write_metrics(self) -> None:
         lines = [",".join(self.rows[0])] + [",".join(map(repr, row.values())) for row in self.rows]
-        self._write_text("metrics.csv", "\n".join(lines) + "\n")
+        write(self.folder / "metrics.csv", "\n".join([*lines, ""]).encode())
 
     def end(self) -> None:
         """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
@@ -1546,14 +1536,11 @@ class Run:
             "behaviour_return": world.behaviour, "optimal_return": world.optimum,
         }  # fmt: skip
         bad = [key for key, value in final.items() if isinstance(value, float) and not math.isfinite(value)]
-        self._write_text("final.json", json.dumps(final | dict.fromkeys(bad), indent=1))
+        write(self.folder / "final.json", json.dumps(final | dict.fromkeys(bad), indent=1).encode())
         if self.args.film:
             film = str(Path(__file__).resolve().parent / "benchmark/animate.py"), str(self.folder)
             subprocess.run([sys.executable, *film, "--out", str(self.folder / "film.gif")])
         print(f"curve, metrics and checkpoint: {self.folder}")
-
-    def _write_text(self, name: str, text: str) -> None:
-        write(self.folder / name, lambda file: file.write(text.encode()))
 
     def _save(self, seconds: float) -> None:
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
@@ -1643,7 +1630,7 @@ def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
 def plot(run: Run, name: str, png: bytes | None) -> None:
     """Keeps a picture in the run's folder, if there is something to see."""
     if png:
-        write(run.folder / name, lambda file: file.write(png))
+        write(run.folder / name, png)
 
 
 plot_curve = lambda run: plot(run, "curve.png", pictures.curve(run))

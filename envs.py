@@ -150,10 +150,6 @@ def _optimum_sparse(tasks, horizon):
     return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0).sum(1)
 
 
-def _optimum_wind(tasks, horizon):
-    return -_reachable_distance(_goal_at_one_zero(tasks), tasks, horizon).sum(1)
-
-
 # -------------------------------------------------------------------------------------------------- MuJoCo families
 def _velocity(state, next_state, dt):
     """The torso's x velocity, metres per second, over the whole control step."""
@@ -210,11 +206,6 @@ def _hopper_fell(obs):
     return ~((height > 0.7) & (height < np.inf) & (abs(pitch) < 0.2) & (abs(obs[:, 1:]) < 100).all(1))
 
 
-def _hopper_out_of_range(state):
-    """Velocities of 100 and more, which the observation clips away."""
-    return ~(np.abs(state[:, 2:]) < 100).all(1)
-
-
 def _heading(task):
     """(B, 2): the wanted direction t, as a unit vector."""
     return np.concatenate([np.cos(task), np.sin(task)], axis=1)
@@ -248,10 +239,6 @@ def _humanoid_reward(task, state, action, next_state, dt):
     """
     along = ((next_state[:, -2:] - state[:, -2:]) * _heading(task)).sum(1) / (dt / 5)
     return 0.25 * along - 0.1 * np.square(0.4 * action).sum(1) + 5
-
-
-def _humanoid_fell(obs):
-    return ~((obs[:, 0] > 1.0) & (obs[:, 0] < 2.0))
 
 
 def _body_multipliers(nbody, nv, ngeom):
@@ -289,12 +276,13 @@ WALKER = {
 }  # fmt: skip
 HOPPER = {
     "obs_dim": 11, "act_dim": 3, "observe": _observe_walker, "terminated": _hopper_fell,
-    "out_of_range": _hopper_out_of_range, "velocity": (5,), "xml": "hopper.xml", "frame_skip": 4,
-    "reset_noise": _uniform_noise(0.005),
+    "out_of_range": lambda state: ~(np.abs(state[:, 2:]) < 100).all(1),  # speeds that the observation clips away
+    "velocity": (5,), "xml": "hopper.xml", "frame_skip": 4, "reset_noise": _uniform_noise(0.005),
 }  # fmt: skip
 HUMANOID = {
-    "obs_dim": 376, "act_dim": 17, "observe": _observe_humanoid, "terminated": _humanoid_fell, "velocity": (22, 23),
-    "derived": _humanoid_quantities, "xml": "humanoid.xml", "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
+    "obs_dim": 376, "act_dim": 17, "observe": _observe_humanoid, "velocity": (22, 23), "xml": "humanoid.xml",
+    "terminated": lambda obs: ~((obs[:, 0] > 1.0) & (obs[:, 0] < 2.0)), "derived": _humanoid_quantities,
+    "frame_skip": 5, "reset_noise": _uniform_noise(0.01),
 }  # fmt: skip
 EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
 DIRECTION = {"differs": "reward", "goal": _heading, "drawn": _between(0, 2 * np.pi), "means": "a direction in radians"}
@@ -317,7 +305,8 @@ FAMILIES: dict[str, Family] = {
         papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)", **POINT,
         train=40, test=10, differs="dynamics", sample=lambda rng, n: rng.uniform(-WIND, WIND, size=(n, 2)),
         drawn=_between(-WIND, WIND), means="a wind (x, y), added to every move", drift=lambda task: task,
-        reward=_distance_reward(_goal_at_one_zero), optimum=_optimum_wind, goal=_goal_at_one_zero,
+        reward=_distance_reward(_goal_at_one_zero), goal=_goal_at_one_zero,
+        optimum=lambda tasks, horizon: -_reachable_distance(_goal_at_one_zero(tasks), tasks, horizon).sum(1),
     ),
     "cheetah-vel": Family(
         papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)", **CHEETAH, **EPISODE,
@@ -551,17 +540,6 @@ class MujocoPhysics:
 
 
 # ------------------------------------------------------------------------------------------------------ environments
-def _checked(name: str, tasks: Array) -> Array:
-    """(B, P) float64; ValueError if these are not tasks of the family."""
-    found = np.ascontiguousarray(tasks, np.float64)
-    size = sample_tasks(name, 1, 0).shape[1]
-    if found.shape != (max(1, len(found)), size):
-        raise ValueError(f"{name}: tasks have shape {found.shape}, expected at least one task of {size} parameters")
-    if not is_task(name, found).all():
-        raise ValueError(f"{name}: task {is_task(name, found).argmin()} has numbers that no task can have")
-    return found
-
-
 class TaskVectorEnv(gymnasium.vector.VectorEnv):
     """One sub-environment for each row of `tasks` (B, P), all stepped together by `threads` threads (default: a thread
     for each core). Episodes have `horizon` steps (default: the family's), pictures `render_size` pixels a side.
@@ -587,7 +565,12 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         render_size: int = 240,
         rewards: bool = True,
     ):
-        self.name, self.family, self.tasks = name, family(name), _checked(name, tasks)
+        self.name, self.family, self.tasks = name, family(name), np.ascontiguousarray(tasks, np.float64)
+        size = sample_tasks(name, 1, 0).shape[1]
+        if self.tasks.shape != (max(1, len(self.tasks)), size):
+            raise ValueError(f"{name}: tasks have shape {self.tasks.shape}, expected one or more of {size} parameters")
+        if not is_task(name, self.tasks).all():
+            raise ValueError(f"{name}: task {is_task(name, self.tasks).argmin()} has numbers that no task can have")
         if not rewards:
             none = dict.fromkeys(("sparse_reward", "optimum", "script"))
             self.family = replace(self.family, reward=lambda task, *_: np.full(len(task), np.nan), **none)
@@ -596,7 +579,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.num_envs, self.autoreset = len(self.tasks), autoreset
         self.horizon = self.family.horizon if horizon is None else _whole(horizon, 1, "horizon")
         self.render_mode, self.render_size = render_mode, render_size
-        self._seed = self._streams(seed)
+        self._seed = np.column_stack([np.full(self.num_envs, _whole(seed, 0, "seed")), np.arange(self.num_envs)])
         self._episode, self._elapsed = np.full(self.num_envs, -1), np.zeros(self.num_envs, int)
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
@@ -615,27 +598,13 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = several(self.single_observation_space, self.num_envs)
         self.action_space = several(self.single_action_space, self.num_envs)
 
-    def _streams(self, seed: int | list[int]) -> Array:
-        """(B, 2): what sub-environments draw from, (seed, i), or (seed[i], 0) where each has a seed of its own."""
-        seeds = np.asarray(seed, object)
-        if seeds.shape not in ((), (self.num_envs,)):
-            raise ValueError(f"seed must be one whole number or {self.num_envs} of them, got {str(seed):.100}")
-        one = seeds.ndim == 0
-        return np.array([(_whole(s, 0, "seed"), i * one) for i, s in enumerate(np.broadcast_to(seeds, self.num_envs))])
-
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None):
-        """New episodes everywhere, or where `options["reset_mask"]` (B,) is True; a seed restarts their numbering too.
-        ValueError, and no reset, for what is no seed or no mask."""
-        mask = (options or {}).get("reset_mask")
-        mask = np.asarray([True] * self.num_envs if mask is None else mask, object)
-        if mask.shape != (self.num_envs,) or not all(isinstance(x, bool | np.bool_) for x in mask):
-            raise ValueError(f"reset_mask must be {self.num_envs} times True or False, got {str(mask.tolist()):.100}")
-        rows = np.flatnonzero(mask)
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """New episodes everywhere; a seed restarts their numbering too. ValueError, and no reset, for what is none."""
         if seed is not None:
-            self._seed[rows] = self._streams(seed)[rows]
-            self._episode[rows] = -1
-        self._reset_rows(rows)
-        self.trail = [] if len(rows) == self.num_envs else self.trail
+            self._seed[:, 0] = _whole(seed, 0, "seed")
+            self._episode[:] = -1
+        self._reset_rows(np.arange(self.num_envs))
+        self.trail = []
         return self.observe(), {}
 
     def observe(self) -> Array:
@@ -989,11 +958,6 @@ def _act_by_script(task, obs):
     return np.clip(np.column_stack([(goal - hand) / STRIDE, np.where(grip, 1, -1)]), -1, 1)
 
 
-def _another_behaviour(rng, task):
-    """The same scene (P,), with a behaviour to perform that is drawn without regard to the wanted one."""
-    return _ask_for(rng, task.copy(), [CARRY] * int(task[OBJECT]))
-
-
 def _is_scene(task):
     number, most = task[:, : TARGET.start], (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
     least = -1 * (np.arange(TARGET.start) == SIDE)
@@ -1008,7 +972,8 @@ FAMILIES["sawyer"] = Family(
     xml=SAWYER_XML, frame_skip=10, modify=_furnish,
     reset_noise=lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # of the hand
     script=Script(
-        _act_by_script, _achieved, _another_behaviour, BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer")
+        _act_by_script, _achieved, lambda rng, task: _ask_for(rng, task.copy(), [CARRY] * int(task[OBJECT])),
+        BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer"),
     ),
 )  # fmt: skip
 

@@ -564,6 +564,7 @@ def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
         ("mixed", {"envs": 150, "start": 350}, "--sac-steps: with 400 nothing would be learned"),
         ("mixed", {"envs": 4, "nstep": 101}, "--sac-steps: with 400 nothing would be learned"),
         ("mixed", {"trajectories": 1}, "--trajectories: mixed data are of several policies"),
+        ("replay", {"envs": 8, "replay": 7}, "--replay 7: expected 8 or more"),
     ],
 )
 def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_path, quality, changes, said):
@@ -656,6 +657,18 @@ def test_a_damaged_behaviour_is_refused(way, copied):
         prepare(copied.parent.parent)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert names(copied) == {"behaviour.pt"}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied")])
+def test_a_behaviour_that_cannot_be_read_is_not_called_damaged(error, copied, monkeypatch):
+    """Nobody is told to delete good work."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(data, "read", fail)
+    with pytest.raises(type(error)):
+        prepare(copied.parent.parent)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -1104,6 +1117,13 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path):
         else:
             refused(tmp_path / "x.npz", f"{key} is damaged or not numbers")
     assert names(tmp_path) == {"x.npz"}
+
+
+def test_what_are_no_numbers_is_refused_with_a_checksum_too(tmp_path):
+    dates = np.zeros_like(sample()["rewards"], "M8[D]")
+    meta = np.array(json.dumps({"format": data.FORMAT, "checksum": "abc"}))
+    np.savez(tmp_path / "x.npz", meta=meta, **sample() | {"rewards": dates})
+    refused(tmp_path / "x.npz", "its checksum differs")
 
 
 def test_another_environment_is_refused(tmp_path):
