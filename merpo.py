@@ -26,7 +26,8 @@ Choices where the paper is silent:
 What we learned, and what small runs do (in them beta and lambda stay where they begin, and there is no entropy):
 - Q_meta needs a slow target of its own: copied anew in each meta-iteration it is not slow, and cheetahs' Q explodes.
 - beta and lambda are shares of mean |Q| (`--relative`), the same for every family, whatever the scale of its rewards.
-- A new task takes 4,000 steps at falling rates, from pi_c but not held to it, which cannot know which task it is.
+- A new task takes 4,000 steps of 256 transitions (64 where tasks are learned from, and too noisy there), at falling
+  rates, from pi_c but not held to it, which cannot know which task it is.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Args(data.Args):
     meta_q_lr: Share = 1.0  # xi_q, the plain outer step of meta-Q
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
+    adapt_batch_size: Count = 256  # transitions of it in each
     adapt_lr: Number | None = None  # of its critic and policy; unless given: --lr and --actor-lr
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
@@ -104,7 +106,7 @@ class Args(data.Args):
 
     # --single has no outer step and no new task
     MANY = ("model_lr", "outer_lr", "outer_steps", "meta_q_lr", "adaptive", "alpha_lr", "test_quality")
-    MANY += ("test_trajectories", "test_start", "adapt_steps", "adapt_lr")
+    MANY += ("test_trajectories", "test_start", "adapt_steps", "adapt_batch_size", "adapt_lr")
 
     def complete(self, given):
         super().complete(given)
@@ -672,8 +674,9 @@ def begin_test(args, agent, world):
     """RAC on the test tasks, before its first step, as --test-start says."""
     tasks, trained, n = agent.test_tasks, agent.rac.tasks, len(world.test_rows)
     initialise, alpha, free = STARTS[args.test_start]
+    args = copy.copy(args)
+    args.batch_size = args.adapt_batch_size
     if args.adapt_lr is not None:
-        args = copy.copy(args)
         args.lr = args.actor_lr = args.adapt_lr
     rac = RAC(args, world, tasks, n, free)
     tasks.model_count.zero_()

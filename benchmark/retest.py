@@ -28,7 +28,7 @@ FLAGS = {
     "SMAC": ["eval_episodes"],
     "MerPO": ["test_quality", "test_trajectories", "test_start", "eval_episodes"],
 }
-FLAGS["MerPO"] += ["adapt_steps", "adapt_lr"]
+FLAGS["MerPO"] += ["adapt_steps", "adapt_batch_size", "adapt_lr"]
 whole, number = (partial(data.parse_value, kind) for kind in (data.Count, data.Number))
 CLONES = 5  # fits of policies to the test tasks' data; the return of one by itself swings
 
@@ -114,6 +114,7 @@ def arguments(argv=None):
     parser.add_argument("--test-trajectories", type=whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=whole, help="MerPO: steps of RAC on a test task")
+    parser.add_argument("--adapt-batch-size", type=whole, help="MerPO: transitions of it in each")
     parser.add_argument("--adapt-lr", type=number, help="MerPO: learning rate of those steps")
     parser.add_argument("--eval-episodes", type=whole, help="episodes (SMAC: meta-episodes) of each task")
     args = parser.parse_args(argv)

@@ -965,15 +965,19 @@ def test_the_models_of_one_task_learn_from_end_to_end(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_test_task_s_own_rates(files, monkeypatch):
-    k = build(WIND, files[WIND], "--adapt-steps 3 --lr 1e-2 --actor-lr 1e-2")
+def test_a_test_task_s_own_rates_and_batches(files, monkeypatch):
+    k = build(WIND, files[WIND], "--adapt-steps 3 --lr 1e-2 --actor-lr 1e-2 --adapt-batch-size 7")
     settle(k)
     seen, begin = [], merpo.begin_test
     monkeypatch.setattr(merpo, "begin_test", lambda *args: seen.append(begin(*args)) or seen[-1])
     for k.args.adapt_lr, rate in ((None, 1e-2), (8e-5, 8e-5)):
         merpo.evaluate(k.args, k.agent, k.world)
-        assert k.args.lr == k.args.actor_lr == 1e-2
-        for adam in seen.pop().optimisers.values():
+        assert k.args.lr == k.args.actor_lr == 1e-2 and k.args.batch_size != 7
+        rac = seen.pop()
+        rac.evaluate_policy = lambda s_rho, s, a, rows: {"sizes": [x.shape[:2] for x in (s_rho, s, a, rows)]}
+        rac.improve_policy = lambda s_rho, s, a, policy: {}
+        assert rac.step(k.agent.meta_policy)["sizes"] == [(2, 7)] * 4
+        for adam in rac.optimisers.values():
             assert adam.param_groups[0]["lr"].item() == pytest.approx(rate)
 
 
