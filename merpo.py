@@ -26,8 +26,8 @@ Choices where the paper is silent:
 What we learned, and what small runs do (in them beta and lambda stay where they begin, and there is no entropy):
 - Q_meta needs a slow target of its own: copied anew in each meta-iteration it is not slow, and cheetahs' Q explodes.
 - beta and lambda are shares of mean |Q| (`--relative`), the same for every family, whatever the scale of its rewards.
-- A new task takes 4,000 steps of 256 transitions (64 where tasks are learned from, and too noisy there), at falling
-  rates, from pi_c but not held to it, which cannot know which task it is.
+- A new task takes 4,000 steps of 256 transitions (64, as in meta-training, return less), at falling rates, from pi_c
+  but not held to it, which cannot know which task it is.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -104,9 +105,8 @@ class Args(data.Args):
     single: Literal["combo", "combo-3", "rac"] | None = None  # one task with a fixed meta-policy (section 5.1)
     meta_policy: Path | None = None  # with --single: a run whose last policy it is; unless given: random
 
-    # --single has no outer step and no new task
-    MANY = ("model_lr", "outer_lr", "outer_steps", "meta_q_lr", "adaptive", "alpha_lr", "test_quality")
-    MANY += ("test_trajectories", "test_start", "adapt_steps", "adapt_batch_size", "adapt_lr")
+    MANY = "model_lr outer_lr outer_steps meta_q_lr adaptive alpha_lr"  # of the outer step, which --single has not
+    NEW = "test_quality test_trajectories test_start adapt_steps adapt_batch_size adapt_lr"  # of new tasks, nor these
 
     def complete(self, given):
         super().complete(given)
@@ -114,12 +114,11 @@ class Args(data.Args):
         if (kind == "one task") != bool(self.single):
             found = f"has {kind}, found --single {self.single}"
             raise DataError(f"--env {self.env}: {found}; expected --single with one task and with no more")
-        idle = dict.fromkeys(self.MANY, f"--single {self.single}") if self.single else {"meta_policy": "many tasks"}
-        idle |= {"alpha": f"--single {self.single}"} if self.single in ("combo", "combo-3") else {}
-        idle |= {} if self.model else {"real_ratio": "--no-model"}
-        for key in given:
-            if key in idle:
-                raise DataError(f"{data.option(key)} {given[key]}: has no use with {idle[key]}; expected it without")
+        idle = partial(data.refuse_idle, given)
+        idle(f"{self.MANY} {self.NEW}", bool(self.single), f"--single {self.single}")
+        idle("alpha", self.single in ("combo", "combo-3"), f"--single {self.single}")
+        idle("meta_policy", not self.single, "many tasks")
+        idle("real_ratio", not self.model, "--no-model")
         most = self.rollout_buffer // self.rollout_length
         if self.model and not KEPT <= self.rollouts <= most:
             raise DataError(f"--rollouts {self.rollouts}: expected {KEPT} (a model's each) to {most} (D_model's size)")
