@@ -157,9 +157,9 @@ HOPPER = WARM | {"updates": 8, "discount": 0.995, "tau": 0.005}
 SMALL = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT | {"steps": 9_600},
-    "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 80.0},
+    "cheetah-vel": CHEETAH | {"steps": 80_000, "core_minutes": 90.0},
     "cheetah-fwd-back": CHEETAH | ONE,
-    "ant-fwd-back": WARM | ONE | {"steps": 400_000},
+    "ant-fwd-back": WARM | ONE | {"steps": 400_000, "core_minutes": 28.0},
     "ant-dir": WARM | {"steps": 300_000, "core_minutes": 480.0},
     "walker-params": {"steps": 170_000, "hidden": 128, "alpha": 0.2},
     "hopper-params": HOPPER | {"steps": 100_000, "core_minutes": 120.0},
