@@ -12,7 +12,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
     with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta <- mean of Q_n
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
-    python merpo.py --env point-robot-wind    # no GPU, 10 minutes: the meta-policy -8.7, adapted -6.0 (data -7.7)
+    python merpo.py --env point-robot-wind    # no GPU, 15 minutes: the meta-policy -8.7, adapted -6.0 (data -7.7)
 
 Choices where the paper is silent:
 - Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).

@@ -75,7 +75,7 @@ def table(groups, scale):
         last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
         ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
         form = digits([*last, *(x for x in ends if x is not None)])
-        minutes = np.mean([float(row["minutes"]) for row in rows])
+        minutes = np.mean([float(row["minutes"]) for row in rows if row["minutes"]])
         cells = [f"`{script}.py`", f"`{env}`", protocol, with_spread(last, form)]
         cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
         paper = PAPER.get(script, {}).get(env, "") if protocol == "offline" else ""
