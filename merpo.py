@@ -2,7 +2,7 @@
 
 Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the paper's equations):
     stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi
-        (3, which has log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
+        (3, but for the sign of its log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
     adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
     stage 2, repeat: draw tasks; their policies and critics start from the meta-policy pi_c and Q_meta; J times RAC:
         roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
@@ -21,11 +21,13 @@ Choices where the paper is silent:
 - A policy fitted to each task's data stands for the behaviour in lambda and (11). log beta moves by its rate up or down
   (Adam on a scalar does little else); lambda is clipped at ten times its initial value, its divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
-  of mean 1. xi_q is 1, Q_meta takes the mean of Q_n whole: with Table 2's 1e-3 a weight moves 1e-5 an iteration.
+  of mean 1. h steps adapt a task's models in stage 1 and after it.
 - Observations are standardised; so are, for the models, rewards and changes of observations.
-What we learned, and what small runs do (in them beta and lambda stay where they begin, and there is no entropy):
-- Q_meta needs a slow target of its own: copied anew in each meta-iteration it is not slow, and cheetahs' Q explodes.
-- beta and lambda are shares of mean |Q| (`--relative`), the same for every family, whatever the scale of its rewards.
+Where we differ: xi_q is 1, Q_meta takes the mean of Q_n whole; with Table 2's 1e-3 a weight moves 1e-5 an iteration.
+What we learned, and what small runs of many tasks do (beta and lambda stay where they begin, there is no entropy, (10)
+has five steps, the meta-model moves half-way to the mean of its tasks' models):
+- Q_meta needs a slow target that lasts: copied from it in each meta-iteration it is not slow, and cheetahs' Q explodes.
+- beta and, in (9), lambda are shares of mean |Q| (`--relative`), alike for all families whatever their rewards' scale.
 - A new task takes 4,000 steps of 256 transitions (64, as in meta-training, return less), at falling rates, from pi_c
   but not held to it, which cannot know which task it is.
 """
@@ -48,9 +50,8 @@ import data
 import envs
 from data import Count, DataError, Number, Share
 
+
 # ==================================================================================================== 1. arguments
-
-
 @dataclass
 class Args(data.Args):
     steps: Count = 2_000  # meta-iterations of stage 2; the paper does not say how many
@@ -78,7 +79,7 @@ class Args(data.Args):
     ent: Number = 0.2  # temperature of the entropy in the critic's target
     alpha: Share = 0.4  # weight of the behaviour in Eq. 9; with --adaptive where it begins
     alpha_lr: Number = 1e-4  # of Eq. 11
-    relative: bool = False  # beta and lambda are shares of a task's mean |Q|
+    relative: bool = False  # beta and lambda, so where they begin too, are shares of a task's mean |Q|
     beta_initial: Number = 1.0  # of the conservative term in Eq. 1
     beta_lr: Number = 1e-3  # step of log beta
     actions: Count = 10  # of pi_n at each state of rho in that term
@@ -101,19 +102,19 @@ class Args(data.Args):
     adaptive: bool = False  # MerPO-Adp: alpha of each task by Eq. 11
     actor_entropy: bool = False  # the entropy in Eq. 9 too, as in SAC
     model: bool = True  # --no-model: no rollouts at all, CQL within tasks (Figure 7b)
-    test_start: Literal[tuple(STARTS)] = "meta"  # how a test task begins (Figures 7c and 9b)
+    test_start: Literal[tuple(STARTS)] = "meta"  # where a test task begins, and towards what it is regularised
     single: Literal["combo", "combo-3", "rac"] | None = None  # one task with a fixed meta-policy (section 5.1)
     meta_policy: Path | None = None  # with --single: a run whose last policy it is; unless given: random
 
-    MANY = "model_lr outer_lr outer_steps meta_q_lr adaptive alpha_lr"  # of the outer step, which --single has not
-    NEW = "test_quality test_trajectories test_start adapt_steps adapt_batch_size adapt_lr"  # of new tasks, nor these
+    MANY = "model_lr outer_lr outer_steps meta_q_lr adaptive alpha_lr"  # flags of the outer step: not for --single
+    NEW = "test_quality test_trajectories test_start adapt_steps adapt_batch_size adapt_lr"  # of new tasks: nor these
 
     def complete(self, given):
         super().complete(given)
         kind = "one task" if envs.family(self.env).differs == "nothing" else "many tasks"
         if (kind == "one task") != bool(self.single):
             found = f"has {kind}, found --single {self.single}"
-            raise DataError(f"--env {self.env}: {found}; expected --single with one task and with no more")
+            raise DataError(f"--env {self.env}: {found}; expected --single with one task, and only there")
         idle = partial(data.refuse_idle, given)
         idle(f"{self.MANY} {self.NEW}", bool(self.single), f"--single {self.single}")
         idle("alpha", self.single in ("combo", "combo-3"), f"--single {self.single}")
@@ -122,7 +123,8 @@ class Args(data.Args):
         most = self.rollout_buffer // self.rollout_length
         if self.model and not KEPT <= self.rollouts <= most:
             raise DataError(f"--rollouts {self.rollouts}: expected {KEPT} (a model's each) to {most} (D_model's size)")
-        self.model_steps = self.model_steps if "model_steps" in given else min(self.model_steps, self.steps)
+        if "model_steps" not in given:  # without rollouts nothing asks the models
+            self.model_steps = min(self.model_steps, self.steps) if self.model else 0
         self.alpha = 0.0 if self.single == "combo-3" else self.alpha
         self.real_ratio = self.real_ratio if self.model else 1.0
 
@@ -159,11 +161,11 @@ TABLE |= {
 }
 # What differs on a machine without a GPU: sizes, and what the header says was learned (with the test returns in view).
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
-SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "model_steps": 400, "eval_every": 200, "tau": 0.02}
+SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "tau": 0.02}
 SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 4_000, "final_lr": 0.1, "eval_every": 500}
 SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "model_steps": 200, "test_start": "behaviour-init"}
 SMALL_MANY |= {"relative": True, "lambda_initial": 0.04, "beta_initial": 0.01, "ent": 0.0}
-SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "lr": 1e-3, "actor_lr": 3e-4}
+SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "model_steps": 400, "eval_every": 200, "lr": 1e-3, "actor_lr": 3e-4}
 SMALL = dict.fromkeys(TABLE, SMALL_MANY) | dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
 
 
@@ -296,8 +298,8 @@ def meta_policy_loss(kl_meta, lam, alpha):
 
 
 # ======================================================================================================= 5. update
-# Networks of several tasks lie in one batch: of models (T, 7), of critics (2 twins, T), of policies (T,). Below `axis`
-# is the one of the tasks, beside those of the meta-network.
+# Networks of several tasks lie in one batch: models as T x 7, critics as 2 twins x T, policies as T. Below `axis` is
+# where the tasks' axis stands once it is split off: 1 for critics, else 0.
 def by_task(networks, meta, axis):
     """Pairs of weights: of all tasks' networks, with an axis for the tasks, and of the meta-network."""
     for own, shared in zip(networks.parameters(), meta.parameters(), strict=True):
@@ -396,7 +398,7 @@ class Tasks(nn.Module):
         args, index = self.args, torch.arange(len(self.rows), device=self.rows.device)
         theta = Models(len(index) * MODELS, *self.world.model_sizes).to(index.device)
         optimiser = data.adam(theta, args.model_task_lr)
-        start_from(meta_model, theta, 0, optimiser)
+        start_from(meta_model, theta, 0)
         before = self.held_out_error(theta)
         if not args.single:  # its models are trained whole in stage 1
             self.fit_models(theta, optimiser, index)
@@ -603,8 +605,8 @@ def choose_rows(dataset, trajectories, row):
         if len(rows) % length or len(rows) < trajectories * length:
             found = f"{trajectories} of {length} steps each, of the {len(rows)} rows of a task"
             raise DataError(f"--trajectories, --test-trajectories: expected whole ones that are there, found {found}")
-        parts = rows.unflatten(0, (-1, length))
-        rows = parts[torch.linspace(0, len(parts) - 1, trajectories).round().long()].flatten()
+        parts = rows.unflatten(0, (-1, length))  # the middle one of as many equal stretches: data begin with the worst
+        rows = parts[((torch.arange(trajectories) + 0.5) * len(parts) / trajectories).long()].flatten()
     if len(rows) < 2:
         raise DataError("--trajectories, --test-trajectories: one transition of a task; expected at least two")
     return rows

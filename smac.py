@@ -15,12 +15,14 @@ At meta-test time the agent explores for two episodes with z from the prior, the
 
 Where we differ from the paper:
 - Data, in the paper's sizes, are the last rows of the early replay of one SAC agent for each task (point robots: the
-  first; sawyer: a script's; small runs on MuJoCo: half-trained policies'); the paper's are one PEARL run's, of which
-  benchmark/pearl.py makes such. Contexts are of the last 400 of these rows, which RL has too, and of what is collected.
-- Exploration samples actions in training and takes their mean at meta-test. True ends of episodes are always seen.
-- Line 8 of Algorithm 1 labels by any D_i; here by that of the task rolled out, whose dynamics may differ from others'.
-  An oracle is this script with true rewards online; the paper's is PEARL with them. z is drawn once an episode
-  (`--z-every step`: line 7's once a step).
+  first; sawyer: a script's); the paper's are one PEARL run's, of which benchmark/pearl.py makes such. Small MuJoCo runs
+  have half-trained policies', two-task ones those of all stages. A context h is of the last 400 of these rows, which RL
+  has too, and of what is collected.
+- Exploration samples actions in training and takes their mean at meta-test. What is collected keeps the true d.
+- Line 8 labels by any D_i; here by that of the task rolled out (`--online-tasks test`: a random one): dynamics may
+  differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates follow. z is drawn once an episode
+  (`--z-every step`: line 7's once a step). An oracle is this script with true rewards online; the paper's is PEARL with
+  them. Cloning (`--actor bc`) has no loss of PEARL's online.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised and kept within ten standard deviations: half-trained humanoids hardly bend a knee, and
   without the bound labels and Q went far too high once the agent did.
@@ -46,9 +48,8 @@ import data
 import envs
 from data import Count, Number, Positive, Share, Whole
 
+
 # ==================================================================================================== 1. arguments
-
-
 @dataclass
 class Args(data.Args):
     steps: Whole = 50_000  # gradient steps of the offline phase
@@ -66,7 +67,7 @@ class Args(data.Args):
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 64  # transitions in a context
     lr: Number = 3e-4  # learning rate of every network
-    final_lr: Share = 1.0  # its share that is left at the last step; it falls linearly
+    final_lr: Share = 1.0  # its share that is left at the last step of both phases; it falls linearly
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -95,10 +96,13 @@ class Args(data.Args):
     def complete(self, given):
         super().complete(given)
         self.exact = [key for key in ("data_size", "data_until") if key in given]  # not less where there are fewer rows
-        if self.online_rewards == "none":
-            self.online_steps = 0
-        if self.steps + self.online_steps == 0:
-            raise data.DataError("--steps, --online-steps: nothing to do; expected at least one of them above 0")
+        idle, none = partial(data.refuse_idle, given), self.online_rewards == "none"
+        idle("online_steps", none and self.online_steps > 0, "--online-rewards none")
+        idle("online_envs updates online_tasks online_contexts posterior_share", none, "--online-rewards none")
+        self.online_steps = 0 if none else self.online_steps
+        idle("awac_lambda pearl_weight", self.actor != "awac", f"--actor {self.actor}")
+        if self.steps == 0 and (self.online_steps == 0 or self.online_rewards == "decoder"):
+            raise data.DataError("--steps 0: no decoder learns to label; expected more, or --online-rewards oracle")
 
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
@@ -362,7 +366,7 @@ class Agent(data.Learner):
         q = self.critic(s, z if by_q else z.detach(), a)  # the Bellman error trains the encoder only in ablations
         bellman = critic_loss(q, y)  # Eq. 1
         loss, learning = bellman, [optimisers["critic"]]
-        if taught or by_q:  # offline phi too: encoder and decoder
+        if taught or by_q:  # phi too: encoder and decoder
             loss, learning = bellman + args.kl_weight * kl, [optimisers["phi"], optimisers["critic"]]
         if taught:
             reward = reward_loss(r, self.decoder(s, z if by_reward else z.detach(), a))
@@ -402,7 +406,7 @@ class Agent(data.Learner):
 
     @torch.no_grad()
     def label(self, task, rows):
-        """Rewards (E, H) for trajectories (E, H, D) of tasks (E,), whose own are not looked at (Eq. 4).
+        """Rewards (E, H) for trajectories (E, H, D) of tasks (E,), whose own column of rewards is ignored (Eq. 4).
 
         r = r_phi(s, a, z), z ~ q_phi(z | h), h from the offline rows of the task's buffer, one z for a trajectory.
         """
@@ -428,9 +432,8 @@ def choose_rows(args, found, exact):
     until = args.data_until or found
     until = until if "data_until" in exact else min(until, found)
     size = args.data_size if "data_size" in exact else min(args.data_size, until)
-    if size > until or until > found:
-        words = f"expected {size} rows up to row {until}, found {found} rows a task"
-        raise data.DataError(f"--data-size, --data-until: {words}")
+    words = f"expected {size} rows up to row {until}, found {found} rows a task"
+    data.refuse((size > until or until > found, f"--data-size, --data-until: {words}"))
     return slice(until - size, until)
 
 
@@ -468,9 +471,8 @@ class World:
 
     def open_data(self, args, device):
         train, test = data.open_datasets(args, device, train=args.train_tasks, test=args.test_tasks)
-        part, test_part = (
-            choose_rows(args, x.rewards.shape[1], args.exact if x is train else ()) for x in (train, test)
-        )
+        part = choose_rows(args, train.rewards.shape[1], args.exact)
+        test_part = choose_rows(args, test.rewards.shape[1], args.exact if test is train else ())
         self.train_tasks, self.test_tasks = train.tasks[train.train_tasks], test.tasks[test.test_tasks]
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks, part])
         self.train_rows = pack(train, train.train_tasks, self.scaled, part)

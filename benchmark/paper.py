@@ -165,7 +165,7 @@ MERPO = {
         },
         ["return_mean"],
     ),
-    "figure6": (FAMILIES, "", {"MerPO": "", "MerPO-Adp": "--adaptive"}, [*ADAPTED[:2], "alpha"]),
+    "figure6": (FAMILIES, "--test-start meta", {"MerPO": "", "MerPO-Adp": "--adaptive"}, [*ADAPTED[:2], "alpha"]),
     "figure6-longer": (  # where the paper's hundred steps are few
         FAMILIES[2:],
         "",
@@ -176,7 +176,7 @@ MERPO = {
         },
         ADAPTED,
     ),
-    "figure7a": (FAMILIES[:2], "", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
+    "figure7a": (FAMILIES[:2], "--test-start meta", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
     "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
     "figure7c": (
         FAMILIES[:2],

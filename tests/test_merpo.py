@@ -820,6 +820,7 @@ def test_a_short_try_out_is_short():
     stages = lambda flags: (lambda args: (args.model_steps, args.steps))(merpo.parse_args(flags.split()))
     assert stages("--small") == (200, 800) and stages("--no-small") == (2_000, 2_000)
     assert stages("--small --steps 40") == (40, 40) and stages("--small --steps 40 --model-steps 90") == (90, 40)
+    assert stages("--small --no-model") == (0, 800) and stages("--small --no-model --model-steps 3") == (3, 800)
 
 
 def test_a_policy_that_copies_the_data_gets_their_return(tmp_path, monkeypatch):
@@ -1009,7 +1010,7 @@ def test_few_trajectories(files, short_trajectories):
     k = build(WIND, files[WIND], "--trajectories 1 --test-trajectories 2")
     assert k.world.train_rows.shape[1] == 20 and k.world.test_rows.shape[1] == 40
     stored = data.load(files[WIND])
-    mean = stored.observations[TRAIN][:, :20].flatten(0, 1).mean(0)  # of what there is to learn from
+    mean = stored.observations[TRAIN][:, 20:40].flatten(0, 1).mean(0)  # of what there is to learn from, the middle
     torch.testing.assert_close(k.world.mean, mean, atol=1e-6, rtol=1e-5)
     s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
     expected = stored.observations[TEST][:, [*range(20), *range(40, 60)]]

@@ -26,7 +26,7 @@ import pearl  # noqa: E402
 import shift  # noqa: E402
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3 --device cpu"
-TINY += " --eval-every 3 --eval-episodes 1 --threads 1 --online-envs 3"
+TINY += " --eval-every 3 --eval-episodes 1 --threads 1"
 ALL = {"encoder", "decoder", "critic", "target", "actor"}
 
 
@@ -35,7 +35,9 @@ def flags(name, file, more=""):
     updates = 6 / (3 * envs.family(name).horizon)
     until = "" if envs.family(name).xml else "--data-until 60"
     file = f"--data {file} --data-size 60 --context-data 40 {until} --steps 6" if file else ""
-    words = f"--env {name} {file} {TINY} --no-small --online-steps {online} --updates {updates}"
+    words = f"--env {name} {file} {TINY} --no-small"
+    if "--online-rewards none" not in more:
+        words += f" --online-envs 3 --online-steps {online} --updates {updates}"
     return [*words.split(), *more.split()]
 
 
@@ -229,7 +231,8 @@ def naive_update(args, agent, online, rate, batch, histories):
 
 @pytest.mark.parametrize(("more", "online"), LOOPS)
 def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more, online):
-    sizes = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --awac-lambda 0.5 --kl-weight 0.3"
+    sizes = "--hidden 6 --encoder-hidden 6 --batch-size 3 --context-size 4 --kl-weight 0.3"
+    sizes += "" if "--actor" in more else " --awac-lambda 0.5"
     k = build(WIND, files[WIND], f"{sizes} --reward-scale 2 --tau 0.25 --lr {RATE} {more}")
     agent = k.agent.double()
     agent.replay.rows.normal_()
@@ -736,7 +739,7 @@ def test_the_data_are_cut(files):
 
 def test_rows_that_are_fewer_than_a_default_wants_are_all_taken(files):
     """60 rows a task, in data of one's own; defaults want 1,600, and 400 of them for contexts."""
-    words = ["--env", WIND, "--data", str(files[WIND]), *TINY.split(), "--no-small"]
+    words = ["--env", WIND, "--data", str(files[WIND]), *TINY.split(), "--no-small", "--online-envs", "3"]
     world = smac.World(smac.parse_args(words), torch.device("cpu"))
     stored = data.load(files[WIND])
     for rows, tasks in ((world.train_rows, TRAIN), (world.test_rows, TEST)):
@@ -770,6 +773,10 @@ def test_observations_are_kept_within_a_bound(files):
         ("--data-size 61", ["--data-size", "found 60 rows", "61 rows"]),
         ("--data-until 90", ["--data-until", "found 60 rows", "row 90"]),
         ("--steps 0 --online-rewards none", ["--steps"]),
+        ("--steps 0", ["--steps 0", "oracle"]),
+        ("--online-rewards none --online-steps 20", ["--online-steps 20", "--online-rewards none"]),
+        ("--online-rewards none --online-envs 2", ["--online-envs 2", "--online-rewards none"]),
+        ("--actor bc --awac-lambda 2", ["--awac-lambda 2", "--actor bc"]),
         ("--posterior-share 2", ["--posterior-share", "2"]),
         ("--actor td3", ["--actor", "td3"]),
         ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
