@@ -166,16 +166,6 @@ MERPO = {
         ["return_mean"],
     ),
     "figure6": (FAMILIES, "--test-start meta", {"MerPO": "", "MerPO-Adp": "--adaptive"}, [*ADAPTED[:2], "alpha"]),
-    "figure6-longer": (  # where the paper's hundred steps are few
-        FAMILIES[2:],
-        "",
-        {
-            "held to both": "| --adapt-steps 6000 --test-start meta",
-            "held to the behaviour only": "| --adapt-steps 6000 --test-start behaviour-init",
-            "the same, from scratch": "| --adapt-steps 6000 --test-start behaviour",
-        },
-        ADAPTED,
-    ),
     "figure7a": (FAMILIES[:2], "--test-start meta", {"MerPO": "", "Eq. 5 alone": "--alpha 0"}, ADAPTED),
     "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
     "figure7c": (
