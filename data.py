@@ -486,6 +486,8 @@ def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: b
 def fuse(fn: Procedure) -> Procedure:
     """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's.
     Where that fails one line says so, and `fn` goes on as it is."""
+    global set_rate  # compiled, the change of a tensor that only the optimiser holds can be lost
+    set_rate = torch.compiler.disable(set_rate)  # here, as it takes seconds to import
     torch._inductor.config.fallback_random = True
     best = torch.compile(fn, dynamic=False)
 
@@ -1395,7 +1397,6 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=parameters[0].is_cuda)
 
 
-@torch.compiler.disable  # compiled, the change of a tensor that only the optimiser holds can be lost
 def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
