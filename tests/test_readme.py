@@ -241,23 +241,31 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_example_of_loading_runs_as_written(name, files, tmp_path):
-    """In another folder than the run was started in; it returns what the run did at its end."""
+def test_the_example_of_loading_runs_as_written(name, files, tmp_path, monkeypatch, capsys, no_plots):
+    """In another folder than the run was started in; it returns what the run did at its end. FOCAL in other processes."""
     begun, read = tmp_path / "begun", tmp_path / "read"
     begun.mkdir(), read.mkdir()
+
+    def here(folder, file, *words):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [file, *words])
+        runpy.run_path(file, run_name="__main__")
+        return capsys.readouterr().out
+
+    execute = elsewhere if name == "focal" else here
     sizes = f"--meta-batch-size 2 --batch-size 4 --hidden 8 --eval-episodes 2 {TINY[name]}"
     flags = f"--env {WIND} --data {files[WIND]} {sizes}"
-    elsewhere(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
+    execute(begun, str(ROOT / f"{name}.py"), *shlex.split(flags))
     (final,) = begun.glob("runs/**/final.json")
     (read / "load.py").write_text(f"folder = {str(final.parent)!r}\n" + example("trained.load_run(folder)"))
-    *_, first, second = elsewhere(read, "load.py").splitlines()
+    *_, first, second = execute(read, "load.py").splitlines()
     assert first.startswith(f"{name} {WIND} step") and len(example("trained.load_run(folder)").splitlines()) <= 12
     returned = float(re.findall(r"-\d+\.\d+", second)[-1 if name == "merpo" else 0])
     assert returned == pytest.approx(json.loads(final.read_text())["return_mean"], rel=1e-5)
     before = BEFORE_ACTING.format(folder=str(final.parent), file=str(files[WIND]))
     after = "print(total, *act(s[:2])[0], *act(s[:1])[0])\n"
     (read / "act.py").write_text(before + example("context=mine") + after)
-    total, *twice = map(float, elsewhere(read, "act.py").split("\n")[-2].split())
+    total, *twice = map(float, execute(read, "act.py").split("\n")[-2].split())
     assert -60 < total < 0 and twice[:2] == pytest.approx(twice[2:], rel=1e-4) and max(map(abs, twice)) <= 1
 
 
