@@ -486,8 +486,8 @@ def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: b
 def fuse(fn: Procedure) -> Procedure:
     """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's.
     Where that fails one line says so, and `fn` goes on as it is."""
-    global set_rate  # compiled, the change of a tensor that only the optimiser holds can be lost
-    set_rate = torch.compiler.disable(set_rate)  # here, as it takes seconds to import
+    # compiled, the change of a tensor that only the optimiser holds can be lost (not a decorator: its import is slow)
+    globals()["set_rate"] = torch.compiler.disable(set_rate)
     torch._inductor.config.fallback_random = True
     best = torch.compile(fn, dynamic=False)
 

@@ -242,7 +242,7 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_example_of_loading_runs_as_written(name, files, tmp_path, monkeypatch, capsys, no_plots):
-    """In another folder than the run was started in; it returns what the run did at its end. FOCAL in other processes."""
+    """In another folder than the run was started in; it returns what the run did at its end."""
     begun, read = tmp_path / "begun", tmp_path / "read"
     begun.mkdir(), read.mkdir()
 
