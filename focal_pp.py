@@ -2,9 +2,9 @@
 
 Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are FOCAL's equations):
     repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c_j and an RL minibatch b_i from D_i
-        z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention weighs the transitions
-        z_k = the same of c_j by the key encoder E_k                     phi_k <- m phi_k + (1 - m) phi, no gradient
-        phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     its own task's z_k against other tasks'
+        z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention: in W and in E_q (weights phi)
+        z_k = the same of c_j by the key encoder E_k, no gradient        those of other tasks are the negatives
+        phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     then phi_k <- m phi_k + (1 - m) phi
         psi   <- descend the Bellman error of Q_psi(s, z_i, a) (27)      z_i detached: it does not train the encoder
         theta <- descend alpha D(pi, behaviour) - min Q (28) + log pi    behaviour regularisation (BRAC); entropy
         D is the dual form of KL with a discriminator g, which learns beside them; none where alpha = 0 (point robots)
@@ -18,7 +18,7 @@ there; actor and critic learn from dense rewards.) Where we differ from the pape
   moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
   and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
 - (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
-- The critic steps before the actor, which sees it updated; the paper's Algorithm 1 lists the actor first. Q has a twin;
+- The critic steps before the actor (Algorithm 1: after it). One c_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see TABLE).
@@ -64,7 +64,7 @@ class Args(data.Args):
     temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8, with contrast
     momentum: Share = 0.9  # m of the key encoder, with contrast
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # its rate is 0 by then; unless a table says: steps / 5 (coupled: all of them)
+    encoder_steps: Count | None = None  # its rate is 0 by then; unless given: a table's or steps / 5, at most steps / 2
     beta: Number = 1.0  # of Eq. 13's negative pairs, times the weight that LAWS has from FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -79,7 +79,7 @@ class Args(data.Args):
     actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z; Q learns, unused
     attention: Literal["both", "batch", "seq", "none"] = "both"  # rows of Tables 1 and 2
     next_obs: bool = True  # s' in the context, which PEARL leaves out
-    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # dml: FOCAL's; bellman: the critic's, as in PEARL
+    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # 2 tasks or more; dml: FOCAL's; bellman: PEARL's
     coupled: bool = False  # the critic's loss trains the encoder too (FOCAL, section 5.2.3)
     dml: Literal[tuple(LAWS)] = "inverse-square"  # law of Eq. 13's negative pairs
 
@@ -107,6 +107,7 @@ class Args(data.Args):
         idle("alpha tune_alpha", self.actor == "clone", without)
         idle("value_penalty discriminator_lr discriminator_steps", not self.regularised, without)
         idle("alpha_lr alpha_max target_divergence", not self.tune_alpha, "--no-tune-alpha")
+        idle("coupled", self.encoder_loss == "bellman", "--encoder-loss bellman")
         idle("beta eps dml", self.encoder_loss != "dml", f"--encoder-loss {self.encoder_loss}")
         idle("temperature momentum", self.encoder_loss != "contrast", f"--encoder-loss {self.encoder_loss}")
 
@@ -116,8 +117,8 @@ class Args(data.Args):
 # (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
 # Families that are not in it have the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
-MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6; two tasks: 2 x 512
-TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}
+MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6
+TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # two tasks: for 4 x 256
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
@@ -143,13 +144,13 @@ SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 2, "batch_size": 256, "alpha": 10
 SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
 # A z of more numbers sets unseen walkers apart from those that the policy has learned on.
 SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1, "steps": 12_000}
-# A body with directions has both: the walkers' many tasks, the ants' discriminator.
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
+# A body with directions has both: the walkers' many tasks, the ants' discriminator.
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"alpha": 100, "lr": 3e-4, "discriminator_steps": 3})
 SMALL |= {"cheetah-vel": SMALL_MUJOCO}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_steps": 1_500}}
-# What is ours at the papers' sizes, on walkers alone: there Table 4 to the letter (--letter) ends below its data.
+# What is ours at the papers' sizes, on walkers alone: there the paper's table (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
 OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}
@@ -228,7 +229,7 @@ class Encoder(nn.Module):
         return z, torch.zeros_like(z[:, 0])
 
     def transitions(self, context):
-        """Each transition's embedding (M, C, l) and weight (M, C)."""
+        """Each transition's embedding (M, C, l) and weight W (M, C), the last block's."""
         tokens = zip(self.embed, context.split(self.widths, -1), strict=True)
         x = torch.stack([embed(token) for embed, token in tokens], 2) + self.position
         for block in self.blocks:
@@ -389,8 +390,8 @@ class Agent(data.Learner):
         z = z.repeat_interleave(args.batch_size, 0)  # (M x B, l)
         coupled = encoder_learns and args.critic_trains_encoder
         bellman_loss = self.bellman_loss(b, z if coupled else z.detach())  # detached, it does not train the encoder
-        learning = [self.optimisers[name] for name in (("encoder", "critic") if encoder_learns else ("critic",))]
-        data.descend(learning, encoder_loss + bellman_loss)
+        learning = ["encoder", "critic"] if encoder_learns else ["critic"]
+        data.descend([self.optimisers[name] for name in learning], encoder_loss + bellman_loss)
         if encoder_learns:
             data.follow(self.key_encoder, self.encoder, 1 - args.momentum)  # phi_k <- m phi_k + (1 - m) phi
         self.learn_actor(b, z.detach())
@@ -418,7 +419,7 @@ class Agent(data.Learner):
         self.note(encoder_kl=kl)
         same, loss = task[:, None] == task[None], 0
         if args.encoder_loss == "dml":
-            dml = dml_loss(z_i, z[m:], same, args.beta, args.dml, args.eps)  # Eq. 13
+            dml = dml_loss(z_i, z[m:], same, args.beta, args.dml, args.eps)  # FOCAL's Eq. 13
             self.note(encoder_loss=dml)
             loss = loss + dml
         if args.encoder_loss == "contrast":
@@ -446,12 +447,12 @@ class Agent(data.Learner):
         s, a, r, s2, done, a2_data, has_next = b
         with torch.no_grad():
             a2, log_pi2 = sample_tanh_gaussian(*self.actor(s2, z))
-            penalised = self.args.value_penalty and self.discriminator is not None  # Eq. 7
+            penalised = self.args.value_penalty and self.discriminator is not None  # FOCAL's Eq. 7
             divergence2 = has_next * self.divergence(s2, z, a2, a2_data) if penalised else 0
             q2, scale, discount = self.target(s2, z, a2), self.args.reward_scale, self.args.discount
             y = critic_target(r, done, q2, log_pi2, divergence2, scale, discount, self.alpha)
         q = self.critic(s, z, a)
-        loss = critic_loss(q, y)  # Eq. 27
+        loss = critic_loss(q, y)  # FOCAL's Eq. 27
         self.note(critic_loss=loss, q_mean=q.mean())
         return loss
 
@@ -462,9 +463,8 @@ class Agent(data.Learner):
             self.learn_discriminator(s, z, a, policy)
         a_pi, log_pi = sample_tanh_gaussian(*policy)
         divergence = torch.zeros_like(self.alpha) if self.discriminator is None else self.divergence(s, z, a_pi, a)
-        loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # Eq. 28
-        if args.actor == "clone":
-            loss = clone_loss(*policy, a)
+        loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # FOCAL's Eq. 28
+        loss = clone_loss(*policy, a) if args.actor == "clone" else loss
         data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
         if args.tune_alpha:
             with torch.no_grad():
@@ -479,7 +479,8 @@ class Agent(data.Learner):
             mean, log_std = policy
             a_pi = torch.tanh(mean + log_std.exp() * torch.randn(steps, *mean.shape, device=a.device))
             mix = torch.rand(steps, len(a), 1, device=a.device)
-            between = torch.cat([x.expand(steps, *x.shape), mix * a + (1 - mix) * a_pi], -1)
+            between = torch.cat([x.expand(steps, *x.shape), mix * a + (1 - mix) * a_pi], -1)  # (steps, N, d)
+            # (steps, 2, N, d): the policy's actions, the data's
             both = torch.cat([x.expand(steps, 2, *x.shape), torch.stack([a_pi, a.expand_as(a_pi)], 1)], -1)
         for k in range(steps):
             logit_pi, logit_data = self.discriminator(both[k]).squeeze(-1)
@@ -548,7 +549,7 @@ class World:
         train, test = data.open_datasets(args, device)
         if args.sparse and "relabelled" in (train.meta.get("quality"), test.meta.get("quality")):  # from --data
             raise data.DataError("--sparse: the contexts of relabelled data are sparse by themselves; leave it out")
-        if args.sparse:  # in contexts only; the goal radius R of FOCAL++'s Eq. 35 is fitted to the training tasks
+        if args.sparse:  # in contexts only; R of FOCAL++'s Eq. 35 is the paper's or fits the training tasks
             data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)
         self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]
@@ -568,7 +569,7 @@ class World:
 
 @torch.no_grad()
 def evaluate(args, agent, world):
-    """Mean return of each task's episodes, and their embeddings: (n_train, E), (n_test, E), each with z (n, E, l).
+    """Returns of each task's episodes, and their embeddings: (n_train, E), (n_test, E), each with z (n, E, l).
 
     Every task and episode is one batch, with one z for a whole episode. Contexts (Algorithm 2, which draws one at every
     step) and initial states are the same at every evaluation.

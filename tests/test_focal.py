@@ -225,7 +225,7 @@ RATE, NOISE = 0.25, 0.3
 CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-penalty", "--alpha 2 --no-next-obs"]
 CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --value-penalty --coupled --tune-alpha"]
 PEARL = "--encoder probabilistic --encoder-loss bellman"
-CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL} --coupled"]
+CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL}"]
 CASES += ["--alpha 0 --dml linear", "--alpha 0 --dml square", "--alpha 2 --final-lr 0.5"]
 CASES += ["--actor clone", "--actor clone --coupled"]
 
@@ -845,7 +845,8 @@ IDLE = {
     "--alpha-lr 2": "", "--alpha-max 3": "", "--target-divergence 0.1": "", "--alpha 3": "--actor clone",
     "--tune-alpha": "--actor clone", "--dml square": "--encoder-loss bellman", "--beta 3": "--encoder-loss bellman",
     "--eps 1": "--encoder none", "--coupled": "--encoder none", "--kl-weight 1": "--encoder none",
-    "--kl-weight 2": "", "--encoder-loss dml": "--encoder none",
+    "--kl-weight 2": "", "--encoder-loss dml": "--encoder none", " --coupled": "--encoder-loss bellman",
+    "--sparse": "--encoder none", "--encoder-lr 0.1": "--encoder none",
 }  # fmt: skip
 
 
