@@ -1108,9 +1108,9 @@ def _build(path, env, train, test, seed, settings, device, workers):
 
 def _announce(path: Path, settings: Settings, env: str, device: torch.device, workers: int | None, tasks: int) -> None:
     row, begun = envs.family(env), any(path.parent.glob("behaviour-part*.pt"))
-    cores = min(workers or envs.cores(), math.ceil(tasks / settings.shard))
+    cores = min(workers or envs.cores(), math.ceil(tasks / settings.shard)) if row is BUILT_IN.get(env) else 1
     share = tasks / (len(row.only) or row.train + row.test) * settings.steps / settings_for(env, device).steps
-    about = f", about {math.ceil(settings.core_minutes * share / cores)} min on {cores} cores"
+    about = f", about {math.ceil(settings.core_minutes * share / cores)} min on {cores} core{'s' * (cores > 1)}"
     how = f"SAC in every task ({settings.steps:,} steps each), then rollouts{about if device.type == 'cpu' else ''}"
     if row.script:
         how = "the script in every task"
@@ -1205,7 +1205,10 @@ def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = No
     env, show_help, sized = given.get("env", cls.env), given.pop("help", False), given.get("small")
     if sized is None:
         sized = given.get("device") == "cpu" or not torch.cuda.is_available()
-    refuse((sized and given.get("letter"), "--letter: small sizes are not the papers'; expected --no-small with it"))
+    refuse(
+        (sized and given.get("letter"), "--letter: small sizes are not the papers'; expected --no-small with it"),
+        (sized and env not in small, f"--env {env}: the script's SMALL has no such row; expected one, or --no-small"),
+    )
     row = {field.name: field.default for field in dataclasses.fields(cls)} | table[env]
     changes = small if sized else {} if given.get("letter") else ours or {}
     row |= changes.get(env, {}) | {"env": env, "small": sized}

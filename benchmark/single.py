@@ -22,26 +22,28 @@ NUMBER = partial(data.parse_value, data.Whole)
 
 
 def cut(path, env, tasks):
-    """The arrays of these tasks, each of them a training and a test task."""
+    """The arrays of these tasks, each of them a training and a test task, and the family that they are of."""
     whole = data.load(path, env=env)  # checks it
     if not 0 <= min(tasks) <= max(tasks) < len(whole.tasks):
         raise data.DataError(f"--tasks: expected numbers from 0 to {len(whole.tasks) - 1}, found {tasks}")
     with np.load(path) as file:
         arrays = {key: file[key][tasks] for key in file.files if key not in ("meta", "train_tasks", "test_tasks")}
-    return arrays | dict.fromkeys(("train_tasks", "test_tasks"), np.arange(len(tasks)))
+    arrays |= dict.fromkeys(("train_tasks", "test_tasks"), np.arange(len(tasks)))
+    return arrays, whole.meta.get("env")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", choices=list(envs.FAMILIES), required=True)
+    parser.add_argument("--env", choices=list(envs.FAMILIES), help="whose data; with --data what that file is made for")
     parser.add_argument("--quality", choices=data.QUALITIES, default="mixed")
     parser.add_argument("--tasks", nargs="+", type=NUMBER, required=True, help="their numbers in the dataset")
     parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
-        arrays = cut(args.data or data.prepare(args.env, args.quality), args.env, args.tasks)
-        data.save(args.out, arrays, {"env": args.env})
+        data.refuse((not (args.env or args.data), "expected --env or --data"))
+        arrays, env = cut(args.data or data.prepare(args.env, args.quality), args.env, args.tasks)
+        data.save(args.out, arrays, {"env": env} if env else {})
     except data.DataError as error:
         raise SystemExit(f"single.py: {error}") from None
     except OSError as error:

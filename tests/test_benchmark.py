@@ -527,24 +527,31 @@ def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, file
     decode.main([str(run)])
 
 
+OWN = (envs, "FAMILIES"), (focal, "TABLE"), (focal, "SMALL")
+
+
 def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp_path, files):
-    known, table = dict(envs.FAMILIES), dict(focal.TABLE)
+    known = [(owner, name, dict(getattr(owner, name))) for owner, name in OWN]
     monkeypatch.chdir(tmp_path)
     lines = ["import envs, focal", 'envs.FAMILIES["gusts"] = envs.family("point-robot-wind")']
-    lines += ['focal.TABLE["gusts"] = focal.POINT', 'if __name__ == "__main__":', "    focal.main()"]
-    Path("gusts.py").write_text("\n".join(lines))
+    lines += ['focal.TABLE["gusts"] = focal.POINT', 'focal.SMALL["gusts"] = focal.SMALL_POINT']
+    Path("gusts.py").write_text("\n".join([*lines, 'if __name__ == "__main__":', "    focal.main()"]))
     data.save(tmp_path / "gusts.npz", load_arrays(files[WIND]), {})
-    monkeypatch.setattr(envs, "FAMILIES", dict(known))
-    monkeypatch.setattr(focal, "TABLE", dict(table))
+    for owner, name, table in known:
+        monkeypatch.setattr(owner, name, dict(table))
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "gusts.py"), raising=False)
     script("gusts", tmp_path)
     focal.main(f"--env gusts --data gusts.npz {FEW}".split())
     (run,) = tmp_path.glob("runs/focal/gusts/*/seed0")
-    monkeypatch.setattr(envs, "FAMILIES", known)
-    monkeypatch.setattr(focal, "TABLE", table)
+    for owner, name, table in known:
+        monkeypatch.setattr(owner, name, table)
     monkeypatch.chdir("/")
     loaded, args, _, agent = trained.load_run(run)
     assert loaded is focal and args.env == "gusts" and agent.step == 2 and "gusts" in envs.FAMILIES
+    del focal.SMALL["gusts"]  # else a CPU gets the papers' sizes under the name of small ones
+    with pytest.raises(data.DataError, match="--env gusts: the script's SMALL has no such row; expected one, or --no"):
+        focal.parse_args(["--env", "gusts", "--small"])
+    assert focal.parse_args(["--env", "gusts", "--no-small"]).steps == 200_000
     del envs.FAMILIES["gusts"], focal.TABLE["gusts"]
 
 
@@ -605,7 +612,7 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
 
 def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     single, out = script("single"), tmp_path / "two.npz"
-    single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 4 2 --out {out}".split())
+    single.main(f"--data {files[WALKER]} --tasks 4 2 --out {out}".split())  # whose --env is in the file
     assert "120 transitions of each task" in capsys.readouterr().out
     whole, mine = data.load(files[WALKER]), data.load(out, env=WALKER)
     for key in ("tasks", "observations", "actions", "rewards", "next_observations", "terminals", "returns"):
@@ -614,3 +621,5 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     focal.main(f"--env {WALKER} --small --data {out} --steps 1 --eval-episodes 1 --run-dir {tmp_path}".split())
     with pytest.raises(SystemExit, match=re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
         single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split())
+    with pytest.raises(SystemExit, match="expected --env or --data"):
+        single.main(f"--tasks 6 --out {out}".split())

@@ -612,7 +612,16 @@ def test_what_a_build_will_take_is_in_proportion(tmp_path, capsys):
     for tasks, steps, minutes in ((25, 170_000, 40), (5, 170_000, 8), (25, 17_000, 4)):
         settings = data.settings_for(WALKER, CPU, steps=steps, core_minutes=40.0)
         data._announce(tmp_path / "mixed.npz", settings, WALKER, CPU, 1, tasks)
-        assert f"about {minutes} min on 1 cores" in capsys.readouterr().out
+        assert f"about {minutes} min on 1 core" in capsys.readouterr().out
+
+
+def test_a_family_of_ones_own_is_built_on_one_core(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(envs.FAMILIES, "mine", dataclasses.replace(envs.FAMILIES[WALKER]))
+    monkeypatch.setitem(data.SMALL, "mine", data.SMALL[WALKER])
+    settings = data.settings_for(WALKER, CPU, core_minutes=40.0)
+    for env, minutes in ((WALKER, "10 min on 4 cores"), ("mine", "40 min on 1 core")):
+        data._announce(tmp_path / "mixed.npz", settings, env, CPU, 4, 25)
+        assert f"about {minutes}" in capsys.readouterr().out
 
 
 def test_a_save_holds_what_was_met_and_no_more():

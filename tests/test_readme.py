@@ -86,6 +86,7 @@ def test_commands_parse(command):
             assert (ROOT / words[words.index("-r") + 1]).exists()
 
 
+@pytest.mark.layout
 def test_the_ablation_is_a_line_and_two_commands(tmp_path, monkeypatch):
     law = example("d2.square() + eps").strip("\n")
     (block,) = re.findall(r"```\n(python focal.*?)```", README, re.S)
