@@ -4,7 +4,7 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
     offline, repeat: draw tasks; for each task, two histories h, h' from D_i
         z ~ q_phi(z | h), the product of one Gaussian for each (s, a, r) of h
         phi   <- descend the error of the decoded rewards of h' + KL(q || N(0, I)) (3): encoder and decoder
-        theta <- ascend log pi(a | s, z), weighed by exp(advantage / lambda) (2)  AWAC; the weights are detached
+        theta <- ascend log pi(a | s, z), weighted by exp(advantage / lambda) (2)  AWAC; the weights are detached
         w     <- descend the Bellman error on h' given z (1)                      no entropy; z is detached
     self-supervised, repeat: roll out pi(. | s, z), z from the prior, in a training task, without any reward
         label the trajectory by the decoder (4) with z ~ q_phi of an OFFLINE history of D_i; append it to D_i
@@ -14,21 +14,22 @@ At meta-test time the agent explores for two episodes with z from the prior, the
     python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12; in the end -118 (data -208)
 
 Where we differ from the paper:
-- Data, in the paper's sizes, are the last rows of the early replay of one SAC agent for each task (point robots: the
-  first; sawyer: a script's); the paper's are one PEARL run's, of which benchmark/pearl.py makes such. Small MuJoCo runs
-  have half-trained policies', two-task ones those of all stages. A context h is of the last 400 of these rows, which RL
-  has too, and of what is collected.
-- Exploration samples actions in training and takes their mean at meta-test. What is collected keeps the true d.
+- Data are the last rows of the early replay of one SAC agent for each task (point robots: the first; sawyer: a
+  script's); the paper's are the buffers of one PEARL run, and benchmark/pearl.py makes such data. Small MuJoCo runs
+  learn from half-trained policies, of two tasks from those of all stages. A context h is of the last 400 of these
+  rows, which RL has too, and of what is collected.
+- Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. Collected rows keep the
+  environment's own d, which (1) does not have.
 - Line 8 labels by any D_i; here by that of the task rolled out (`--online-tasks test`: a random one): dynamics may
   differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates follow. z is drawn once an episode
   (`--z-every step`: line 7's once a step). An oracle is this script with true rewards online; the paper's is PEARL with
-  them. Cloning (`--actor bc`) has no loss of PEARL's online.
+  them. With `--actor bc` the online phase has no PEARL loss.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
-- Observations are standardised and kept within ten standard deviations: half-trained humanoids hardly bend a knee, and
-  without the bound labels and Q went far too high once the agent did.
+- Observations are standardised and kept within ten standard deviations: half-trained humanoids hold a knee still (std
+  0.02), so that a bent one lay 130 of them out, and labels and Q went far too high.
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
-What we learned: where (s, a) alone predicts the reward (near-expert data, humanoids) q collapses to the prior; what an
-encoder that stands still cannot read from the agent's own paths (point robots) no labelling brings back.
+What we learned: where states alone tell the task (one policy for each of two), or rewards hardly depend on it, as those
+of humanoids, q collapses to the prior; where the agent's own paths say little of the task (goals) labels do not help.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class Args(data.Args):
     test_tasks: Count | None = None  # number of test tasks; unless given: the family's
     data_size: Count = 1600  # transitions of each task
     data_until: Count | None = None  # row of the dataset after which they end; unless given: the last
-    context_data: Count = 400  # of them, the last ones, contexts are drawn from these
+    context_data: Count = 400  # how many of them, the last ones, contexts are drawn from
     # algorithm
     hidden: Count = 300  # width of the actor and the critics
     meta_batch_size: Count = 4  # tasks in a gradient step
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 64  # transitions in a context
     lr: Number = 3e-4  # learning rate of every network
-    final_lr: Share = 1.0  # its share that is left at the last step of both phases; it falls linearly
+    final_lr: Share = 1.0  # its share that is left at the last step of all, falling linearly: so faster with one phase
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -77,17 +78,16 @@ class Args(data.Args):
     kl_weight: Number = 1 / 256  # weight of the KL in Eq. 3, whose sum over a batch's 256 rows is a mean here
     awac_lambda: Positive = 100.0  # temperature lambda of Eq. 2
     pearl_weight: Number = 1.0  # lambda_pearl, of PEARL's actor loss in the online phase
-    online_steps: Whole = 250_000  # environment steps of the online phase
+    online_steps: Whole = 250_000  # environment steps of the online phase, rounded up to whole rounds
     online_envs: Count = 25  # trajectories collected side by side
     updates: Positive = 4.0  # gradient steps for each environment step of the online phase
     # ablations
-    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # what trains it; q in it goes on online (Figure 7)
+    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # what trains the encoder; q does online too (Figure 7)
     actor: Literal["awac", "sac", "bc"] = "awac"  # sac, bc: the paper's ablations
     online_rewards: Literal["decoder", "oracle", "none"] = "decoder"  # none: no online phase
     online_tasks: Literal["train", "test"] = "train"  # where trajectories are collected (Figure 9)
     online_contexts: Literal["all", "offline"] = "all"  # rows that contexts come from in the online phase
     z_every: Literal["episode", "step"] = "episode"  # when exploration draws z from the prior
-    posterior_share: Share = 0.0  # of the trajectories that act on the posterior instead
 
     GROWS = ()  # where phases end and how fast rates fall depends on the length of a run
     ONE_FILE = (*data.Args.ONE_FILE, "train_tasks", "test_tasks")
@@ -95,18 +95,20 @@ class Args(data.Args):
 
     def complete(self, given):
         super().complete(given)
-        self.exact = [key for key in ("data_size", "data_until") if key in given]  # not less where there are fewer rows
+        self.exact = [key for key in ("data_size", "data_until") if key in given]  # where rows are fewer: refused
         idle, none = partial(data.refuse_idle, given), self.online_rewards == "none"
         idle("online_steps", none and self.online_steps > 0, "--online-rewards none")
-        idle("online_envs updates online_tasks online_contexts posterior_share", none, "--online-rewards none")
         self.online_steps = 0 if none else self.online_steps
+        without = "--online-rewards none" if none else "--online-steps 0"
+        idle("online_envs updates online_tasks online_contexts pearl_weight", self.online_steps == 0, without)
         idle("awac_lambda pearl_weight", self.actor != "awac", f"--actor {self.actor}")
         if self.steps == 0 and (self.online_steps == 0 or self.online_rewards == "decoder"):
-            raise data.DataError("--steps 0: no decoder learns to label; expected more, or --online-rewards oracle")
+            expected = "more, or --online-rewards oracle and an online phase"
+            raise data.DataError(f"--steps 0: nothing learns, or no decoder that could label; expected {expected}")
 
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
-# On cheetah-vel the encoder's buffer stays offline (appendix C.2).
+# On cheetah-vel the encoder's buffer stays offline (appendix C.2, where RL's is the first 1,200 rows, here the last).
 # Families that are not in the paper take the cheetah's row but for its contexts, point robots a discount for their
 # shorter horizon, a larger scale for their smaller rewards, and SAC's first rows, since it is an expert by the last.
 # Sawyer has one buffer for contexts and RL, and the script's data have no other quality. What is not here is as above.
@@ -134,7 +136,8 @@ SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_00
 SMALL_POINT |= {"online_steps": 40_000, "updates": 0.2}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 10_000, "online_steps": 60_000, "updates": 0.33, "eval_every": 5_000}
 SMALL_MUJOCO |= {"quality": "medium", "online_contexts": "all"}
-# Two tasks' half-way policies visit states of their own, by which the decoder knows the task: z goes to the prior.
+# Each of two tasks' half-trained policies visits states of its own, by which the decoder knows the task: z would go to
+# the prior. So they have mixed data.
 SMALL_TWO = SMALL_MUJOCO | {"quality": "mixed", "data_size": 10_000, "data_until": 10_000, "context_data": 10_000}
 SMALL_SAWYER = SMALL_MUJOCO | {"quality": "mixed", "steps": 8_000, "online_steps": 40_000, "eval_every": 4_000}
 SMALL_SAWYER |= {"discount": 0.95, "tau": 0.02, "kl_weight": 0.0005, "eval_episodes": 2}
@@ -176,12 +179,17 @@ class Actor(nn.Module):
 
 
 def sample_tanh_gaussian(mean, log_std):
-    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    """tanh(u), u ~ N(mean, std^2), by reparameterisation, and its log density."""
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
+    return torch.tanh(u), log_density(u, noise, log_std)
+
+
+def log_density(u, noise, log_std):
+    """Of tanh(u), u = mean + std noise, summed over the last axis."""
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-    return torch.tanh(u), (log_normal - log_det).sum(-1)
+    return (log_normal - log_det).sum(-1)
 
 
 def gaussian_kl(mean, variance):
@@ -252,14 +260,6 @@ def critic_target(r, done, q_next, reward_scale, discount):
 def critic_loss(q, y):
     """Eq. 1: (Q(s, a, z) - y)^2, mean over rows, sum over the twins; q (2, N), y (N,)."""
     return (q - y).square().mean(1).sum()
-
-
-def log_density(mean, log_std, a):
-    """log pi(a | s, z) (N,) of a tanh-Gaussian at given actions (N, m), which are kept off the rim."""
-    u = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))
-    log_normal = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-    return (log_normal - log_det).sum(-1)
 
 
 def awac_loss(log_pi, q_data, q_pi, temperature):
@@ -355,7 +355,7 @@ class Agent(data.Learner):
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)
         task = replay.tasks(args.meta_batch_size)
-        h = replay.histories(task, args.context_size, offline=online and args.online_contexts == "offline")
+        h = replay.histories(task, args.context_size, offline=args.online_contexts == "offline")
         s, a, r, s2, d = replay.transitions(task, args.batch_size)
         mean, variance = self.encoder(h)
         kl = gaussian_kl(mean, variance).mean()
@@ -388,12 +388,13 @@ class Agent(data.Learner):
 
     def learn_actor(self, s, a, z, q, online):
         """Eq. 2, in the online phase PEARL's loss too; q (2, N) are the values of the data's actions."""
-        args, policy = self.args, self.actor(s, z)
-        log_pi_data = log_density(*policy, a)
+        args, (mean, log_std) = self.args, self.actor(s, z)
+        u = torch.atanh(a.clamp(-1 + 1e-6, 1 - 1e-6))  # the data's actions, kept off the rim
+        log_pi_data = log_density(u, (u - mean) / log_std.exp(), log_std)
         if args.actor == "bc":
             loss = -log_pi_data.mean()
         else:
-            a_pi, log_pi = sample_tanh_gaussian(*policy)
+            a_pi, log_pi = sample_tanh_gaussian(mean, log_std)
             q_pi = self.critic(s, z, a_pi)
             if args.actor == "sac":
                 loss = pearl_loss(log_pi, q_pi)
@@ -414,9 +415,9 @@ class Agent(data.Learner):
         s, a, *_ = rows.split(self.split, -1)
         return self.decoder(s, z[:, None].expand(-1, rows.shape[1], -1), a)
 
-    def act(self, s, z, explore=False):
-        """The action (N, m): the policy's mean, or a sample."""
-        return self.actor.sample(s, z)[0] if explore else torch.tanh(self.actor(s, z)[0])
+    def act(self, s, z, sampled=False):
+        """The action (N, m): a sample, or tanh of the Gaussian's mean."""
+        return self.actor.sample(s, z)[0] if sampled else torch.tanh(self.actor(s, z)[0])
 
 
 # ========================================================================================== 6. data and evaluation
@@ -428,7 +429,8 @@ def pack(dataset, tasks, scaled, part):
 
 
 def choose_rows(args, found, exact):
-    """The slice of a task's `found` rows for --data-size and --data-until; but for `exact` ones fewer if there are."""
+    """The slice of a task's `found` rows that --data-size and --data-until ask for; of what is not in `exact`, which
+    are the flags given, less where there is less."""
     until = args.data_until or found
     until = until if "data_until" in exact else min(until, found)
     size = args.data_size if "data_size" in exact else min(args.data_size, until)
@@ -487,19 +489,19 @@ class World:
 
 
 @torch.no_grad()
-def play(agent, world, env, z, seed, explore=False, anew=None, every="episode"):
+def play(agent, world, env, z, seed, sampled=False, anew=None):
     """One trajectory of `horizon` steps in every sub-environment, acting on z (B, l).
 
-    Returns rows (B, H, D) with the rewards that `env` gives, whether each row comes before the first end of an episode
-    (B, H), the return up to there (B,), and whether the physics held (B,). Where an episode ends early the next begins.
-    Where `anew` (B,), z is drawn again from the prior as an episode ends (`every` "episode") or at every step ("step").
+    Returns rows (B, H, D) with the rewards that `env` gives, whether each row is of the first episode and sound (B, H),
+    the return of that (B,), and whether the physics held (B,). Where an episode ends early the next begins.
+    z is drawn again from the prior with every `anew`, "episode" or "step".
     """
     device, obs = z.device, env.reset(seed=seed)[0]
     rows, counted, alive, total = [], [], np.ones(len(obs), bool), np.zeros(len(obs))
     sound = np.ones(len(obs), bool)
     for _ in range(env.horizon):
         s = world.scaled(obs)
-        a = agent.act(s, z, explore)
+        a = agent.act(s, z, sampled)
         following, reward, terminated, truncated, info = env.step(a.cpu().numpy())
         ended = terminated | truncated
         after = np.where(ended[:, None], info.get("final_obs", following), following)
@@ -509,8 +511,8 @@ def play(agent, world, env, z, seed, explore=False, anew=None, every="episode"):
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
         alive &= ~ended
         sound &= ~info["blew_up"]
-        if anew is not None and (every == "step" or ended.any()):
-            new = torch.as_tensor(ended | (every == "step"), device=device) & anew
+        if anew == "step" or (anew and ended.any()):
+            new = torch.as_tensor(ended | (anew == "step"), device=device)
             z = torch.where(new[:, None], torch.randn_like(z), z)
         obs = following
     counted = torch.as_tensor(np.stack(counted, 1), device=device)
@@ -518,19 +520,17 @@ def play(agent, world, env, z, seed, explore=False, anew=None, every="episode"):
 
 
 def explore(args, agent, world):
-    """Two episodes in every sub-environment with z from the prior: rows (B, 2 H, D), which of them come before an end
+    """Two episodes in every sub-environment with z from the prior: rows (B, 2 H, D), which of them are of the two
     (B, 2 H), and the return of the first (B,)."""
-    n, device, episodes = world.env.num_envs, world.mean.device, []
-    for i in (1, 2):
-        z, anew = torch.randn(n, args.latent, device=device), torch.ones(n, dtype=torch.bool, device=device)
-        episodes.append(play(agent, world, world.env, z, args.seed + i, anew=anew, every=args.z_every))
+    draw = lambda: torch.randn(world.env.num_envs, args.latent, device=world.mean.device)
+    episodes = [play(agent, world, world.env, draw(), args.seed + i, anew=args.z_every) for i in (1, 2)]
     rows, counted, total, _ = zip(*episodes, strict=True)
     return torch.cat(rows, 1), torch.cat(counted, 1), total[0]
 
 
 def posteriors(args, agent, world, rows, counted):
     """Mean and variance (B, l) of q_phi(z | h) by the prefix that their columns have in metrics.csv: "" where h is all
-    that was explored, "short_" as many rows of it as in training, "offline_" as many of the task's data."""
+    that was explored, "short_" as many rows of it as in training (fewer after a fall), "offline_" of the data."""
     size, counted = args.context_size, counted.float()
     index = torch.multinomial(counted.clamp_min(1e-9), size, replacement=size > rows.shape[1])
     found = {"": agent.encoder(rows, counted)}
@@ -594,26 +594,21 @@ def collect(args, agent, world, i):
 
     Unless rewards are the oracle's, the environment that acts here does not know any.
     """
-    oracle, device, replay = args.online_rewards == "oracle", world.mean.device, agent.replay
+    oracle, device = args.online_rewards == "oracle", world.mean.device
     tasks, buffers = world.online_tasks[i], torch.as_tensor(world.buffers[i], device=device)
     z = torch.randn(len(tasks), args.latent, device=device)
-    informed = torch.arange(len(tasks), device=device) < round(args.posterior_share * len(tasks))
-    informed &= replay.filled[buffers] > 0
-    z_own = sample(*agent.encoder(replay.histories(buffers, args.context_size)))
-    z = torch.where(informed[:, None], z_own, z)
-    env = envs.make(args.env, tasks, rewards=oracle)
-    seed = 1_000_003 * args.seed + i
-    rows, _, _, sound = play(agent, world, env, z, seed, explore=True, anew=~informed, every=args.z_every)
+    env, seed = envs.make(args.env, tasks, rewards=oracle), 1_000_003 * args.seed + i
+    rows, _, _, sound = play(agent, world, env, z, seed, sampled=True, anew=args.z_every)
     env.close()
     buffers, rows = buffers[sound], rows[sound]  # a trajectory in which the physics blew up is dropped
     if not oracle:
         rows[..., agent.split[0] + agent.split[1]] = agent.label(buffers, rows)
-    replay.append(buffers, rows)
+    agent.replay.append(buffers, rows)
 
 
 # =========================================================================================================== 7. main
-def train(args, run, tasks=World):
-    world = tasks(args, run.device)
+def train(args, run, make_world=World):
+    world = make_world(args, run.device)
     torch.manual_seed(args.seed)
     agent = Agent(args, world)
     run.curve = world.CONTEXTS

@@ -6,7 +6,7 @@
 
 It is smac.py without data and offline phase, as PEARL (Rakelly et al. 2019) but for the critic, which is Eq. 1's, so
 without the entropy in the target; the KL has the weight of smac.py, not 0.1; contexts come from all that was collected,
-which is all on z of the prior (but for --posterior-share); observations are as they are. Beside what every run writes
+which is all on z of the prior; observations are as they are. Beside what every run writes
 there is replay.npz: the buffers of the training tasks, and as many trajectories of the test tasks.
 """
 
@@ -73,10 +73,10 @@ def play_test_tasks(args, agent, world, each):
     with torch.random.fork_rng([device] if world.mean.is_cuda else []):
         torch.manual_seed(args.seed)
         env = envs.make(args.env, world.test_tasks.repeat(each, axis=0))
-        prior, anew = torch.randn(env.num_envs, args.latent, device=device), torch.ones(env.num_envs, device=device) > 0
-        rows, _, _, sound = smac.play(agent, world, env, prior, args.seed, explore=True, anew=anew)
+        prior = torch.randn(env.num_envs, args.latent, device=device)
+        rows, _, _, sound = smac.play(agent, world, env, prior, args.seed, sampled=True, anew="episode")
         z = smac.sample(*agent.encoder(rows))
-        informed, _, _, sound_too = smac.play(agent, world, env, z, args.seed + 1, explore=True)
+        informed, _, _, sound_too = smac.play(agent, world, env, z, args.seed + 1, sampled=True)
         env.close()
     if not (sound | sound_too).all():
         raise data.DataError("replay.npz: the physics blew up twice in the same test task; nothing was written")

@@ -93,14 +93,19 @@ def test_the_posterior_ignores_order_and_padding():
 
 
 def test_kl_and_density():
-    mean, spread, a = random_tensors((6, 3), (6, 3), (6, 3))
-    variance = spread.exp()
+    mean, spread, noise = random_tensors((6, 3), (6, 3), (6, 3))
+    variance, log_std = spread.exp(), 0.3 * spread
     expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(torch.zeros(3), torch.ones(3))).sum(-1)
     torch.testing.assert_close(smac.gaussian_kl(mean, variance), expected)
-    policy = TransformedDistribution(Normal(mean, (0.3 * spread).exp()), TanhTransform())
-    torch.testing.assert_close(smac.log_density(mean, 0.3 * spread, a.tanh()), policy.log_prob(a.tanh()).sum(-1))
-    rim = torch.tensor([[1.0, -1.0, 0.5]]).double()
-    assert smac.log_density(mean[:1], spread[:1], rim).isfinite().all()
+    policy, u = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()), mean + log_std.exp() * noise
+    torch.testing.assert_close(smac.log_density(u, noise, log_std), policy.log_prob(u.tanh()).sum(-1))
+
+
+def test_log_std_is_bounded():
+    actor = smac.Actor(2, 3, 1, 8)
+    for bias, bound in ((1e3, 2), (-1e3, -5), (1.0, 1)):
+        actor.net[-1].weight.data[1], actor.net[-1].bias.data[1] = 0, bias
+        assert actor(torch.randn(4, 2), torch.randn(4, 3))[1].tolist() == [[bound]] * 4
 
 
 def test_reward_critic_and_pearl_losses():
@@ -161,7 +166,7 @@ def descend(network, gradients, rate):
 
 
 def naive_update(args, agent, online, rate, batch, histories):
-    """Lines 4 to 8 (online 11 to 15) of Algorithm 1, one transition at a time, by plain gradient descent; returns the
+    """Lines 4 and 5 (online 11 and 12) of Algorithm 1, one transition at a time, by plain gradient descent; returns the
     metrics."""
     batch = [(i, x.split(agent.split)) for i, rows in enumerate(batch) for x in rows]
     mean = lambda values: sum(values) / len(batch)
@@ -262,6 +267,23 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
     assert agent.metrics[0].tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [("--steps 0 --online-rewards oracle", ["--steps 0", "online phase"]), ("--updates 2", ["--online-steps 0"])],
+)
+def test_without_online_steps_there_is_no_online_phase(more, words):
+    with pytest.raises(data.DataError) as error:
+        smac.parse_args(["--env", WIND, "--online-steps", "0", *more.split()])
+    assert all(word in str(error.value) for word in words)
+
+
+def test_actions_at_their_bounds_have_a_density(files):
+    agent = build(WIND, files[WIND]).agent
+    agent.replay.rows[..., 2:4].sign_()
+    agent.update()
+    assert agent.metrics.isfinite().all()
+
+
 def test_the_slow_target_begins_as_the_critic(files):
     agent = build(WIND, files[WIND]).agent
     assert same(agent.target, agent.critic)
@@ -360,7 +382,8 @@ def test_awac_prefers_the_better_of_two_actions():
         s, z, a = torch.zeros(64, 2), torch.zeros(64, 1), torch.tensor([[-0.5], [0.5]]).repeat(32, 1)
         q = torch.stack([10 * a[:, 0], 10 * a[:, 0]])
         for _ in range(300):
-            log_pi = smac.log_density(*actor(s, z), a)
+            mean, log_std = actor(s, z)
+            log_pi = smac.log_density(a.atanh(), (a.atanh() - mean) / log_std.exp(), log_std)
             loss = smac.awac_loss(log_pi, q, torch.zeros(2, 64), 2.0) if name == "awac" else -log_pi.mean()
             data.descend(optimiser, loss)
         means[name] = torch.tanh(actor(s, z)[0])[0].item()
@@ -435,7 +458,7 @@ def test_an_update_draws_two_independent_histories(files, monkeypatch):
         monkeypatch.undo()
         (task, size, offline), (task2, size2) = drawn
         assert torch.equal(task, task2) and len(set(task.tolist())) == 3
-        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline == online
+        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -512,7 +535,8 @@ def test_collected_trajectories_are_real_and_go_where_they_belong(files, name, m
 
 def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
     k = build(SPARSE, files[SPARSE])
-    made, make = [], envs.make
+    made, make, act = [], envs.make, k.agent.act
+    k.agent.act = lambda s, z, sampled: act(s, z, sampled) if sampled else None  # it explores
     monkeypatch.setattr(envs, "make", lambda *args, **kw: made.append(make(*args, **kw)) or made[-1])
     seen, label = [], k.agent.label
     k.agent.label = lambda task, rows: seen.append(rows.clone()) or label(task, rows)
@@ -523,6 +547,21 @@ def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
     assert k.agent.replay.rows.isfinite().all()
 
 
+def test_a_trajectory_whose_physics_blew_up_is_dropped(files, monkeypatch):
+    k, play = build(WIND, files[WIND]), smac.play
+    monkeypatch.setattr(smac, "play", lambda *args, **more: (*play(*args, **more)[:3], torch.arange(3) != 1))
+    smac.collect(k.args, k.agent, k.world, 0)
+    kept = k.world.buffers[0][[0, 2]]
+    assert k.agent.replay.filled.tolist() == (60 + 20 * np.bincount(kept, minlength=4)).tolist()
+
+
+def test_every_round_has_tasks_of_its_own(files, tmp_path, no_plots, monkeypatch):
+    rounds, collect = [], smac.collect
+    monkeypatch.setattr(smac, "collect", lambda *args: rounds.append(args[3]) or collect(*args))
+    run(tmp_path, WIND, files[WIND])
+    assert rounds == [0, 1]
+
+
 def test_the_oracle_of_test_tasks_has_buffers_of_their_own(files):
     k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle")
     smac.collect(k.args, k.agent, k.world, 0)
@@ -530,9 +569,7 @@ def test_the_oracle_of_test_tasks_has_buffers_of_their_own(files):
     assert k.agent.replay.filled.tolist() == [60] * 4 + [20 * count for count in counts]
 
 
-@pytest.mark.parametrize(
-    "more", ["", "--encoder-loss reward+q", "--online-tasks test", "--z-every step", "--posterior-share 1"]
-)
+@pytest.mark.parametrize("more", ["", "--encoder-loss reward+q", "--online-tasks test", "--z-every step"])
 def test_no_true_reward_reaches_the_online_phase(files, tmp_path, no_plots, monkeypatch, more):
     """Other rewards change what evaluations report, and nothing that is learnt, drawn or stored."""
     honest = run(tmp_path / "a", WIND, files[WIND], more)
@@ -599,7 +636,8 @@ def test_evaluation_follows_both_protocols(files, monkeypatch):
     row, z = smac.evaluate(k.args, k.agent, k.world)
     assert torch.equal(state, torch.get_rng_state())  # it takes nothing from the run's random numbers
     first, second = played
-    assert all("explore" not in p.more and p.more["anew"].all() for p in played) and first.seed != second.seed
+    assert all(p.more == {"anew": "episode"} for p in played) and first.seed != second.seed
+    assert np.array_equal(k.world.env.tasks, k.world.tasks.repeat(2, axis=0))
     assert {seed for _, seed in scored} == {k.args.seed}
     assert torch.equal(seen[0], torch.cat([first.rows, second.rows], 1))
     assert seen[1].shape[1] == seen[2].shape[1] == k.args.context_size
@@ -627,7 +665,7 @@ def test_evaluation_follows_both_protocols(files, monkeypatch):
 def test_what_acts_on_a_posterior_acts_on_a_sample_of_it(files, monkeypatch):
     k, seen = build(WIND, files[WIND]), []
     act = k.agent.act
-    k.agent.act = lambda s, z, explore=False: seen.append(z) or act(s, z, explore)
+    k.agent.act = lambda s, z, sampled=False: seen.append(z) or act(s, z, sampled)
     monkeypatch.setattr(smac, "sample", lambda mean, variance: mean + 100 * variance.sqrt())
     expected, found = [], smac.posteriors
     monkeypatch.setattr(smac, "posteriors", lambda *args: expected.append(found(*args)) or expected[0])
@@ -638,7 +676,7 @@ def test_what_acts_on_a_posterior_acts_on_a_sample_of_it(files, monkeypatch):
 
 def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
     k = build(WALKER, files[WALKER])
-    k.agent.act = lambda s, z, explore=False: torch.ones(len(s), 6)
+    k.agent.act = lambda s, z, sampled=False: torch.ones(len(s), 6)
     z = torch.zeros(k.world.env.num_envs, 3)
     rows, counted, total, _ = smac.play(k.agent, k.world, k.world.env, z, 0)
     ended = rows[..., -1] > 0
@@ -648,16 +686,17 @@ def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
         assert counted[i].tolist() == [True] * (first + 1) + [False] * (199 - first)
         reward = rows[i, :, k.agent.split[0] + k.agent.split[1]]
         assert total[i] == pytest.approx(reward[: first + 1].double().sum().item(), rel=1e-4)
+        posterior, own = smac.posteriors(k.args, k.agent, k.world, rows, counted)[""], rows[i : i + 1, : first + 1]
+        torch.testing.assert_close(tuple(x[i : i + 1] for x in posterior), k.agent.encoder(own))
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, "once"), ("episode", "after falls"), ("step", "always")])
 def test_when_exploration_draws_z(files, every, expected):
     k = build(WALKER, files[WALKER])
     seen = []
-    k.agent.act = lambda s, z, explore=False: seen.append(z.clone()) or torch.ones(len(s), 6)
+    k.agent.act = lambda s, z, sampled=False: seen.append(z.clone()) or torch.ones(len(s), 6)
     z = torch.zeros(k.world.env.num_envs, 3)
-    more = {"anew": torch.ones(len(z), dtype=torch.bool), "every": every} if every else {}
-    rows, *_ = smac.play(k.agent, k.world, k.world.env, z, 0, **more)
+    rows, *_ = smac.play(k.agent, k.world, k.world.env, z, 0, anew=every)
     changes = torch.stack([(a != b).any(1) for a, b in zip(seen, seen[1:], strict=False)], 1)
     fell = rows[:, :-1, -1] > 0
     assert fell.any() and not fell.all()
@@ -701,32 +740,11 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
         test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
 
 
-@pytest.mark.parametrize(("share", "count"), [(0, 0), (0.34, 1), (1, 3)])
-def test_how_many_trajectories_act_on_a_posterior(files, monkeypatch, share, count):
-    k, seen, play = build(WIND, files[WIND], f"--posterior-share {share}"), [], smac.play
-    monkeypatch.setattr(smac, "play", lambda *args, **more: seen.append((args[3], more["anew"])) or play(*args, **more))
-    monkeypatch.setattr(smac, "sample", lambda mean, variance: torch.full_like(mean, 9.0))
-    smac.collect(k.args, k.agent, k.world, 0)
-    ((z, anew),) = seen
-    assert (~anew).sum() == count and torch.equal((z == 9).all(-1), ~anew)
-
-
-@pytest.mark.parametrize("every", ["step", "episode"])
-def test_what_acts_on_a_posterior_does_so_to_the_end(files, every):
-    k = build(WIND, files[WIND])
-    env = envs.make(WIND, k.world.train_tasks[:3])
-    step, ends = env.step, np.array([True, True, False])
-    env.step = lambda a: (out := step(a))[:2] + (out[2] | ends,) + out[3:]  # as where robots fall
-    seen, anew = [], torch.tensor([False, True, True])
-    k.agent.act = lambda s, z, explore: seen.append(z) or torch.zeros(3, 2)
-    smac.play(k.agent, k.world, env, torch.ones(3, k.args.latent), 0, True, anew, every)
-    ones = (torch.stack(seen) == 1).all(-1)
-    assert ones[:, 0].all() and not ones[1:, 1].any() and ones[1:, 2].all() == (every == "episode")
-
-
 def test_the_data_are_cut(files):
     k = build(WIND, files[WIND], "--data-size 20 --data-until 50")
     stored = data.load(files[WIND])
+    seen = stored.observations[TRAIN, 30:50].flatten(0, 1)  # no test task's
+    torch.testing.assert_close((k.world.mean, k.world.std), (seen.mean(0), seen.std(0)), atol=1e-4, rtol=0.02)
     s = k.world.train_rows[..., :2] * k.world.std + k.world.mean
     torch.testing.assert_close(s, stored.observations[TRAIN, 30:50], atol=1e-5, rtol=1e-4)
     s = k.world.test_rows[..., :2] * k.world.std + k.world.mean
@@ -758,7 +776,7 @@ def test_observations_are_kept_within_a_bound(files):
             assert whole[..., part].abs().max() > 1
             torch.testing.assert_close(rows[..., part], whole[..., part].clamp(-0.5, 0.5))
     seen, act = [], k.agent.act
-    k.agent.act = lambda s, z, explore=False: seen.append(s) or act(s, z, explore)
+    k.agent.act = lambda s, z, sampled=False: seen.append(s) or act(s, z, sampled)
     rows = smac.play(k.agent, k.world, k.world.env, torch.zeros(k.world.env.num_envs, k.args.latent), 0)[0]
     assert torch.equal(rows[..., :2], torch.stack(seen, 1))
     for x in (rows[..., :2], rows[..., 5:7]):
@@ -777,7 +795,7 @@ def test_observations_are_kept_within_a_bound(files):
         ("--online-rewards none --online-steps 20", ["--online-steps 20", "--online-rewards none"]),
         ("--online-rewards none --online-envs 2", ["--online-envs 2", "--online-rewards none"]),
         ("--actor bc --awac-lambda 2", ["--awac-lambda 2", "--actor bc"]),
-        ("--posterior-share 2", ["--posterior-share", "2"]),
+        ("--online-rewards none --pearl-weight 2", ["--pearl-weight 2", "--online-rewards none"]),
         ("--actor td3", ["--actor", "td3"]),
         ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
         ("--train-tasks 3", ["--train-tasks 3", "--data"]),
@@ -817,7 +835,7 @@ COUNTS = "--train-tasks 3 --test-tasks 2 --online-steps 240"
 
 
 def test_pearl_from_nothing_leaves_its_replay(tmp_path, no_plots):
-    path = run(tmp_path, WIND, None, f"{COUNTS} --posterior-share 0.5", pearl)
+    path = run(tmp_path, WIND, None, COUNTS, pearl)
     (row, *_), dataset = metrics(path), data.load(path / "replay.npz", WIND)
     assert "offline_return_mean" not in row and row["step"] == 3 and row["online_steps"] == 60
     assert moved(checkpoint(path)["agent"], dict.fromkeys(checkpoint(path)["agent"], torch.zeros(0))) > ALL
