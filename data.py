@@ -38,6 +38,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import gc
 import hashlib
 import inspect
@@ -118,7 +119,7 @@ def choose_device(name: str) -> torch.device:
 Whole = Annotated[int, "a whole number from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32]
 Count = Annotated[int, "a whole number above 0 and below 2^32", lambda x: 0 < x < 2**32]
 Number = Annotated[float, "a number from 0 to 1e30", lambda x: 0 <= x <= 1e30]
-Positive = Annotated[float, "a number above 0", lambda x: 0 < x <= 1e30]
+Positive = Annotated[float, "a number above 0, at most 1e30", lambda x: 0 < x <= 1e30]
 Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
 
 
@@ -146,7 +147,7 @@ class Settings:
     replay: Count = 10_000  # first transitions of each task that become the `replay` dataset
 
 
-# What differs from the class's defaults, for each family: `small` is for a machine without a GPU.
+# What differs from the class's defaults in each family; on CUDA `FULL` goes on top.
 POINT = {"steps": 6_400, "episode": 40, "start": 400, "updates": 4, "hidden": 32, "batch": 32, "lr": 3e-3, "tau": 0.05}
 POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes": 2.0}
 ONE = {"shard": 1, "hidden": 128, "batch": 128, "core_minutes": 12.0}  # few tasks: a process for each
@@ -173,7 +174,7 @@ WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iterat
 
 
 def flag(name: str) -> str:
-    """Of a setting, on the command line of this file."""
+    """The flag of a setting on the command line of this file."""
     return f"--{'sac-' if name in ('lr', 'batch', 'steps', 'hidden', 'envs') else ''}{name}".replace("_", "-")
 
 
@@ -297,9 +298,7 @@ class SAC(nn.Module):
 
     def update(self, rows: torch.Tensor, noise: torch.Tensor, optimiser: torch.optim.Optimizer) -> None:
         """One gradient step of every network of every task."""
-        optimiser.zero_grad()
-        self.loss(rows, noise).backward()
-        optimiser.step()
+        descend(optimiser, self.loss(rows, noise))
         follow(self.target, self.critic, self.settings.tau)
 
 
@@ -371,8 +370,7 @@ class Trainer:
         obs = self.obs
         self.obs, reward, terminated, truncated, info = self.vector.step(action)
         ended = terminated | truncated
-        after = np.where(ended[:, None], info.get("final_obs", self.obs), self.obs)
-        parts = obs, action, reward[:, None], after, terminated[:, None], ended[:, None]
+        parts = obs, action, reward[:, None], info.get("final_obs", self.obs), terminated[:, None], ended[:, None]
         self.host_rows.copy_(torch.from_numpy(np.concatenate(parts, axis=1)).view_as(self.host_rows))
         rows = self.host_rows.to(self.device, non_blocking=True)
         if info["blew_up"].any():  # no step was taken: the one before stands in its place too, and ends its episode
@@ -535,14 +533,23 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory is short, as PyTorch on a CPU does by a plain RuntimeError."""
+    text = f"{type(error).__name__}: {error}"
+    return any(word in text for word in ("MemoryError", "out of memory", "allocate"))
+
+
 @contextlib.contextmanager
 def believing(path: Path, wrong: str, remedy: str):
     """DataError in the place of any error that comes of what a file holds."""
     try:
         yield
-    except (DataError, MemoryError, PermissionError, torch.OutOfMemoryError):  # of no file's doing
+    except DataError:
         raise
     except Exception as error:
+        unread = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if unread or out_of_memory(error):  # of no file's doing
+            raise
         raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
 
 
@@ -554,14 +561,15 @@ def check_same(path: Path, then: dict, now: dict, name_of: Callable[[str], str],
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Only one process at a time builds in a folder; another one says so and waits."""
+def locked(folder: Path, run: bool = False):
+    """Only one process at a time works in a folder. Another says so and waits, or, of a `run`, ends with DataError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                refuse((run, f"{folder}: a run is under way there; expected its end, or another --run-dir"))
                 print(f"waiting for another process that builds in {folder}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # a network file system without locks
@@ -579,13 +587,13 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.shorter = shorter  # said while more than an hour is left
         self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
-        self.said, self.last = time.time(), None  # when a line was said; the last call that made one, or the first
+        self.said, self.last = time.monotonic(), None  # when a line was said; the last call that made one, or the first
 
     def show(self, done: int) -> None:
         """So much is done; what was before the first call says nothing about the rate."""
-        now = time.time()
+        now = time.monotonic()
         then, before = self.last = self.last or (now, done)
-        if now - self.said < (1 if self.tty else 20) or done <= before:
+        if now - self.said < (1 if self.tty else 20) or done <= before or now <= then:
             return
         rate, self.last = (done - before) / (now - then), (now, done)
         left = (self.total - done) / rate / 60
@@ -596,7 +604,7 @@ class Progress:
     def say(self, line: str, end: str = "\n") -> None:
         """Shows a line; the next one is due a while later."""
         print(f"{line:<110}" if self.tty else line, end=end, flush=True)
-        self.said = time.time()
+        self.said = time.monotonic()
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
@@ -680,21 +688,24 @@ def _label(env: str, settings: Settings, tasks: np.ndarray) -> dict[str, Any]:
     return {"env": env, "settings": dataclasses.asdict(settings), "tasks": torch.from_numpy(tasks)}
 
 
-def _load_behaviour(path: Path, label: dict) -> dict:
-    """A behaviour file, whole or in the making; DataError if it is damaged or made for anything else than `label`."""
+def _load_behaviour(path: Path, label: dict, flags: dict | None = None) -> dict:
+    """A behaviour file, whole or in the making; DataError if it is damaged or made for anything else than `label`, of
+    whose settings all count, or only the `flags` that were given."""
     with believing(path, "damaged", "delete it to build it anew"):
         saved = read(path)
-        asked = label["settings"] | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
-        check_same(path, saved["settings"], asked, flag, "delete it or use another --data-dir")
+        asked, remedy = label["settings"] if flags is None else flags, "delete it or use another --data-dir"
+        asked = asked | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
+        check_same(path, saved["settings"], asked, flag, remedy)
         same = saved["env"] == label["env"] and torch.equal(saved["tasks"], label["tasks"])
-        refuse((not same, f"{path}: made for other tasks; delete it or use another --data-dir"))
+        refuse((not same, f"{path}: made for other tasks; {remedy}"))
     return saved
 
 
 def build_behaviour(
-    env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device, workers: int | None
+    env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device, **how: Any
 ) -> dict:
-    """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`.
+    """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`, whose own
+    settings hold unless `flags` say otherwise: it may come from another kind of device.
 
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
@@ -707,14 +718,14 @@ def build_behaviour(
             job | {"path": folder.resolve() / f"behaviour-part{i}.pt", "tasks": shard, "seed": 1_000_003 * seed + i}
             for i, shard in enumerate(np.array_split(tasks, math.ceil(len(tasks) / settings.shard) if on_cpu else 1))
         ]
-        _run_jobs(jobs, min(workers or envs.cores(), len(jobs)))
+        _run_jobs(jobs, min(how["workers"] or envs.cores(), len(jobs)))
         parts = [_load_behaviour(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
         policies = torch.cat([part["policies"] for part in parts], dim=1)
         whole = label | {"policies": policies, "early": torch.cat([part["early"] for part in parts])}
         write(path, lambda file: torch.save(whole, file))
     for part in folder.glob("behaviour-part*.pt"):
         part.unlink(missing_ok=True)
-    return _load_behaviour(path, label)
+    return _load_behaviour(path, label, how["flags"])
 
 
 def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
@@ -792,9 +803,9 @@ def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) 
         action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
         ended = terminated | truncated
-        after = np.where(ended[:, None], info.get("final_obs", following), following)
-        rows = {"observations": obs, "actions": action, "rewards": reward, "next_observations": after}
-        rows |= {"terminals": terminated, "sparse_rewards": info.get("sparse_reward", reward), "episodes": episode}
+        rows = {"observations": obs, "actions": action, "rewards": reward}
+        rows |= {"next_observations": info.get("final_obs", following), "terminals": terminated}
+        rows |= {"sparse_rewards": info.get("sparse_reward", reward), "episodes": episode}
         good = np.flatnonzero(~info["blew_up"] & (filled < steps))
         out = out or {key: np.zeros((n, steps, *value.shape[1:]), np.float32) for key, value in rows.items()}
         for key, value in rows.items():
@@ -952,7 +963,7 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
             ("checksum" in meta and checksum(arrays) != meta["checksum"], "its checksum differs: the file was changed"),
         )
         _check(arrays, env)
-    except DataError as error:
+    except (DataError, ValueError) as error:  # the latter if there is no such family
         raise DataError(f"{path}: {error}") from None
     meta["checksum"] = meta.get("checksum") or checksum(arrays)
     if env is not None:
@@ -1056,6 +1067,7 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     diverge.
     """
     train, test, workers = (flags.pop(key, None) for key in ("train", "test", "workers"))
+    refuse((env not in envs.FAMILIES, f"unknown family {env!r}; expected one of {', '.join(envs.FAMILIES)}"))
     row, device = envs.family(env), choose_device(flags.pop("device", "auto"))
     settings, several = settings_for(env, device, **flags), quality in ("mixed", "relabelled") and not row.script
     goals = not row.xml and row.differs == "reward"  # then a transition's reward can be told from it and a task
@@ -1071,14 +1083,14 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     if not path.exists():
         with locked(path.parent):
             if not path.exists():  # another process may have built it meanwhile
-                _build(path, env, train, test, seed, settings, device, workers)
+                _build(path, env, train, test, seed, settings, device, workers=workers, flags=flags)
     elif flags:
         then = load(path).meta.get("settings", {})
         check_same(path, then, flags | {"core_minutes": None}, flag, "use another --data-dir")
     return path
 
 
-def _build(path, env, train, test, seed, settings, device, workers):
+def _build(path, env, train, test, seed, settings, device, **how):
     """Makes the dataset of `path` and saves it, unless something in it is not finite or not in its range."""
     row, quality = envs.family(env), path.stem
     try:
@@ -1087,8 +1099,10 @@ def _build(path, env, train, test, seed, settings, device, workers):
         raise DataError(error) from None
     every = np.arange(len(tasks))
     index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
-    _announce(path, settings, env, device, workers, len(tasks))
-    agents = {} if row.script else build_behaviour(env, tasks, seed, settings, path.parent, device, workers)
+    _announce(path, settings, env, device, how["workers"], len(tasks))
+    agents = {} if row.script else build_behaviour(env, tasks, seed, settings, path.parent, device, **how)
+    own = agents.get("settings", {}) | {"trajectories": settings.trajectories}
+    settings = dataclasses.replace(settings, **own)
     arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
     if quality == "relabelled":
         arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
@@ -1152,7 +1166,7 @@ class Args:
 
     # run
     env: str = "walker-params"  # task family
-    small: bool | None = None  # sizes for a machine without a GPU; unless given: where there is no CUDA device
+    small: bool | None = None  # sizes for a machine without a GPU; unless given: where a run is on the CPU
     letter: bool = False  # the papers' tables to the letter, also where a script has other settings at their sizes
     seed: Whole = 0  # fixes everything the run draws
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where the networks and the data are
@@ -1325,21 +1339,7 @@ def open_datasets(args: Args, device: torch.device, **counts: Any) -> tuple[Data
         first = train.tasks[train.train_tasks[0]].tolist()
         print(f"{args.data}: of {args.env} a task is {envs.family(args.env).means}; the first one {str(first):.60}")
     test = opened(args.test_quality) if args.test_quality != args.quality else train
-    return train, with_context(test, args.context, args.env) if hasattr(args, "context") else test
-
-
-def with_context(dataset: Dataset, context: Arrays, env: str) -> Dataset:
-    """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the top
-    (without terminals and episodes: one that did not end). DataError for what does not fit."""
-    n = len(next(iter(context.values())))
-    arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
-    arrays = {name: np.asarray(array)[None] for name, array in arrays.items() if name in REQUIRED | OPTIONAL}
-    one = {"tasks": dataset.tasks[:1], "train_tasks": np.zeros(1, int), "test_tasks": np.zeros(1, int)}
-    _check(arrays | one, env)
-    of_all = lambda array: array.expand(len(dataset.tasks), *array.shape[1:]).to(dataset.rewards.device)
-    own = {name: of_all(torch.tensor(array, dtype=torch.float32)) for name, array in arrays.items()}
-    own["context_rewards"] = own.pop("sparse_rewards", own["rewards"])
-    return dataclasses.replace(dataset, **own)
+    return train, args.known(test) if hasattr(args, "known") else test  # see trained.py
 
 
 def standardisation(observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1369,7 +1369,7 @@ class Learner(nn.Module):
         self.register_buffer("bad_step", torch.full((len(self.METRICS),), math.inf, dtype=torch.float64))
 
     def note(self, **values: torch.Tensor) -> None:
-        """Of this step, without looking at them."""
+        """Keeps these values of the step for `record`, without a look at them."""
         self.noted |= {name: value.detach() for name, value in values.items()}
 
     @torch.no_grad()
@@ -1429,7 +1429,8 @@ def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
 # ----------------------------------------------------------------------------------------------- runs: their folders
 class Run:
     """<run-dir>/<script>/<env>/<variant>/seed<k>/ and what is written there: args.json, source.py, metrics.csv,
-    curve.png, checkpoint.pt, final.json. On the CPU a run that is killed and resumed gives what it would have given."""
+    curve.png, checkpoint.pt, final.json; of some embeddings.png, paths.png, film.gif, and started.py, the file that was
+    run where it is not the script. On the CPU a run that is killed and resumed gives what it would have given."""
 
     def __init__(self, args: Args, script: Path):
         self.args, self.script, self.device = args, script, choose_device(args.device)
@@ -1447,20 +1448,26 @@ class Run:
         print(f"{script.name} on {args.env}, {self.device} ({sizes}): {self.folder}", flush=True)
 
     def begin(self, agent: Learner, world: Any) -> None:
-        """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished."""
+        """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished.
+
+        `world` has `checksum` (of both datasets), `behaviour` and `optimum` (returns or None), `mean` and `std` of
+        observations (d,); for pictures and loading `env` and `test_rows`.
+        """
         args, self.agent, self.world = self.args, agent, world
         torch.set_num_threads(min(args.threads, 1024) or envs.cores())
         checkpoint, final, self.began = self._checkpoint(), self.folder / "final.json", time.time()
         if args.overwrite:
-            for old in filter(Path.is_file, list(self.folder.iterdir())):
+            for old in [path for path in self.folder.iterdir() if path.is_file() and path.name != ".lock"]:
                 old.unlink()
         elif checkpoint.exists() and args.resume:
             self._resume(checkpoint)
             print(f"going on from step {self.step} of {checkpoint}", flush=True)
         elif final.exists():
             with believing(final, "damaged", "--resume mends it from the checkpoint, --overwrite begins anew"):
-                other = json.loads(final.read_text())["dataset_checksums"] != world.checksum
-            refuse((other, f"{self.folder}: a run on other data; expected --overwrite, or another --run-dir"))
+                then, otherwise = json.loads(final.read_text()), "expected --overwrite, or another --run-dir"
+                check_same(self.folder, then["args"], self._seen(), option, otherwise)
+                other = then["dataset_checksums"] != world.checksum
+                refuse((other, f"{self.folder}: a run on other data; {otherwise}"))
             print(f"this run is finished: {self.folder} (--overwrite begins anew)")
             raise SystemExit(0)
         elif checkpoint.exists():
@@ -1476,14 +1483,19 @@ class Run:
                 write(self.folder / name, path.read_bytes())
 
     def _checkpoint(self) -> Path:
-        """Of this run or, to --resume, the last one of the same run with other --steps, if they may grow."""
+        """Of this run or, to --resume, of the longest such run that has no more --steps, if they may grow."""
         own = self.folder / "checkpoint.pt"
         if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
             return own
         same = self.args.variant.partition(",steps=")[0]
         runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
         found = [path for path in runs if path.parts[-3].partition(",steps=")[0] == same]
-        return max(found, key=lambda path: path.stat().st_mtime, default=own)
+        steps = {path: json.loads((path.parent / "args.json").read_text())["steps"] for path in found}
+        return max(found, key=lambda path: (steps[path] <= self.args.steps, steps[path]), default=own)
+
+    def _seen(self) -> dict[str, Any]:
+        """The settings that training sees; checksums tell more of the data than their path."""
+        return settings(self.args) | dict.fromkeys((*self.args.ELSEWHERE, "data", "variant"))
 
     def graph(self, fn: Procedure) -> Callable[[], None]:
         """`fn`, without arguments, on CUDA as one graph."""
@@ -1516,8 +1528,8 @@ class Run:
         self.rows.append({key: value if isinstance(value, int) else float(value) for key, value in row.items()})
         self.agent.metrics.zero_()
         self._write_metrics()
-        plot_curve(self)
-        plot_paths(self)
+        plot(self, "curve")
+        plot(self, "paths")
         self._save(seconds)
         known = {"data": self.world.behaviour, "optimum": self.world.optimum}
         known = ", ".join(f"{name} {value:.2f}" for name, value in known.items() if value is not None)
@@ -1543,7 +1555,8 @@ class Run:
         write(self.folder / "final.json", json.dumps(final | dict.fromkeys(bad), indent=1).encode())
         if self.args.film:
             film = str(Path(__file__).resolve().parent / "benchmark/animate.py"), str(self.folder)
-            subprocess.run([sys.executable, *film, "--out", str(self.folder / "film.gif")])
+            failed = subprocess.run([sys.executable, *film, "--out", str(self.folder / "film.gif")]).returncode
+            refuse((failed, f"--film: there is no film, but the run is whole in {self.folder}"))
         print(f"curve, metrics and checkpoint: {self.folder}")
 
     def _save(self, seconds: float) -> None:
@@ -1560,7 +1573,7 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         args, agent, anew = self.args, self.agent, "--overwrite begins anew"
-        now = settings(args) | dict.fromkeys((*args.ELSEWHERE, "data", "variant"))  # checksums tell more of the data
+        now = self._seen()
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
             grown = [key for key in args.GROWS if checkpoint["args"].get(key, now[key]) < now[key]]
@@ -1586,7 +1599,8 @@ class Run:
 
 @contextlib.contextmanager
 def endings(program: str, kept: Callable[[], str]):
-    """Every way to fail ends in one line on standard error and an exit code; `kept` says what is left."""
+    """What a user can mend, a full disk, too little memory, divergence and Ctrl-C end in one line on standard error and
+    an exit code; `kept` says what is left."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is no reason to end
@@ -1600,10 +1614,10 @@ def endings(program: str, kept: Callable[[], str]):
         if isinstance(error, BrokenPipeError):  # nobody reads: Python shall not try once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:
-        text = f"{type(error).__name__}: {error}"
-        if not any(word in text for word in ("MemoryError", "out of memory", "allocate")):
+        if not out_of_memory(error):
             raise
-        message, code = f"out of memory ({text.splitlines()[0]:.100}); expected smaller sizes", 2
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        message, code = f"out of memory ({first:.100}); expected smaller sizes", 2
     except FloatingPointError as error:
         message, code = f"diverged: {error}; {kept()}", 3
     except KeyboardInterrupt:
@@ -1613,12 +1627,13 @@ def endings(program: str, kept: Callable[[], str]):
 
 
 def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) -> None:
-    """train(args, run) with the arguments of the command line: every way to fail ends in one line and an exit code."""
+    """train(args, run) with the arguments of the command line; see `endings`."""
     script, run = Path(inspect.getsourcefile(train) or "script.py"), None
     with endings(script.name, lambda: run.where() if run else "nothing was begun"):
         args = parse_args(argv)
         run = Run(args, script)
-        train(args, run)
+        with locked(run.folder, run=True):
+            train(args, run)
 
 
 # ---------------------------------------------------------------------------------------------- runs: their pictures
@@ -1631,15 +1646,11 @@ def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}return_{name}": value for name, value in row.items()}
 
 
-def plot(run: Run, name: str, png: bytes | None) -> None:
-    """Keeps a picture in the run's folder, if there is something to see."""
+def plot(run: Run, name: str, *what: Any) -> None:
+    """Keeps the function `name` of pictures.py, of `what` or of the run, as a picture, if there is something to see."""
+    png = getattr(pictures, name)(*what or [run])
     if png:
-        write(run.folder / name, png)
-
-
-plot_curve = lambda run: plot(run, "curve.png", pictures.curve(run))
-plot_embeddings = lambda run, *what: plot(run, "embeddings.png", pictures.embeddings(*what))
-plot_paths = lambda run: plot(run, "paths.png", pictures.paths(run))
+        write(run.folder / f"{name}.png", png)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -1670,7 +1681,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with endings("data.py", lambda: "the same command goes on from the last save"):
+    with endings("data.py", lambda: "what is built is kept, and the same command goes on from there"):
         args = vars(parse_args(argv))
         for quality in args.pop("quality"):
             path = prepare(quality=quality, **args)

@@ -172,7 +172,7 @@ def _observe_cheetah(state):
 
 def _observe_from(first):
     """qpos[first:] and qvel."""
-    return lambda state: state[:, first:].copy()
+    return lambda state: state[:, first:]
 
 
 def _cheetah_vel_reward(task, state, action, next_state, dt):
@@ -316,7 +316,7 @@ FAMILIES: dict[str, Family] = {
     "cheetah-fwd-back": Family(
         papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++), Cheetah-Dir (MerPO)", **CHEETAH, **EPISODE,
         train=2, test=2, differs="reward", only=((-1.0,), (1.0,)),
-        reward=_cheetah_direction_reward, sparse_threshold=6.0, drawn=_between(-1, 1), means="a direction, -1 or 1",
+        reward=_cheetah_direction_reward, sparse_threshold=6.0, means="a direction, -1 or 1",
     ),
     "ant-fwd-back": Family(
         papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE, **DIRECTION,
@@ -391,7 +391,9 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
 def is_task(name: str, tasks: Array, drawn: bool = False) -> Array:
     """(n,) bool: whether each row, (P,), has numbers that a task of this family has; `drawn`: one from `sample`."""
     row = family(name)
+    listed = drawn and row.only and row.differs != "nothing"
     checks = [check(tasks) for check in (row.valid, drawn and row.drawn) if check]
+    checks += [np.isclose(tasks[:, None], np.array(row.only)).all(2).any(1)] if listed else []
     return np.isfinite(tasks).all(1) & np.all(checks, axis=0)
 
 
@@ -438,11 +440,11 @@ class PointPhysics:
 
 
 def _compile(xml):
-    """A model from its text, or from a file of gymnasium's."""
+    """A model from its text, or from a file, gymnasium's if it has one of this name."""
     if xml.lstrip().startswith("<"):
         return mujoco.MjModel.from_xml_string(xml)
     path = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets", xml)
-    return mujoco.MjModel.from_xml_path(path)
+    return mujoco.MjModel.from_xml_path(path if os.path.exists(path) else xml)
 
 
 class MujocoPhysics:
@@ -469,7 +471,8 @@ class MujocoPhysics:
         self.pool = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
         self.workers = ThreadPoolExecutor(self.threads) if row.derived else None
         self.size = mujoco.mj_stateSize(base, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-        assert self.size == 1 + base.nq + base.nv, "a model with activations or plugins needs a wider state"
+        if self.size != 1 + base.nq + base.nv:
+            raise ValueError("expected a model without activations and plugins, whose state is qpos and qvel alone")
         self.control = np.empty((count, row.frame_skip, base.nu))
         self.out = np.empty((count, row.frame_skip, self.size))  # written in place, if C-contiguous float64
         self.sensors = np.empty((count, row.frame_skip, base.nsensordata))
@@ -545,9 +548,9 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
     for each core). Episodes have `horizon` steps (default: the family's), pictures `render_size` pixels a side.
 
     With `autoreset` a sub-environment that ends is reset within the same step, alone (gymnasium's SAME_STEP): its row
-    of the returned observation starts the next episode, and `info["final_obs"]`, (B, d), valid where
-    `info["_final_obs"]`, holds the observation that the episode ended with. `info["sparse_reward"]` (B,) is there if
-    the family has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
+    of the returned observation starts the next episode, and `info["final_obs"]`, (B, d), holds the observations before
+    that: where `info["_final_obs"]`, what the episode ended with. `info["sparse_reward"]` (B,) is there if the family
+    has one. Sub-environment i draws its initial states from (seed, i, number of the episode) alone, so what
     the others do never changes it. A step in which the physics blows up has reward 0, ends where it began and is
     marked in `info["blew_up"]` (B,). With `rewards` off it does not even hold the family's reward functions: all other
     rewards are NaN, and there is no sparse one. ValueError for what is not a task, a seed, a horizon.
@@ -584,7 +587,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         kind = MujocoPhysics if self.family.xml else PointPhysics
         self.physics = kind(self.family, self.tasks, threads or cores())
         self._full = self.physics.initial(np.arange(self.num_envs), np.zeros((self.num_envs, 4), int))
-        self.trail: list[Array] = []  # full states before the last steps, for pictures
+        self.trail, self.reached = [], self._full  # of point robots: full states before the last steps, and after them
         if self.observe().shape != (self.num_envs, self.family.obs_dim):
             raise ValueError(f"{name}: obs_dim is {self.family.obs_dim}, but observe gives {self.observe().shape}")
         self.metadata = {
@@ -609,14 +612,13 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
 
     def observe(self) -> Array:
         """(B, d) current observations."""
-        return self.family.observe(self._full[:, 1:])
+        return np.array(self.family.observe(self._full[:, 1:]))  # a family may give a view of the state
 
     def _reset_rows(self, rows: Array):
         self._episode[rows] += 1
         self._elapsed[rows] = 0
         seeds = np.column_stack([self._seed[rows], self._episode[rows], np.full(len(rows), EPISODES)])
-        if len(rows):
-            self._full[rows] = self.physics.initial(rows, seeds)
+        self._full[rows] = self.physics.initial(rows, seeds)
 
     def step(self, actions: Array):
         """Steps every sub-environment with `actions` (B, m). Returns observations (B, d) float64, rewards (B,) float64,
@@ -635,15 +637,15 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         after[~sound] = before[~sound]
         state, next_state = before[:, 1:], after[:, 1:]
         arguments = self.tasks, state, action, next_state, self.physics.dt
-        obs, reward = self.family.observe(next_state), np.where(sound, self.family.reward(*arguments), 0.0)
+        obs, reward = np.array(self.family.observe(next_state)), np.where(sound, self.family.reward(*arguments), 0.0)
         terminated = (self.family.terminated(obs) | self.family.out_of_range(next_state)) & sound
         self._elapsed += 1
         truncated = (self._elapsed >= self.horizon) & ~terminated | ~sound
         info: dict[str, Any] = {"blew_up": ~sound}
         if self.family.sparse_reward:
-            info["sparse_reward"] = self.family.sparse_reward(*arguments)
-        if self.render_mode or not self.family.xml:
-            self.trail = [*self.trail[-self.horizon :], before]
+            info["sparse_reward"] = np.where(sound, self.family.sparse_reward(*arguments), 0.0)
+        if not self.family.xml:
+            self.trail, self.reached = [*self.trail[-self.horizon :], before], after.copy()
         self._full = after
         ended = terminated | truncated
         if self.autoreset and ended.any():
@@ -660,7 +662,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         for _ in range(self.horizon):
             obs, reward, terminated, truncated, info = self.step(policy(obs))
             total += alive * info.get("sparse_reward", reward)
-            alive &= ~(terminated | truncated)
+            alive &= ~(terminated | truncated) | info["blew_up"]  # after a blow-up the steps that are left count
         return total
 
     def render(self) -> tuple[Array, ...]:
@@ -967,7 +969,7 @@ def _is_scene(task):
 FAMILIES["sawyer"] = Family(
     papers="Sawyer Manipulation (SMAC)", obs_dim=13, act_dim=4, horizon=50, data_horizon=75, train=50, test=10,
     differs="layout and reward", discount=0.99, sample=_scenes, valid=_is_scene,
-    observe=lambda state: state[:, :13].copy(), means="a scene and what is wanted there",
+    observe=lambda state: state[:, :13], means="a scene and what is wanted there",
     reward=lambda task, state, action, next_state, dt: np.where(_achieved(task, next_state), 0.0, -1.0),
     xml=SAWYER_XML, frame_skip=10, modify=_furnish,
     reset_noise=lambda rng, nq, nv: (np.pad(rng.uniform(-0.02, 0.02, 3), (0, nq - 3)), np.zeros(nv)),  # of the hand

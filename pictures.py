@@ -1,6 +1,6 @@
 """Pictures of a run: its curve, its embeddings, the paths of point robots. A `data.Run` keeps them in its folder.
 
-Those named draw_... draw on axes of matplotlib, where a picture of one's own may use them too.
+Those named draw_... draw on axes of matplotlib, and may be used in your own figures.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def draw_paths(axes: Any, env: envs.TaskVectorEnv, tasks: int, each: int) -> Non
     """What point robots did last in the last `tasks`, the test tasks, of which each has so many sub-environments: the
     path in the first of them, in the task's colour, and a star where its goal is."""
     mine = slice(-each * tasks, None, each)
-    colours, paths = task_colours(env.tasks)[0][mine], np.stack(env.trail[-env.horizon :], 1)[mine, :, 1:3]
+    colours = task_colours(env.tasks)[0][mine]
+    paths = np.stack([*env.trail[-env.horizon :], env.reached], 1)[mine, :, 1:3]
     for path, colour in zip(paths, colours, strict=True):
         axes.plot(*path.T, ".-", color=colour, linewidth=1, markersize=2)
     if env.family.goal:

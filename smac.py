@@ -504,12 +504,11 @@ def play(agent, world, env, z, seed, sampled=False, anew=None):
         a = agent.act(s, z, sampled)
         following, reward, terminated, truncated, info = env.step(a.cpu().numpy())
         ended = terminated | truncated
-        after = np.where(ended[:, None], info.get("final_obs", following), following)
         r, d = (torch.as_tensor(x[:, None], dtype=torch.float32, device=device) for x in (reward, terminated))
-        rows.append(torch.cat([s, a, r, world.scaled(after), d], -1))
+        rows.append(torch.cat([s, a, r, world.scaled(info.get("final_obs", following)), d], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
-        alive &= ~ended
+        alive &= ~ended | info["blew_up"]
         sound &= ~info["blew_up"]
         if anew == "step" or (anew and ended.any()):
             new = torch.as_tensor(ended | (anew == "step"), device=device)
@@ -628,7 +627,7 @@ def train(args, run, make_world=World):
             practise()
         if run.due(step):
             row, z = evaluate(args, agent, world)
-            data.plot_embeddings(run, world.tasks, z[: world.seen], z[world.seen :])
+            data.plot(run, "embeddings", world.tasks, z[: world.seen], z[world.seen :])
             begun = len(range(first.start, step + 1, each))
             row["online_steps"] = begun * args.online_envs * world.row.horizon
             others = [f"{label} {row[f'{key}return_mean']:.2f}" for key, label in run.curve.items() if key]

@@ -8,11 +8,13 @@ script, args, world, agent = trained.load_run("runs/focal/sparse-point-robot/sma
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
@@ -24,12 +26,16 @@ import data
 import envs
 
 
+class Begun(Exception):
+    """A script came to its first step."""
+
+
 class Rehearsal:
     """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
 
     def __init__(self, script: ModuleType, args: data.Args, device: torch.device):
         self.args, self.device, self.updates = args, device, []
-        with torch.random.fork_rng(), contextlib.suppress(StopIteration):
+        with torch.random.fork_rng(), contextlib.suppress(Begun):
             script.train(args, self)
 
     def begin(self, agent: data.Learner, world: Any) -> None:
@@ -40,14 +46,29 @@ class Rehearsal:
         return fn
 
     def steps(self, *_: int):
-        raise StopIteration
+        raise Begun
+
+
+def with_context(dataset: data.Dataset, context: data.Arrays, env: str) -> data.Dataset:
+    """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the top
+    (without terminals and episodes: one that did not end). DataError for what does not fit."""
+    data.refuse((not context, "context: expected arrays of transitions, found none"))
+    n = len(next(iter(context.values())))
+    arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
+    arrays = {name: np.asarray(array)[None] for name, array in arrays.items() if name in data.REQUIRED | data.OPTIONAL}
+    one = {"tasks": dataset.tasks[:1], "train_tasks": np.zeros(1, int), "test_tasks": np.zeros(1, int)}
+    data._check(arrays | one, env)
+    of_all = lambda array: array.expand(len(dataset.tasks), *array.shape[1:]).to(dataset.rewards.device)
+    own = {name: of_all(torch.tensor(array, dtype=torch.float32)) for name, array in arrays.items()}
+    own["context_rewards"] = own.pop("sparse_rewards", own["rewards"])
+    return dataclasses.replace(dataset, **own)
 
 
 def load_run(
     folder: Path | str, device: str = "cpu", **changes: Any
 ) -> tuple[ModuleType, data.Args, Any, data.Learner]:
     """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
-    step saw, as test_quality; `context`, see `data.with_context`, is all that it knows of test tasks then.
+    step saw, as test_quality; `context`, see `with_context`, is all that it knows of test tasks then.
     `data.DataError` if the data are not those of the run, and whatever a reader raises.
 
     Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
@@ -63,11 +84,14 @@ def load_run(
     if saved["env"] not in envs.FAMILIES:
         runpy.run_path(str(folder / "started.py"), run_name="started")
     script = importlib.import_module(name)
-    args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small"])
+    words = ["--single", saved["single"]] if saved.get("single") else []  # merpo.py asks for it where there is one task
+    args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small", *words])
     hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
     for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
         is_path = saved[key] and Path in (hints.get(key), *get_args(hints.get(key)))
         setattr(args, key, root / saved[key] if is_path else saved[key])
+    if "context" in changes:
+        args.known = partial(with_context, context=changes.pop("context"), env=args.env)
     vars(args).update(changes, device=device)
     rehearsal = Rehearsal(script, args, on)
     agent, world = rehearsal.agent, rehearsal.world
@@ -87,8 +111,10 @@ def policy_of(
     test tasks. Contexts, adaptation and the rest are as there."""
     env, policies, first = world.env, [], -args.eval_episodes * len(world.test_rows)
     env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
-    script.evaluate(args, agent, world)
-    del env.returns
+    try:
+        script.evaluate(args, agent, world)
+    finally:
+        del env.returns
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:

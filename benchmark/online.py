@@ -35,7 +35,7 @@ def play(act, world, seed):
         a = act(scaled(obs))
         following, reward, terminated, truncated, info = env.step(a.numpy())
         reward, ended = info.get("sparse_reward", reward), terminated | truncated
-        after = np.where(ended[:, None], info.get("final_obs", following), following)
+        after = info.get("final_obs", following)
         rows.append(torch.cat([scaled(obs), a, column(reward), scaled(after), column(terminated)], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * reward

@@ -57,8 +57,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Runs without their pictures, which take most of such small ones."""
-    for name in ("plot_curve", "plot_embeddings", "plot_paths"):
-        monkeypatch.setattr(data, name, lambda *args: None)
+    monkeypatch.setattr(data, "plot", lambda *args: None)
 
 
 @pytest.fixture

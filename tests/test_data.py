@@ -549,7 +549,7 @@ def test_a_part_whose_last_write_failed_is_completed(part, monkeypatch, often):
 
 def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(data.time, "time", lambda: now[0])
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
     bar = data.Progress("x", 1000)
     for done in (500, 520, 560):
         bar.show(done)
@@ -585,6 +585,28 @@ def test_another_settings_is_refused(copied):
     with pytest.raises(data.DataError, match=r"mixed.npz: made with --trajectories 10, asked for \[5\]; use another"):
         prepare(copied.parent.parent)
     assert prepare(copied.parent.parent, trajectories=None, discount=None).exists()  # whatever they are
+
+
+def test_agents_that_are_there_are_used_unless_a_flag_asks_for_others(copied):
+    """As those made on another kind of device, whose defaults differ."""
+    how = {
+        "env": WIND,
+        "seed": 3,
+        "data_dir": copied.parent.parent,
+        "train": 3,
+        "test": 2,
+        "device": "cpu",
+        "workers": 1,
+    }
+    path = data.prepare(**how, quality="expert", trajectories=5)
+    assert data.load(path).meta["settings"] | {"core_minutes": 0} == vars(data.Settings(**TINY)) | {"core_minutes": 0}
+    with pytest.raises(data.DataError, match="made with --sac-hidden"):
+        data.prepare(**how, quality="random", hidden=9)
+
+
+def test_an_unknown_family_is_told_in_one_line(files):
+    with pytest.raises(data.DataError, match="bogus"):
+        data.load(files[WIND], env="bogus")
 
 
 def test_settings_that_would_teach_nothing_are_refused():
@@ -689,7 +711,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(data.DataError, match="'best'.*mixed"):
         prepare(tmp_path, quality="best")
-    with pytest.raises(ValueError, match="'cheetah'"):
+    with pytest.raises(data.DataError, match="unknown family 'cheetah'; expected one of "):
         prepare(tmp_path, env="cheetah")
     assert names(tmp_path) == set()
 

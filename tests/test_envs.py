@@ -537,7 +537,8 @@ def slider(low, **changes):
 def test_a_body_of_ones_own(monkeypatch, tmp_path):
     monkeypatch.setitem(envs.FAMILIES, "slider", slider(-2))
     (tmp_path / "slider.xml").write_text(SLIDER.format(-2))
-    monkeypatch.setitem(envs.FAMILIES, "file", slider(-2, xml=str(tmp_path / "slider.xml")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(envs.FAMILIES, "file", slider(-2, xml="slider.xml"))
     for name in ("slider", "file"):
         env = envs.make(name, np.array([[0.0], [1.0]]), threads=1)
         assert not env.reset()[0].any()  # no noise of its own
@@ -855,6 +856,40 @@ def test_a_blow_up_ends_only_its_own_episode(name, huge, steps):
     assert np.isfinite(rest[0]).all() and not any(info["blew_up"].any() for info in rest[4])
 
 
+@pytest.mark.parametrize("name", ["cheetah-vel", "sparse-point-robot"])
+def test_a_blow_up_is_no_way_to_a_high_return(name):
+    """Where rewards are negative, or on a goal; the steps after it count."""
+    env = envs.make(name, tasks_of(name, 1).repeat(2, axis=0), horizon=20, threads=1)
+    step, calls = env.physics.step, []
+
+    def blow_up_once(*args):
+        after, sound = step(*args)
+        calls.append(after)
+        return after, sound & [True, len(calls) > 1]
+
+    env.physics.step = blow_up_once
+    if env.family.sparse_reward:
+        env.reset()
+        env._full[:, 1:] = env.tasks
+        assert env.step(np.zeros((2, 2)))[4]["sparse_reward"].tolist() == [1, 0]
+    else:
+        sound, blown = env.returns(lambda obs: np.zeros((2, 6)), seed=0)
+        assert sound < -1 and blown == pytest.approx(sound * 19 / 20, rel=0.05)
+
+
+def test_observations_may_be_views_of_the_state(monkeypatch):
+    """As a slice of it is, which families of one's own may well give."""
+    row = envs.replace(envs.FAMILIES["sparse-point-robot"], observe=lambda state: state[:, :2])
+    monkeypatch.setitem(envs.FAMILIES, "sliced", row)
+    env = envs.make("sliced", tasks_of("sparse-point-robot", 1), horizon=2, threads=1)
+    first = env.reset()[0]
+    env.step(np.ones((1, 2)))
+    obs, *_, info = env.step(np.ones((1, 2)))
+    np.testing.assert_allclose(info["final_obs"], [[0.2, 0.2]])
+    obs += 9  # what was given away is the caller's
+    assert not env.observe().any() and not first.any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_actions_of_the_wrong_shape_are_refused(name):
     env = build(name, 5)
@@ -984,8 +1019,8 @@ for name in envs.FAMILIES:
 # --------------------------------------------------------------------------------------------- tasks that can be drawn
 NOT_DRAWN = {
     "sparse-point-robot": [[0.0, -1.0], [0.6, 0.7], [0.0, 0.0]], "point-robot-wind": [[0.051, 0.0], [0.0, -0.06]],
-    "cheetah-vel": [[-0.1], [3.1]], "cheetah-fwd-back": [[2.0]], "ant-fwd-back": [[-1.0]], "ant-dir": [[7.0]],
-    "humanoid-dir": [[-0.1]],
+    "cheetah-vel": [[-0.1], [3.1]], "cheetah-fwd-back": [[2.0], [0.5]], "ant-fwd-back": [[-1.0], [1.0]],
+    "ant-dir": [[7.0]], "humanoid-dir": [[-0.1]],
 }  # fmt: skip
 
 

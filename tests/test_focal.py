@@ -775,7 +775,7 @@ def test_what_a_run_writes(files, tmp_path):
     path = run(tmp_path, WIND, files[WIND], "--seed 2 --eval-episodes 2")
     names = {"args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"}
     names.add("paths.png")
-    assert path.name == "seed2" and names <= {file.name for file in path.iterdir()} <= names | {"started.py"}
+    assert path.name == "seed2" and names <= {file.name for file in path.iterdir()} <= names | {"started.py", ".lock"}
     assert (path / "embeddings.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = metrics(path, but=())
     assert list(rows[0]) == COLUMNS and [row["step"] for row in rows] == [3, 6]

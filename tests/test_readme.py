@@ -300,6 +300,8 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
     np.testing.assert_allclose(act(seen), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(data.DataError, match="actions has shape"):
         trained.load_run(folder, context=mine | {"actions": np.zeros((7, 3))})
+    with pytest.raises(data.DataError, match="context: expected arrays"):
+        trained.load_run(folder, context={})
 
 
 @pytest.mark.layout

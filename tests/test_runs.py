@@ -5,6 +5,7 @@ FUZZ=3000 python -m pytest tests/test_runs.py -k fuzz      # that many mutations
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -131,8 +132,8 @@ def ended(capsys, argv, code=2, *says):
 
 @pytest.fixture(autouse=True)
 def _no_curves(request, monkeypatch):
-    if "curve" not in request.node.name and "full_disk" not in request.node.name:
-        monkeypatch.setattr(data, "plot_curve", lambda run: None)
+    if not any(word in request.node.name for word in ("curve", "full_disk", "embeddings", "paths")):
+        monkeypatch.setattr(data, "plot", lambda *args: None)
 
 
 def contents(folder):
@@ -291,7 +292,7 @@ def test_what_a_run_writes(files, tmp_path, capsys, monkeypatch):
     path = run(files, tmp_path, "--seed 2 --lr 0.2")
     assert path == tmp_path / "test_runs" / WIND / path.parent.name / "seed2" and ",lr=0.2" in str(path)
     names = {"args.json", "metrics.csv", "final.json", "checkpoint.pt", "source.py", "started.py"}
-    assert {file.name for file in path.iterdir()} == names
+    assert {file.name for file in path.iterdir()} == names | {".lock"}
     assert (path / "source.py").read_text() == Path(__file__).read_text()
     assert (path / "started.py").read_text() == mine.read_text()
     args, final = (json.loads((path / name).read_text()) for name in ("args.json", "final.json"))
@@ -396,6 +397,33 @@ def unfinished(files, folder, monkeypatch, capsys, more=""):
     return path.parent
 
 
+def test_a_finished_run_of_other_settings_is_not_called_finished(files, tmp_path, monkeypatch, capsys):
+    """As where a script's table was edited: the folder's name is the same."""
+    run(files, tmp_path)
+    monkeypatch.setitem(SMALL, WIND, SMALL[WIND] | {"lr": 0.4})
+    ended(capsys, words(files, tmp_path), 2, "made with --lr 0.1, asked for [0.4]", "--overwrite")
+
+
+def test_two_runs_in_one_folder_are_refused(files, tmp_path, capsys):
+    path = run(files, tmp_path)
+    with data.locked(path):
+        ended(capsys, words(files, tmp_path, "--overwrite"), 2, f"{path}: a run is under way there")
+    (path / ".checkpoint.pt.999.tmp").write_text("of one that was killed")
+    run(files, tmp_path, "--overwrite")
+    assert not list(path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error", "x"), RuntimeError("can't allocate memory")]
+)
+def test_what_is_no_fault_of_a_file_is_not_laid_at_its_door(error):
+    with pytest.raises(type(error)) as raised, data.believing(Path("x"), "damaged", "delete it"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(data.DataError, match="damaged"), data.believing(Path("x"), "damaged", "delete it"):
+        raise RuntimeError("PytorchStreamReader failed")
+
+
 def test_an_unfinished_run_is_neither_replaced_nor_gone_on_with_unasked(files, tmp_path, monkeypatch, capsys):
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     before = contents(path)
@@ -450,10 +478,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, 
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
-    """From the newest, and not from one of other settings, seed or script."""
-    for i, more in enumerate(("--steps 3", "", "--steps 9 --lr 0.2", "--steps 8 --seed 1", "--steps 7 --half 5")):
-        file = run(files, tmp_path, more) / "checkpoint.pt"
-        os.utime(file, times=(1e9 + i,) * 2)
+    """From the longest that is no longer than it, and not from one of other settings, seed or script."""
+    for more in ("--steps 15", "", "--steps 3", "--steps 9 --lr 0.2", "--steps 8 --seed 1", "--steps 7 --half 5"):
+        run(files, tmp_path, more)
     path = run(files, tmp_path, "--steps 12 --resume")
     assert "going on from step 6 of" in capsys.readouterr().out
     run(files, tmp_path, "--steps 4 --resume --seed 2")
@@ -816,7 +843,7 @@ def test_the_band_of_a_curve_is_where_most_tasks_are(tmp_path, monkeypatch):
     expected = {"mean": returns.mean(), "std": each.std(), "low": each[1], "high": each[9]}
     assert {key: row[f"train_return_{key}"] for key in expected} == pytest.approx(expected)
     monkeypatch.setattr(Axes, "fill_between", lambda axes, x, low, high, **how: bands.append([*x, *low, *high]))
-    data.plot_curve(pictured(tmp_path, rows=[row]))
+    data.plot(pictured(tmp_path, rows=[row]), "curve")
     np.testing.assert_allclose(bands, [[5, each[1], each[9]], [5, each[1] + 1, each[9] + 1]])
 
 
@@ -832,7 +859,7 @@ def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
     speed = np.array([3.0, 1.0, 2.5, 0.5, 2.0])  # three training tasks, two test tasks; z is the speed, three times
     z, drawn = torch.tensor(speed)[:, None, None].expand(5, 6, 3), []  # from six contexts of each
     monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, c, **how: drawn.append((np.asarray(x), np.asarray(y), c)))
-    data.plot_embeddings(SimpleNamespace(folder=tmp_path), speed[:, None], z[:3], z[3:])
+    data.plot(SimpleNamespace(folder=tmp_path), "embeddings", speed[:, None], z[:3], z[3:])
     key, colours = drawn[2], pictures.task_colours(speed[:, None])[0]
     for (x, _, c), own in zip(drawn, (slice(3), slice(3, 5)), strict=False):
         np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(speed[own] - speed.mean()).repeat(6), atol=1e-12)
@@ -858,16 +885,16 @@ def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
     tasks, drawn = envs.sample_tasks(SPARSE, 5, 0), []
     world = SimpleNamespace(env=envs.make(SPARSE, tasks.repeat(3, axis=0), threads=1), test_rows=[0, 0])
     run = SimpleNamespace(folder=tmp_path, world=world, args=SimpleNamespace(eval_episodes=3))
-    data.plot_paths(run)
+    data.plot(run, "paths")
     assert not list(tmp_path.iterdir())  # before the first evaluation
     world.env.returns(lambda obs: tasks.repeat(3, axis=0) * 0.5, seed=0)
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, **how: drawn.append((x[-1], y[-1], how["color"])))
-    data.plot_paths(run)
-    np.testing.assert_allclose([(x, y) for x, y, _ in drawn], tasks[3:] * 0.05 * 19)  # before the last step
+    data.plot(run, "paths")
+    np.testing.assert_allclose([(x, y) for x, y, _ in drawn], tasks[3:] * 0.05 * 20)  # to where the last step led
     np.testing.assert_array_equal([c for *_, c in drawn], pictures.task_colours(tasks)[0][3:])
     assert (tmp_path / "paths.png").exists()
 
 
 def test_embeddings_of_one_number_and_of_one_context_are_shown_too(tmp_path):
     for shape in ((3, 4, 1), (3, 1, 5), (1, 1, 1)):
-        data.plot_embeddings(SimpleNamespace(folder=tmp_path), np.zeros((2 * shape[0], 2)), *torch.rand(2, *shape))
+        data.plot(SimpleNamespace(folder=tmp_path), "embeddings", np.zeros((2 * shape[0], 2)), *torch.rand(2, *shape))

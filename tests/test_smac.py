@@ -57,12 +57,6 @@ def run(folder, name, file, more="", script=smac):
     return path
 
 
-@pytest.fixture
-def no_plots(monkeypatch):
-    for name in ("plot_curve", "plot_embeddings", "plot_paths"):
-        monkeypatch.setattr(data, name, lambda *args: None)
-
-
 # ------------------------------------------------------------------------------------------ losses, from the page
 def test_the_posterior_is_the_product_of_its_factors():
     encoder = smac.Encoder(4, 16, 2).double()
@@ -708,7 +702,7 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE], "--seed 2")
     names = ["args.json", "metrics.csv", "final.json", "curve.png", "embeddings.png", "checkpoint.pt", "source.py"]
     names.append("paths.png")
-    assert {file.name for file in path.iterdir()} - {"started.py"} == set(names)
+    assert {file.name for file in path.iterdir()} - {"started.py", ".lock"} == set(names)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18]
     assert {"return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean", "kl", "offline_kl"} <= set(
