@@ -4,12 +4,13 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
     stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi
         (3, but for the sign of its log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
     adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
-    stage 2, repeat: draw tasks; their policies and critics start from the meta-policy pi_c and Q_meta; J times RAC:
+    stage 2, repeat: draw tasks; their policies, critics, slow targets start from pi_c, Q_meta, its own; J times RAC:
         roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
         Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
         pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
         lambda rises where pi_n is far from the behaviour and from pi_c
-    with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta <- mean of Q_n
+    with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta <- mean of Q_n,
+        its slow target <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
     python merpo.py --env point-robot-wind    # no GPU, 15 minutes: the meta-policy -8.7, adapted -6.0 (data -7.7)
@@ -18,8 +19,10 @@ Choices where the paper is silent:
 - Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
 - Seven meta-models on bootstrapped data; each of the five kept makes an equal share of the rollouts. The states of rho
   in (1) are those at which D_model's transitions begin: with H = 1, all in D_n.
+- Task batches are drawn in both stages, where Algorithm 2 has sums over all tasks. D_model lasts, so rho holds what
+  policies of earlier iterations did. The actor ascends the lower of the twins.
 - A policy fitted to each task's data stands for the behaviour in lambda and (11). log beta moves by its rate up or down
-  (Adam on a scalar does little else); lambda is clipped at ten times its initial value, its divergences at 10.
+  (as Adam on a scalar while the sign stays); lambda is clipped at ten times its initial value, its divergences at 10.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
   of mean 1. h steps adapt a task's models in stage 1 and after it.
 - Observations are standardised; so are, for the models, rewards and changes of observations.
@@ -27,8 +30,8 @@ Where we differ: xi_q is 1, Q_meta takes the mean of Q_n whole; with Table 2's 1
 What we learned, and what small runs of many tasks do (beta and lambda stay where they begin, there is no entropy, (10)
 has five steps, the meta-model moves half-way to the mean of its tasks' models):
 - Q_meta needs a slow target that lasts: copied from it in each meta-iteration it is not slow, and cheetahs' Q explodes.
-- beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. A lambda of 0.04 holds
-  new speeds and walkers to what their data did; 0.01 does not (the other families keep 0.04).
+- beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. Lambda is 0.01, of two
+  tasks, which have more in Table 2 too, 0.04; with 0.04 new speeds and walkers are held to what their data did.
 - A new task takes 4,000 steps of 256 transitions, at falling rates, from pi_c but not held to it: that knows no task.
 """
 
@@ -61,7 +64,7 @@ class Args(data.Args):
     test_trajectories: Count | None = None  # of each test task (Figure 10); unless given: all
     # algorithm
     hidden: Count = 300  # width of policies and critics
-    layers: Count = 5  # their hidden layers
+    layers: Count = 5  # hidden layers of policies and critics
     meta_batch_size: Count = 8  # tasks in a meta-iteration
     batch_size: Count = 256  # transitions of each task in a gradient step
     lr: Number = 1e-3  # learning rate of task critics
@@ -72,32 +75,32 @@ class Args(data.Args):
     meta_q_lr: Share = 1.0  # xi_q, the plain outer step of meta-Q
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
-    adapt_batch_size: Count = 256  # transitions of it in each
+    adapt_batch_size: Count = 256  # transitions of a test task in each
     adapt_lr: Number | None = None  # of its critic and policy; unless given: --lr and --actor-lr
-    tau: Share = 0.005  # rate of the slow target
+    tau: Share = 0.005  # rate of the slow target (the paper's tau is --threshold)
     discount: Share = 0.99  # discount factor
     ent: Number = 0.2  # temperature of the entropy in the critic's target
     alpha: Share = 0.4  # weight of the behaviour in Eq. 9; with --adaptive where it begins
-    alpha_lr: Number = 1e-4  # of Eq. 11
-    relative: bool = False  # beta and lambda, so where they begin too, are shares of a task's mean |Q|
-    beta_initial: Number = 1.0  # of the conservative term in Eq. 1
+    alpha_lr: Number = 1e-4  # learning rate of alpha in Eq. 11
+    relative: bool = False  # beta in Eq. 1 and lambda in Eq. 9 are shares of the batch's mean |Q| (Eq. 10: as it is)
+    beta_initial: Number = 1.0  # initial weight of the conservative term in Eq. 1
     beta_lr: Number = 1e-3  # step of log beta
-    actions: Count = 10  # of pi_n at each state of rho in that term
+    actions: Count = 10  # actions of pi_n at each state of rho in the conservative term
     threshold: Number = 5.0  # difference of Q above which beta rises
-    lambda_initial: Number = 5.0  # of the regularisers in Eq. 9
-    lambda_lr: Number = 1.0  # its plain step
-    target_divergence: Number = 0.05  # above which lambda rises
+    lambda_initial: Number = 5.0  # initial weight of the regularisers in Eq. 9
+    lambda_lr: Number = 1.0  # plain step of lambda
+    target_divergence: Number = 0.05  # divergence above which lambda rises
     real_ratio: Share = 0.5  # f, the share of data from D_n in a batch (Figure 9a)
     rollout_length: Count = 1  # H, steps of a model rollout
-    rollouts: Count = 250  # rollouts of each task before a step of RAC
+    rollouts: Count = 250  # rollouts of each task before a step of RAC; rounded down to a multiple of five models
     rollout_buffer: Count = 10_000  # transitions that D_model holds
     model_hidden: Count = 256  # width of the dynamics models
-    model_layers: Count = 4  # their hidden layers
-    model_steps: Count = 2_000  # iterations of stage 1, not said by the paper; unless given at most --steps
+    model_layers: Count = 4  # hidden layers of the models
+    model_steps: Count = 2_000  # iterations of stage 1; the paper does not say; unless given at most --steps
     model_lr: Number = 5e-2  # xi, the plain outer step of the meta-model
     model_task_lr: Number = 1e-4  # learning rate of a task's models
-    model_adapt_steps: Count = 25  # h, their steps
-    eta: Number = 0.1  # of the proximal term of Eqs. 3 and 4
+    model_adapt_steps: Count = 25  # h, gradient steps of a task's models in an adaptation
+    eta: Number = 0.1  # weight of the proximal term in Eqs. 3 and 4
     # ablations
     adaptive: bool = False  # MerPO-Adp: alpha of each task by Eq. 11
     actor_entropy: bool = False  # the entropy in Eq. 9 too, as in SAC
@@ -106,7 +109,7 @@ class Args(data.Args):
     single: Literal["combo", "combo-3", "rac"] | None = None  # one task with a fixed meta-policy (section 5.1)
     meta_policy: Path | None = None  # with --single: a run whose last policy it is; unless given: random
 
-    MANY = "model_lr outer_lr outer_steps meta_q_lr adaptive alpha_lr"  # flags of the outer step: not for --single
+    MANY = "meta_batch_size model_lr outer_lr outer_steps meta_q_lr adaptive alpha_lr eta"  # not for --single
     NEW = "test_quality test_trajectories test_start adapt_steps adapt_batch_size adapt_lr"  # of new tasks: nor these
 
     def complete(self, given):
@@ -119,17 +122,23 @@ class Args(data.Args):
         idle(f"{self.MANY} {self.NEW}", bool(self.single), f"--single {self.single}")
         idle("alpha", self.single in ("combo", "combo-3"), f"--single {self.single}")
         idle("meta_policy", not self.single, "many tasks")
-        idle("real_ratio", not self.model, "--no-model")
+        idle("lambda_initial lambda_lr target_divergence meta_policy", self.single == "combo", "--single combo")
+        idle("real_ratio rollouts rollout_length rollout_buffer", not self.model, "--no-model")
+        idle("alpha_lr", not self.adaptive, "a fixed alpha")
+        idle("actor_entropy", self.ent == 0, "--ent 0")
+        idle("threshold", self.beta_lr == 0, "--beta-lr 0")
+        idle("target_divergence", self.lambda_lr == 0, "--lambda-lr 0")
         most = self.rollout_buffer // self.rollout_length
         if self.model and not KEPT <= self.rollouts <= most:
-            raise DataError(f"--rollouts {self.rollouts}: expected {KEPT} (a model's each) to {most} (D_model's size)")
+            expected = f"{KEPT} (one for each model) to {most} (D_model's size)"
+            raise DataError(f"--rollouts {self.rollouts}: expected {expected}")
         if "model_steps" not in given:  # without rollouts nothing asks the models
             self.model_steps = min(self.model_steps, self.steps) if self.model else 0
         self.alpha = 0.0 if self.single == "combo-3" else self.alpha
         self.real_ratio = self.real_ratio if self.model else 1.0
 
 
-# --test-start: whether it is from the meta-policy and meta-Q; alpha, unless that of training; whether lambda is 0
+# --test-start (Figures 7c, 9b): whether from pi_c and Q_meta; alpha, unless that of training; whether lambda is 0
 STARTS = {
     "meta": (True, None, False),
     "meta-no-init": (False, None, False),
@@ -151,24 +160,25 @@ TABLE = {
 # Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits, and RAC loses what it learns.
 # Stage 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
 SINGLE = {
-    "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "meta_batch_size": 1, "eta": 0.0,
+    "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "eta": 0.0,
     "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
-    "steps": 20_000,  # of J steps of RAC: the paper's 200 epochs of 1,000
+    "steps": 20_000,  # of J steps of RAC: the paper's 200 episodes of 1,000
 }  # fmt: skip
 TABLE |= {
     **dict.fromkeys(("halfcheetah", "hopper"), SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4}),
     "walker2d": SINGLE | {"beta_initial": 10, "lr": 1e-4, "actor_lr": 1e-5},
 }
-# What differs on a machine without a GPU: sizes, and what the header says was learned (with the test returns in view).
+# What differs on a machine without a GPU: sizes, fewer steps, faster slow targets and models, one action at a state of
+# rho, and what the header says was learned (with the test returns in view).
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
-SMALL_ALL |= {"model_task_lr": 1e-3, "model_lr": 0.5, "tau": 0.02}
+SMALL_ALL |= {"model_task_lr": 1e-3, "tau": 0.02}
 SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 4_000, "final_lr": 0.1, "eval_every": 500}
 SMALL_MANY |= {"lambda_lr": 0.0, "beta_lr": 0.0, "outer_steps": 5, "model_steps": 200, "test_start": "behaviour-init"}
-SMALL_MANY |= {"relative": True, "lambda_initial": 0.04, "beta_initial": 0.01, "ent": 0.0}
+SMALL_MANY |= {"relative": True, "lambda_initial": 0.01, "beta_initial": 0.01, "ent": 0.0, "model_lr": 0.5}
 SMALL_SINGLE = SMALL_ALL | {"steps": 1_000, "model_steps": 400, "eval_every": 200, "lr": 1e-3, "actor_lr": 3e-4}
 SMALL = dict.fromkeys(TABLE, SMALL_MANY) | dict.fromkeys(("halfcheetah", "hopper", "walker2d"), SMALL_SINGLE)
-SMALL |= {"walker-params": SMALL_MANY | {"lambda_initial": 0.01}}
-SMALL |= {"cheetah-vel": SMALL["walker-params"] | {"actor_lr": 1e-3, "eval_every": 1_000}}
+SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_MANY | {"lambda_initial": 0.04})
+SMALL |= {"cheetah-vel": SMALL_MANY | {"actor_lr": 1e-3, "eval_every": 1_000}}  # twice Table 2's cheetah
 
 
 def parse_args(argv=None):
@@ -176,23 +186,10 @@ def parse_args(argv=None):
 
 
 # ===================================================================================================== 2. networks
-class BatchedLinear(nn.Module):
-    """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
-
-    def __init__(self, n, d_in, d_out):
-        super().__init__()
-        bound = 1 / math.sqrt(d_in)
-        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
 def mlp(n, d_in, hidden, layers, d_out):
     """n independent networks: (n, B, d_in) -> (n, B, d_out), with ReLU between layers."""
     sizes = [d_in, *[hidden] * layers, d_out]
-    pairs = ((BatchedLinear(n, i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = ((data.BatchedLinear(n, i, o), nn.ReLU()) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
     return nn.Sequential(*(layer for pair in pairs for layer in pair))[:-1]
 
 
@@ -205,13 +202,13 @@ class Policy(nn.Module):
         self.net = mlp(n, obs_dim, hidden, layers, 2 * act_dim)
 
     def forward(self, s):
-        """Mean and log std (..., m) before tanh; s (..., d), whose rows are the n policies' in turn, all are one's."""
+        """Mean and log std (..., m) before tanh, at s (..., d), whose rows are n equal runs, one for each policy."""
         rows = self.net(s.reshape(self.n, -1, s.shape[-1]))
         mean, log_std = rows.view(*s.shape[:-1], -1).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)
 
     def log_density(self, s, a):
-        """log pi(a | s) (n, B) of given actions, which are kept off the rim."""
+        """log pi(a | s) (n, B) of given actions, kept off the rim, where atanh is infinite."""
         return tanh_normal(torch.atanh(a.clamp(-0.999, 0.999)), *self(s))
 
 
@@ -236,8 +233,8 @@ class Critic(nn.Module):
         self.net = mlp(2 * n, obs_dim + act_dim, hidden, layers, 1)
 
     def forward(self, s, a):
-        x = torch.cat([s, a], -1)
-        return self.net(torch.cat([x, x])).view(2, *x.shape[:2])
+        x = torch.cat([s, a], -1).repeat_interleave(2, 0)
+        return self.net(x).view(-1, 2, x.shape[1]).transpose(0, 1)
 
 
 # ================================================================================================= 3. task encoder
@@ -292,7 +289,7 @@ def gaussian_divergence(p, q):
 
 
 def meta_policy_loss(kl_meta, lam, alpha):
-    """Eq. 10 for pi_c: mean of w_n KL(pi_n || pi_c), w_n = lambda_n (1 - alpha_n) of mean 1, uniform if all are 0."""
+    """Eq. 10 for pi_c: mean of w_n KL(pi_n || pi_c), w_n = lambda_n (1 - alpha_n) scaled to mean 1, 1 if all are 0."""
     weight = lam * (1 - alpha)
     mean = weight.mean()
     weight = torch.where(mean > 0, weight / mean.clamp_min(1e-12), torch.ones_like(weight))
@@ -300,27 +297,26 @@ def meta_policy_loss(kl_meta, lam, alpha):
 
 
 # ======================================================================================================= 5. update
-# Networks of several tasks lie in one batch: models as T x 7, critics as 2 twins x T, policies as T. Below `axis` is
-# where the tasks' axis stands once it is split off: 1 for critics, else 0.
-def by_task(networks, meta, axis):
+# Networks of several tasks lie in one batch, a task's own side by side: models T x 7, critics T x 2 twins, policies T.
+def by_task(networks, meta):
     """Pairs of weights: of all tasks' networks, with an axis for the tasks, and of the meta-network."""
     for own, shared in zip(networks.parameters(), meta.parameters(), strict=True):
-        yield own.data.unflatten(0, (-1, len(shared)) if axis == 0 else (len(shared), -1)), shared.data
+        yield own.data.unflatten(0, (-1, len(shared))), shared.data
 
 
-def start_from(meta, networks, axis, optimiser=None):
+def start_from(meta, networks, optimiser=None):
     """Every task's network becomes the meta-network; Adam is as it was before its first step."""
-    for own, shared in by_task(networks, meta, axis):
-        own.copy_(shared.unsqueeze(axis))
+    for own, shared in by_task(networks, meta):
+        own.copy_(shared)
     for state in optimiser.state.values() if optimiser else ():
         for value in state.values():
             value.zero_()
 
 
-def outer_step(meta, networks, axis, rate):
+def outer_step(meta, networks, rate):
     """meta <- meta - rate (meta - mean_n networks_n)."""
-    for own, shared in by_task(networks, meta, axis):
-        shared.lerp_(own.mean(axis), rate)
+    for own, shared in by_task(networks, meta):
+        shared.lerp_(own.mean(0), rate)
 
 
 def pick(target, source, index):
@@ -330,7 +326,8 @@ def pick(target, source, index):
 
 
 def anneal(args, optimisers, done):
-    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps made."""
+    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps, the one
+    to come among them."""
     initial = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
     for name in initial.keys() & optimisers.keys():
         data.set_rate(optimisers[name], initial[name] * (1 - (1 - args.final_lr) * done))
@@ -375,7 +372,7 @@ class Tasks(nn.Module):
         return self.model_rows[index[:, None], i]
 
     def fit_models(self, theta, optimiser, index):
-        """h steps of Eq. 3, or 4: 7 models of each task (T,) on bootstrapped data; returns -log T (T x 7,)."""
+        """h steps of Eq. 3, or 4: 7 models of each task (T,) on bootstrapped data; returns their losses (T x 7,)."""
         task = index.repeat_interleave(MODELS)[:, None]  # (T x 7, 1)
         mine = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]
         phi = [p.detach().clone() for p in theta.parameters()]  # where they start
@@ -384,7 +381,8 @@ class Tasks(nn.Module):
             x, target = self.world.model_data(self.rows[task, self.bootstrap[mine, i]])
             loss = model_loss(*theta(x), target)
             data.gradients([optimiser], loss.sum())
-            away = torch._foreach_sub([p.data for p in theta.parameters()], phi)  # for eta |theta - phi|^2
+            # the gradient of eta |theta - phi|^2, added by hand: fewer operations
+            away = torch._foreach_sub([p.data for p in theta.parameters()], phi)
             torch._foreach_add_([p.grad for p in theta.parameters()], away, alpha=2 * self.args.eta)
             optimiser.step()
         return loss.detach()
@@ -400,9 +398,9 @@ class Tasks(nn.Module):
         args, index = self.args, torch.arange(len(self.rows), device=self.rows.device)
         theta = Models(len(index) * MODELS, *self.world.model_sizes).to(index.device)
         optimiser = data.adam(theta, args.model_task_lr)
-        start_from(meta_model, theta, 0)
+        start_from(meta_model, theta)
         before = self.held_out_error(theta)
-        if not args.single:  # its models are trained whole in stage 1
+        if args.model and not args.single:  # of one task they are trained whole in stage 1
             self.fit_models(theta, optimiser, index)
         after = self.held_out_error(theta)
         pick(self.models, theta, (after.argsort(1)[:, :KEPT] + index[:, None] * MODELS).flatten())
@@ -435,9 +433,9 @@ class RAC(nn.Module):
 
     def start(self, meta_policy, meta_q, meta_target):
         """Policies, critics and their slow targets start from the meta-policy, meta-Q and its slow target."""
-        start_from(meta_policy, self.actor, 0, self.optimisers["actor"])
-        start_from(meta_q, self.critic, 1, self.optimisers["critic"])
-        start_from(meta_target, self.target, 1)
+        start_from(meta_policy, self.actor, self.optimisers["actor"])
+        start_from(meta_q, self.critic, self.optimisers["critic"])
+        start_from(meta_target, self.target)
 
     def step(self, meta_policy):
         """Lines 3 to 5 of Algorithm 1, 12 to 14 of Algorithm 2; returns what is worth recording."""
@@ -455,7 +453,7 @@ class RAC(nn.Module):
 
     @torch.no_grad()
     def roll_out(self, rows):
-        """H steps of the models from the states of rows (T, R, D): (T, R' H, D); each model makes an equal share."""
+        """H steps of the models from the states of rows (T, R, D): (T, R H, D); each model makes an equal share."""
         world, count, each = self.world, len(rows), rows.shape[1] // KEPT
         start = rows[:, : each * KEPT].split(world.split, -1)[0]
         s, made = start, []
@@ -501,8 +499,9 @@ class RAC(nn.Module):
         weight = torch.zeros_like(lam) if self.free else lam * self.unit(q)
         q = q - args.ent * log_pi if args.actor_entropy else q
         loss = actor_loss(q, self.actor.log_density(s_data, a_data), d_meta, weight, alpha)  # Eq. 9
-        data.descend(self.optimisers["actor"], loss)
+        # both of the policy before its step
         d_behaviour, d_meta = self.from_behaviour(s_data).clamp_max(10), d_meta.detach().mean(-1).clamp_max(10)
+        data.descend(self.optimisers["actor"], loss)
         # A.2.2, "Tune lambda": + lr (alpha D(pi_n, pi_beta) + (1 - alpha) D(pi_n, pi_c) - target)
         lam = lam + args.lambda_lr * (alpha * d_behaviour + (1 - alpha) * d_meta - args.target_divergence)
         lam = lam.clamp(0, 10 * args.lambda_initial)
@@ -552,9 +551,9 @@ class Agent(data.Learner):
         self.step += 1
         index, (theta, optimiser) = self.draw_tasks(), self.task_models
         if not self.args.single:
-            start_from(self.meta_model, theta, 0, optimiser)
+            start_from(self.meta_model, theta, optimiser)
         loss = self.rac.tasks.fit_models(theta, optimiser, index)  # line 4: Eq. 3
-        outer_step(self.meta_model, theta, 0, self.args.model_lr)  # line 6: phi <- phi - xi_1 (phi - mean_n theta_n)
+        outer_step(self.meta_model, theta, self.args.model_lr)  # line 6: phi <- phi - xi_1 (phi - mean theta_n)
         self.note(model_loss=loss.mean())
         self.record()
 
@@ -587,8 +586,8 @@ class Agent(data.Learner):
                 tasks.alpha.index_copy_(0, index, alpha.clamp(0.1, 0.5))
             loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # line 17: Eq. 10
             data.descend(self.optimisers["meta_policy"], loss)
-        outer_step(self.meta_q, rac.critic, 1, args.meta_q_lr)  # Q_meta <- Q_meta - xi_q (Q_meta - mean_n Q_n)
-        outer_step(self.meta_target, rac.target, 1, args.meta_q_lr)
+        outer_step(self.meta_q, rac.critic, args.meta_q_lr)  # Q_meta <- Q_meta - xi_q (Q_meta - mean_n Q_n)
+        outer_step(self.meta_target, rac.target, args.meta_q_lr)
         self.note(meta_policy_loss=loss)
 
 
@@ -625,7 +624,8 @@ class World:
         d, m, self.row = row.obs_dim, row.act_dim, row
         self.split = [d, m, 1, d, 1]
         self.sizes, self.model_sizes = (d, m, args.hidden, args.layers), (d, m, args.model_hidden, args.model_layers)
-        rows, test_rows = choose_rows(train, args.trajectories, row), choose_rows(test, args.test_trajectories, row)
+        rows = choose_rows(train, args.trajectories, row)
+        test_rows = rows if args.single else choose_rows(test, args.test_trajectories, row)
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks][:, rows])
         self.train_rows = pack(train, train.train_tasks, rows, self.mean, self.std)
         self.test_rows = pack(test, test.test_tasks, test_rows, self.mean, self.std)
@@ -653,11 +653,11 @@ def play(args, policy, world):
     return world.env.returns(act, seed=args.seed).reshape(-1, args.eval_episodes)
 
 
-def evaluate(args, agent, world, at=()):
+def evaluate(args, agent, world):
     """Every test task adapts, all as one batch: RAC from the meta-policy on its own data; then its policy is scored.
 
-    Returns {steps of RAC: returns (n_test, E)}: after 0, which is the meta-policy itself, `at` and the last; --single,
-    where nothing adapts: {0: of the meta-policy, 1: of the policy}. Draws are the same each time, none is the run's.
+    Returns {steps of RAC: returns (n_test, E)}: after 0, which is the meta-policy itself, and the last; --single, where
+    nothing adapts: {0: of the meta-policy, 1: of the policy}. Draws are the same each time, none is the run's.
     """
     returns, device = {0: play(args, agent.meta_policy, world)}, world.mean.device
     if args.single:
@@ -668,9 +668,7 @@ def evaluate(args, agent, world, at=()):
         for step in range(1, args.adapt_steps + 1):
             anneal(rac.args, rac.optimisers, torch.tensor(step / args.adapt_steps, device=device))
             rac.step(agent.meta_policy)
-            if step in (*at, args.adapt_steps):
-                returns[step] = play(args, rac.actor, world)
-    return returns
+        return returns | {args.adapt_steps: play(args, rac.actor, world)}
 
 
 def begin_test(args, agent, world):

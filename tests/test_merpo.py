@@ -17,14 +17,15 @@ import data
 import envs
 import merpo
 
-TINY = "--no-small --hidden 16 --layers 2 --model-hidden 16 --model-layers 2 --batch-size 8 --meta-batch-size 3"
-TINY += " --steps 4 --model-steps 2 --eval-every 2 --eval-episodes 1 --threads 1 --rollouts 10 --rollout-buffer 40"
-TINY += " --inner-steps 2 --model-adapt-steps 3 --device cpu"
+TINY = "--no-small --hidden 16 --layers 2 --model-hidden 16 --model-layers 2 --batch-size 8 --steps 4 --model-steps 2"
+TINY += " --eval-every 2 --eval-episodes 1 --threads 1 --inner-steps 2 --model-adapt-steps 3 --device cpu"
 
 
 def flags(name, file, more=""):
-    fewer = "--rollouts 8" if envs.family(name).differs == "nothing" else "--adapt-steps 3"  # rollouts are longer
-    return [*f"--env {name} --data {file} {TINY} {fewer}".split(), *more.split()]
+    one = envs.family(name).differs == "nothing"  # rollouts are longer
+    own = f"--rollouts {8 if one else 10} --rollout-buffer 40" if "--no-model" not in more else ""
+    own += "" if one else " --meta-batch-size 3 --adapt-steps 3"
+    return [*f"--env {name} --data {file} {TINY} {own}".split(), *more.split()]
 
 
 def build(name, file, more="", device="cpu"):
@@ -86,7 +87,7 @@ def test_task_models_descend_the_likelihood_and_the_proximal_term(files):
     optimiser.step = lambda: seen.append([(p.detach().clone(), p.grad.clone()) for p in theta.parameters()]) or step()
     data_of = k.world.model_data
     k.world.model_data = lambda rows: drawn.append(data_of(rows)) or drawn[-1]
-    merpo.start_from(phi, theta, 0, optimiser)
+    merpo.start_from(phi, theta, optimiser)
     tasks.fit_models(theta, optimiser, index)
     theta.load_state_dict(dict(zip(theta.state_dict(), (p for p, _ in seen[-1]), strict=True)))
     x, target = drawn[-1]
@@ -143,7 +144,8 @@ def test_the_entropy_in_the_actors_loss(files, name):
     """Its gradient beside the one without, at the same draws, is that of ent E[log pi]; there is none by default."""
     gradients = {}
     for more in ("", "--actor-entropy", "--ent 0", "--actor-entropy --ent 0"):
-        k = build(name, files[name], f"--ent 0.7 {more}")
+        k = build(name, files[name], "--ent 0.7")
+        k.args.actor_entropy, k.args.ent = "actor" in more, 0.0 if "ent 0" in more else 0.7
         s = k.tasks.draw(torch.arange(3), 8).split(k.world.split, -1)[0]
         k.rac.index, k.adam["actor"] = torch.arange(3), torch.optim.SGD(k.rac.actor.parameters(), 0)
         torch.manual_seed(1)
@@ -158,6 +160,24 @@ def test_the_entropy_in_the_actors_loss(files, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(x, y) for x, y in zip(gradients["--ent 0"], gradients[""], strict=True))
     assert all(torch.equal(x, y) for x, y in zip(gradients["--actor-entropy --ent 0"], gradients[""], strict=True))
+
+
+def test_models_are_chosen_by_what_they_did_not_learn_from(files, monkeypatch):
+    k, seen, model_data = build(WIND, files[WIND]), [], merpo.World.model_data
+    monkeypatch.setattr(merpo.World, "model_data", lambda world, rows: seen.append(rows) or model_data(world, rows))
+    theta = merpo.Models(len(k.tasks.rows) * merpo.MODELS, *k.world.model_sizes)
+    k.tasks.held_out_error(theta)
+    ((rows, held),) = zip(seen, [k.tasks.held_out], strict=True)
+    assert k.tasks.bootstrap.max() < k.tasks.rows.shape[1] - held
+    assert torch.equal(rows[:: merpo.MODELS], k.tasks.rows[:, -held:])
+
+
+def test_packed_rows_are_the_datas(files):
+    k, stored = build(WIND, files[WIND]), data.load(files[WIND])
+    for rows, tasks in ((k.world.train_rows, TRAIN), (k.world.test_rows, TEST)):
+        _, a, r, _, d = rows.split(k.world.split, -1)
+        assert torch.equal(a, stored.actions[tasks]) and torch.equal(r[..., 0], stored.rewards[tasks])
+        assert torch.equal(d[..., 0], stored.terminals[tasks])
 
 
 def test_divergence_and_density():
@@ -193,7 +213,7 @@ def naive_policy(policy, n, s):
 
 
 def naive_q(critic, n, tasks, s, a):
-    return [naive_network(critic.net, twin * tasks + n, torch.cat([s, a]))[0] for twin in range(2)]
+    return [naive_network(critic.net, 2 * n + twin, torch.cat([s, a]))[0] for twin in range(2)]
 
 
 def density(policy, u):
@@ -266,7 +286,6 @@ def naive_step(args, k, index, real, rho, rates, free):
         held = lam * alpha * likelihood - lam * (1 - alpha) * mean(kls)
         gains += [mean(values) + unit * held]
         metas += [min(mean(kls).item(), 10)]
-    descend(k.rac.actor, -sum(gains), rates["actor"])
     behaviours = []
     for n, task in enumerate(index.tolist()):
         states, alpha = [row[: k.world.split[0]] for row in real[n]], kept.alpha[task].item()
@@ -275,6 +294,7 @@ def naive_step(args, k, index, real, rho, rates, free):
         divergence = alpha * behaviours[n] + (1 - alpha) * metas[n]
         kept.lam[task] += args.lambda_lr * (divergence - args.target_divergence)
         kept.lam[task].clamp_(0, 10 * args.lambda_initial)
+    descend(k.rac.actor, -sum(gains), rates["actor"])
     log = {"critic_loss": sum(losses) / tasks, "actor_loss": -sum(gains) / tasks, "q_gap": mean(gaps)}
     log |= {"q_mean": mean([x for pair in qs for x in pair]), "beta": mean(betas), "lambda": kept.lam[index].mean()}
     log |= {"alpha": kept.alpha[index].mean().clone(), "d_meta": mean(metas), "d_behaviour": mean(behaviours)}
@@ -302,7 +322,7 @@ def naive_outer(args, k, index, drawn, rate):
     for meta, own in (k.agent.meta_q, k.rac.critic), (k.agent.meta_target, k.rac.target):
         for p, q in zip(meta.parameters(), own.parameters(), strict=True):
             for twin in range(2):
-                p.data[twin] += args.meta_q_lr * (mean([q.data[twin * tasks + n] for n in range(tasks)]) - p.data[twin])
+                p.data[twin] += args.meta_q_lr * (mean([q.data[2 * n + twin] for n in range(tasks)]) - p.data[twin])
     return {"meta_policy_loss": loss}
 
 
@@ -319,7 +339,8 @@ ITERATIONS += [
 @pytest.mark.parametrize("more", ITERATIONS)
 def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, more, free):
     sizes = "--hidden 5 --batch-size 4 --inner-steps 1 --ent 0.7 --tau 0.25 --meta-q-lr 0.6 --lambda-initial 2"
-    rates = "--lr 0.05 --actor-lr 0.03 --outer-lr 0.2 --beta-lr 0.1 --lambda-lr 0.5 --alpha-lr 0.01"
+    rates = "--lr 0.05 --actor-lr 0.03 --outer-lr 0.2 --beta-lr 0.1 --lambda-lr 0.5"
+    rates += " --alpha-lr 0.01" if "--adaptive" in more else ""
     k = build(WIND, files[WIND], f"{sizes} {rates} {more}")
     agent, (d, m) = k.agent.double(), k.world.split[:2]
     with torch.no_grad():
@@ -369,7 +390,7 @@ def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, 
             (expected.rac.target, expected.agent.meta_target),
         ):
             for p, q in zip(own.parameters(), meta.parameters(), strict=True):
-                p.copy_(q.repeat_interleave(3, 0))
+                p.copy_(q.repeat(3, 1, 1))
     for _ in range(k.args.inner_steps):
         batches = [drawn.pop(0) for _ in range(3 if k.args.model else 1)][-2:]  # the first starts the rollouts
         log = naive_step(k.args, expected, index, batches[0], batches[-1], rates, free)
@@ -492,7 +513,7 @@ def test_tasks_start_from_the_meta_policy_with_their_own_models(files):
     for slots, source in pairs:
         for a, b in zip(slots.parameters(), source.parameters(), strict=True):
             for i in range(3):
-                assert torch.equal(a.view(-1, 3, *a.shape[1:])[:, i], b)
+                assert torch.equal(a.view(3, -1, *a.shape[1:])[i], b)
     own = k.tasks.models.net[0].weight.view(4, 5, -1)
     assert torch.equal(k.rac.models.net[0].weight.view(3, 5, -1), own[k.index])
     own = k.tasks.behaviour.net[0].weight
@@ -513,10 +534,8 @@ def test_tasks_do_not_mix(files):
     for (name, a), b in zip(plain.rac.named_parameters(), other.rac.parameters(), strict=True):
         if name.startswith("tasks."):
             continue
-        a, b = (x.view(-1, 3, x[0].numel()) if len(x) % 3 == 0 else x for x in (a, b))
-        if len(a) == 5:  # models are (task, model)
-            a, b = a.view(3, 5, -1).transpose(0, 1), b.view(3, 5, -1).transpose(0, 1)
-        assert torch.equal(a[:, :2], b[:, :2])
+        a, b = a.view(3, -1), b.view(3, -1)  # what is a task's lies side by side
+        assert torch.equal(a[:2], b[:2])
     networks = moved(weights(plain.rac), weights(other.rac))
     assert {"actor", "critic", "target"} <= networks
     for key in ("lam", "log_beta", "model_rows", "model_count"):
@@ -524,13 +543,32 @@ def test_tasks_do_not_mix(files):
         assert torch.equal(a[:3], b[:3]) and torch.equal(a[1], getattr(started(files).tasks, key)[1])
 
 
+def test_a_test_task_is_held_to_the_meta_policy(files, monkeypatch):
+    """With nothing else to hold it, and strongly, it stays there, wherever that is."""
+    far, begin = [], merpo.begin_test
+    for strength in (0, 1e4):
+        more = f"--alpha 0 --lambda-initial {strength} --lambda-lr 0 --adapt-steps 60 --actor-lr 0.01"
+        k, made = build(WIND, files[WIND], more), []
+        settle(k)
+        k.agent.meta_policy.net[-1].bias.data[..., :2] = 0.7  # the mean of its actions
+        monkeypatch.setattr(merpo, "begin_test", lambda *args, made=made: made.append(begin(*args)) or made[0])
+        merpo.evaluate(k.args, k.agent, k.world)
+        s = k.world.test_rows[..., : k.world.split[0]]
+        far.append((made[0].actor(s)[0] - k.agent.meta_policy(s)[0]).abs().mean().item())
+    assert far[1] < 0.02 < 0.1 < far[0]
+
+
 def test_model_rollouts(files):
     k = started(files, WALKER, "--rollout-length 3")
+    with torch.no_grad():
+        k.rac.actor.net[-1].bias[..., k.world.split[1] :] = -5  # hardly any noise
+        k.rac.actor.net[-1].weight[..., k.world.split[1] :] = 0
     rows = k.rac.roll_out(k.tasks.draw(k.index, 10))
     assert rows.shape == (3, 30, k.tasks.rows.shape[-1])
     s, a, r, s2, d = rows.split(k.world.split, -1)
     fell = envs.family(WALKER).terminated((s2 * k.world.std + k.world.mean).flatten(0, 1).numpy())
     assert torch.equal(d.flatten() > 0, torch.as_tensor(fell)) and a.abs().max() <= 1
+    torch.testing.assert_close(a, k.rac.actor(s)[0].tanh(), atol=0.05, rtol=0)  # the policy's own
     starts = s[:, :10]
     stored = k.tasks.rows.split(k.world.split, -1)[0]
     for i, task in enumerate(k.index):
@@ -606,7 +644,7 @@ def test_beta_moves_towards_the_threshold(files, threshold, sign):
 
 def test_lambda_rises_with_the_divergence_and_stays_in_range(files):
     k = started(files, WIND, "--lambda-initial 2 --lambda-lr 3 --alpha 0.25 --actor-lr 0")
-    merpo.start_from(k.agent.meta_policy, k.rac.behaviour, 0, k.adam["actor"])  # all policies are one: no divergence
+    merpo.start_from(k.agent.meta_policy, k.rac.behaviour, k.adam["actor"])  # all policies are one: no divergence
     step(k)
     torch.testing.assert_close(k.tasks.lam, torch.tensor([1.85, 2.0, 1.85, 1.85]))
     for _ in range(20):
@@ -856,7 +894,7 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
 
 def test_one_task_goes_on_within_stage_1(tmp_path, no_plots, monkeypatch):
     monkeypatch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))  # thousand steps in the simulator
-    more = "--single rac --meta-batch-size 1 --model-steps 4 --eval-every 1"
+    more = "--single rac --model-steps 4 --eval-every 1"
     kill_and_resume(tmp_path, monkeypatch, "hopper", one_hopper(tmp_path), more)
 
 
@@ -904,9 +942,7 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     arrays = collect("hopper", [0], [], 120, 40)
     arrays |= {"train_tasks": np.array([0]), "test_tasks": np.array([0])}
     data.save(tmp_path / "d.npz", arrays, {"env": "hopper"})
-    path = run(
-        tmp_path / "a", "hopper", tmp_path / "d.npz", f"--single {single} --meta-batch-size 1 --beta-lr 0 --lambda-lr 0"
-    )
+    path = run(tmp_path / "a", "hopper", tmp_path / "d.npz", f"--single {single}")
     last = metrics(path)[-1]
     assert (
         last["lambda"] == 1 and last["beta"] == 1 and last["alpha"] == pytest.approx(0 if single == "combo-3" else 0.4)
@@ -915,7 +951,7 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     a, b = (checkpoint(path)["agent"][f"{who}.net.0.weight"] for who in ("meta_policy", "rac.actor"))
     assert not torch.equal(a, b)
     good = run(tmp_path / "b", "hopper", tmp_path / "d.npz",
-        f"--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0 --meta-policy {path}")  # fmt: skip
+        f"--single rac --meta-policy {path}")  # fmt: skip
     assert torch.equal(checkpoint(good)["agent"]["meta_policy.net.0.weight"], b)
     stored = checkpoint(path)
     stored["args"]["env"] = "walker2d"
@@ -927,7 +963,7 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
 
 def test_a_meta_policy_from_other_data_does_the_same_in_the_same_state(tmp_path, no_plots):
     """Though observations are standardised otherwise there."""
-    more = "--single rac --meta-batch-size 1 --beta-lr 0 --lambda-lr 0"
+    more = "--single rac"
     path = run(tmp_path / "a", "hopper", one_hopper(tmp_path), more)
     arrays = test_focal.load_arrays(tmp_path / "d.npz")
     scale = {key: 2 * arrays[key] + np.arange(11) for key in ("observations", "next_observations")}
@@ -952,7 +988,7 @@ def test_a_meta_policy_from_other_data_does_the_same_in_the_same_state(tmp_path,
 
 def test_the_models_of_one_task_learn_from_end_to_end(tmp_path):
     """By one Adam, without a pull back to where an iteration began."""
-    k = build("hopper", one_hopper(tmp_path), "--single rac --meta-batch-size 1 --model-adapt-steps 3 --eta 0")
+    k = build("hopper", one_hopper(tmp_path), "--single rac --model-adapt-steps 3")
     plain, drawn, data_of = copy.deepcopy(k.agent.meta_model), [], k.world.model_data
     adam = torch.optim.Adam(plain.parameters(), lr=k.args.model_task_lr)
     k.world.model_data = lambda rows: drawn.append(data_of(rows)) or drawn[-1]
