@@ -16,6 +16,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution, 
 import data
 import envs
 import merpo
+import trained
 
 TINY = "--no-small --hidden 16 --layers 2 --model-hidden 16 --model-layers 2 --batch-size 8 --steps 4 --model-steps 2"
 TINY += " --eval-every 2 --eval-episodes 1 --threads 1 --inner-steps 2 --model-adapt-steps 3 --device cpu"
@@ -61,11 +62,6 @@ def one_hopper(folder):
 def short_fits(monkeypatch):
     """Behaviours are fitted in fewer steps."""
     monkeypatch.setattr(merpo, "FITS", 50)
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    monkeypatch.setattr(data, "plot", lambda *args: None)
 
 
 # ------------------------------------------------------------------------------------------ losses, from the page
@@ -950,6 +946,8 @@ def test_one_task_alone(tmp_path, no_plots, monkeypatch, capsys, single):
     assert row.horizon == 1000 and last["return_mean"] > 0
     a, b = (checkpoint(path)["agent"][f"{who}.net.0.weight"] for who in ("meta_policy", "rac.actor"))
     assert not torch.equal(a, b)
+    _, args, _, agent = trained.load_run(path)
+    assert args.single == single and torch.equal(agent.rac.actor.net[0].weight, b)
     good = run(tmp_path / "b", "hopper", tmp_path / "d.npz",
         f"--single rac --meta-policy {path}")  # fmt: skip
     assert torch.equal(checkpoint(good)["agent"]["meta_policy.net.0.weight"], b)
