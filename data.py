@@ -1438,7 +1438,7 @@ class Run:
         self.agent = self.world = None
         self.step, self.rows, self.marks = 0, [], ()
         self.saved = None  # step of the checkpoint that stands
-        self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean and _std in the rows
+        self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean, _low, _high in the rows
         self.unit = "gradient steps"  # what a step is
         self.folder.mkdir(parents=True, exist_ok=True)
         refuse((not os.access(self.folder, os.W_OK), f"--run-dir {args.run_dir}: cannot write there"))

@@ -16,7 +16,7 @@ there; actor and critic learn from dense rewards.) Where we differ from the pape
 - Observations are standardised. After `encoder_steps` the encoder stands still, since a policy cannot settle while z
   moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
   and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
-- (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
+- FOCAL's 7, 8 read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
 - The critic steps before the actor (Algorithm 1: after it). One c_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
@@ -54,7 +54,7 @@ class Args(data.Args):
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
-    sparse: bool = False  # FOCAL++'s sparse rewards (Eq. 35) in contexts; dense ones to learn from
+    sparse: bool = False  # contexts of sparse rewards (FOCAL++'s Eq. 35); dense ones to learn from
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
@@ -104,14 +104,14 @@ class Args(data.Args):
         idle("alpha_lr alpha_max target_divergence", not self.tune_alpha, "--no-tune-alpha")
         idle("coupled", self.encoder_loss == "bellman", "--encoder-loss bellman")
         idle("beta eps dml", self.encoder_loss != "dml", f"--encoder-loss {self.encoder_loss}")
+        idle("eps", self.dml in ("linear", "square"), f"--dml {self.dml}")
         idle("kl_weight", self.encoder != "probabilistic", f"--encoder {self.encoder}")
         idle("encoder_loss beta eps dml coupled encoder_lr sparse", self.encoder == "none", "--encoder none")
 
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
-# (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
-# Families that are not in it have the walkers' row.
+# (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"beta": 10}
 TWO = {"alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5}
@@ -336,7 +336,7 @@ class Agent(data.Learner):
         args = self.args
         self.step += 1
         self.set_rates(encoder_learns)
-        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i of its own draw
+        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i drawn apart
         task = self.batches.tasks()
         b = self.batches.transitions(task)
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
@@ -351,8 +351,8 @@ class Agent(data.Learner):
         self.record()
 
     def set_rates(self, encoder_learns):
-        """Learning rates fall linearly: the encoder's to 0, since its loss does not depend on the policy, but the
-        policy on z: it stands still from then on."""
+        """Learning rates fall linearly: the encoder's to 0, whose loss does not depend on the policy as a rule, but
+        the policy on z: it stands still from then on."""
         args, step = self.args, self.step
         if encoder_learns:
             data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
@@ -536,7 +536,7 @@ def evaluate(args, agent, world):
 
 def separation(z):
     """ESR and RMS of FOCAL's Table 1 over all pairs of embeddings of different tasks; z (n, E, l). Also a task's
-    variance over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
+    variance over its contexts, mean over tasks and dimensions (of training tasks FOCAL++'s Table 2)."""
     n, e, latent = z.shape
     flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
     distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[task[:, None] != task[None]]

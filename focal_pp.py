@@ -10,14 +10,14 @@ Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets
         D is the dual form of KL with a discriminator g, which learns beside them; none where alpha = 0 (point robots)
 At test time (Algorithm 2) z comes from a context of the test task's own offline data.
 
-    python focal_pp.py --env sparse-point-robot  # 6 more minutes, 12.3; compare: diff focal.py focal_pp.py
+    python focal_pp.py --env sparse-point-robot  # 6 minutes, test return 12.3; compare: diff focal.py focal_pp.py
 
 (On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Contexts and returns are sparse
 there; actor and critic learn from dense rewards.) Where we differ from the paper:
 - Observations are standardised. After `encoder_steps` the encoder stands still, since a policy cannot settle while z
   moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
   and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
-- (7) and (8) read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
+- FOCAL's 7, 8 read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
 - The critic steps before the actor (Algorithm 1: after it). One c_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
@@ -56,7 +56,7 @@ class Args(data.Args):
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
-    sparse: bool = False  # FOCAL++'s sparse rewards (Eq. 35) in contexts; dense ones to learn from
+    sparse: bool = False  # contexts of sparse rewards (FOCAL++'s Eq. 35); dense ones to learn from
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Literal[16, 32, 64, 128, 256] = 128  # width of the task encoder
     blocks: Count = 3  # attention blocks of the task encoder
@@ -109,13 +109,13 @@ class Args(data.Args):
         idle("alpha_lr alpha_max target_divergence", not self.tune_alpha, "--no-tune-alpha")
         idle("coupled", self.encoder_loss == "bellman", "--encoder-loss bellman")
         idle("beta eps dml", self.encoder_loss != "dml", f"--encoder-loss {self.encoder_loss}")
+        idle("eps", self.dml in ("linear", "square"), f"--dml {self.dml}")
         idle("temperature momentum", self.encoder_loss != "contrast", f"--encoder-loss {self.encoder_loss}")
 
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
-# (alpha_max, for --tune-alpha, is the authors' code's.) What is not here is as above.
-# Families that are not in it have the walkers' row.
+# (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6
 TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # two tasks: for 4 x 256
@@ -225,7 +225,7 @@ class Encoder(nn.Module):
 
     def forward(self, context, generator=None):
         z, w = self.transitions(context)
-        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18
+        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18: mean over c of W(c) E(c)
         return z, torch.zeros_like(z[:, 0])
 
     def transitions(self, context):
@@ -238,7 +238,7 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over a transition's tokens and over a minibatch's transitions, side by side; starts as the identity."""
+    """Attention over a transition's tokens and over a context's transitions, side by side; starts as the identity."""
 
     def __init__(self, hidden, attention, dropout):
         super().__init__()
@@ -253,7 +253,7 @@ class Block(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, x):
-        """Tokens x (M tasks, C, tokens, h) and weights W (M, C), whose mean over C is 1 (Definition 3.7)."""
+        """Tokens x (M tasks, C, tokens, h) -> the same, and weights W (M, C) of mean 1 over C (Definition 3.7)."""
         p = self.dropout if torch.is_grad_enabled() else 0.0  # none in keys and evaluations
         n = self.norms[0](x)
         if hasattr(self, "gate"):
@@ -383,7 +383,7 @@ class Agent(data.Learner):
         args = self.args
         self.step += 1
         self.set_rates(encoder_learns)
-        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i of its own draw
+        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i drawn apart
         task = self.batches.tasks()
         b = self.batches.transitions(task)
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
@@ -400,8 +400,8 @@ class Agent(data.Learner):
         self.record()
 
     def set_rates(self, encoder_learns):
-        """Learning rates fall linearly: the encoder's to 0, since its loss does not depend on the policy, but the
-        policy on z: it stands still from then on."""
+        """Learning rates fall linearly: the encoder's to 0, whose loss does not depend on the policy as a rule, but
+        the policy on z: it stands still from then on."""
         args, step = self.args, self.step
         if encoder_learns:
             data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
@@ -590,7 +590,7 @@ def evaluate(args, agent, world):
 
 def separation(z):
     """ESR and RMS of FOCAL's Table 1 over all pairs of embeddings of different tasks; z (n, E, l). Also a task's
-    variance over its contexts, mean over tasks and dimensions (FOCAL++'s Table 2)."""
+    variance over its contexts, mean over tasks and dimensions (of training tasks FOCAL++'s Table 2)."""
     n, e, latent = z.shape
     flat, task = z.flatten(0, 1), torch.arange(n).repeat_interleave(e)
     distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[task[:, None] != task[None]]

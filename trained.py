@@ -50,8 +50,8 @@ class Rehearsal:
 
 
 def with_context(dataset: data.Dataset, context: data.Arrays, env: str) -> data.Dataset:
-    """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the top
-    (without terminals and episodes: one that did not end). DataError for what does not fit."""
+    """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the
+    top of data.py (without terminals and episodes: one that did not end). DataError for what does not fit."""
     data.refuse((not context, "context: expected arrays of transitions, found none"))
     n = len(next(iter(context.values())))
     arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
@@ -108,7 +108,7 @@ def policy_of(
     script: ModuleType, args: data.Args, world: Any, agent: data.Learner
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the first B of its sub-environments of
-    test tasks. Contexts, adaptation and the rest are as there."""
+    test tasks. Contexts, adaptation and the rest are as there; SMAC's are those of the data."""
     env, policies, first = world.env, [], -args.eval_episodes * len(world.test_rows)
     env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
     try:

@@ -24,10 +24,8 @@ def film(run, path, count, size):
     tasks = world.env.tasks[-every * len(world.test_rows) :: every]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))
     vector = envs.make(args.env, tasks[shown], seed=args.seed, render_mode="rgb_array", render_size=size)
-    act, everywhere = (
-        trained.policy_of(script, args, world, agent),
-        np.zeros((every * len(tasks), world.env.family.obs_dim)),
-    )
+    act = trained.policy_of(script, args, world, agent)
+    everywhere = np.zeros((every * len(tasks), world.env.family.obs_dim))
 
     def policy(obs):
         everywhere[shown * every] = obs

@@ -9,7 +9,6 @@ whether a task can be told from another.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from report import write
 from retest import load_run
 
 WEIGHTS = "unweighted", "weighted"
@@ -114,10 +114,7 @@ def main():
                 rows[-1] |= {column: float(f"{x:.4g}") for column, x in zip(columns, values, strict=True)}
         if len(rows) == 1:
             draw(zero, nonzero, curves, auc)
-    with open(ROOT / "results" / "focal_pp-attention.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    write(ROOT / "results" / "focal_pp-attention.csv", rows)
 
 
 if __name__ == "__main__":

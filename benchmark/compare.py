@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import paper
@@ -48,8 +50,8 @@ def main(argv=None):
         raise SystemExit(f"compare.py: --out {args.out}: {error}") from None
     for label, runs in groups.items():
         for column in args.columns:
-            last = [paper.np.mean([row[column] for row in paper.metrics(run)[-3:]]) for run in runs]
-            print(f"{label:<40} {column} {paper.np.mean(last):.4g} ({paper.np.std(last):.2g}), {len(last)} seeds")
+            last = [paper.last(paper.metrics(run), column) for run in runs]
+            print(f"{label:<40} {column} {np.mean(last):.4g} ({np.std(last):.2g}), {len(last)} seeds")
     print(args.out)
 
 

@@ -41,7 +41,6 @@ class Part:
     once: bool = False  # not again if it failed or ran past its limit, only if no time was left
     needs: list[Path] = field(default_factory=list)  # without these it is left out
     makes: list[Path] = field(default_factory=list)  # without these it is done again, if they are needed
-    environment: dict[str, dict[str, str]] = field(default_factory=dict)  # of a command
 
 
 def parts(args):
@@ -94,7 +93,8 @@ TINY = {
     "benchmark/speed.py": "--only sac --size small --env point-robot-wind --seconds 0.01 --device cpu",
     "focal.py": "--encoder-hidden 8 --context-size 8 --eval-every 1",
     "focal_pp.py": "--encoder-hidden 16 --blocks 1 --context-size 8 --eval-every 1",
-    "smac.py": "--train-tasks 40 --test-tasks 10 --data-size 40 --data-until 40 --online-steps 0 --eval-every 1",
+    "smac.py": "--train-tasks 40 --test-tasks 10 --data-size 40 --data-until 40 --online-steps 40 --updates 0.01"
+    " --eval-every 1",
     "merpo.py": "--model-steps 1 --rollouts 5 --layers 2 --model-hidden 8 --adapt-steps 1 --inner-steps 1",
 }
 TINY_RUN = "--hidden 8 --meta-batch-size 2 --batch-size 8 --eval-episodes 1 --threads 1 --steps 2"
@@ -205,7 +205,7 @@ def execute(part, limit, results, args):
     processes, began = {}, time.time()
     for name, words in part.commands.items():
         with open(logs / f"{part.name}-{name}.txt".replace(" ", "-"), "w") as log:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1"} | part.environment.get(name, {})
+            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
             processes[name] = subprocess.Popen(
                 [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import report
+
 import data
 import envs
 
@@ -57,12 +59,11 @@ def collect(root, path):
         for folder in sorted((root / env).glob("*-seed0")):
             row = describe(env, folder)
             if len(row) > 1:
-                rows[env, row["tasks"]] = rows.get((env, row["tasks"]), {}) | row
+                before = rows.get((env, row["tasks"]), {})  # of other settings nothing stays
+                kept = before if (before.get("settings") or "") == row["settings"] else {}
+                rows[env, row["tasks"]] = kept | row
     rows = dict(sorted(rows.items(), key=lambda item: list(envs.FAMILIES).index(item[0][0])))
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows.values())
+    report.write(path, list(rows.values()), COLUMNS)
     return rows
 
 

@@ -32,7 +32,7 @@ def draw_embeddings(axes, tasks, z_train, z_test):
 
 
 def draw(run, path):
-    """Evaluates the run's agent once more and draws it, 800 pixels wide and twice as fine."""
+    """Evaluates the run's agent once more and draws it twice as fine as it is shown, 800 pixels wide."""
     script, args, world, agent = load_run(run)
     *_, z_train, z_test = script.evaluate(args, agent, world)
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": "medium"})
@@ -43,7 +43,8 @@ def draw(run, path):
     draw_embeddings(embeddings, world.tasks, z_train, z_test)
     kinds = {"train_": "training tasks", "": "unseen tasks"}
     known = SimpleNamespace(rows=paper.metrics(run), curve=kinds, marks=(), unit="gradient steps", world=world)
-    pictures.draw_curve(curve, SimpleNamespace(**vars(known), args=args, script=Path(f"{script.__name__}.py")))
+    known.args, known.script = args, Path(f"{script.__name__}.py")
+    pictures.draw_curve(curve, known)
     curve.set_title("return while it learns")
     figure.savefig(path)
 

@@ -54,9 +54,7 @@ NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
 
 # ------------------------------------------------------------------------------------------------- runs and their ends
 def without_pictures():
-    for module in (data, *FLAGS):
-        for name in (name for name in vars(module) if name.startswith("plot_")):
-            setattr(module, name, lambda *_: None)
+    data.plot = lambda *_: None
 
 
 def build(folder):
@@ -70,7 +68,7 @@ def dataset_in(folder):
     """The file that build() makes there, in a process of its own: the threads of its pool must not be forked."""
     code, _ = run(lambda: build(folder), log := folder.with_suffix(".log"))
     if code != 0:
-        sys.exit(f"data building ended with exit code {code}: {log.read_text()[-300:]}")
+        sys.exit(f"kill.py: data building ended with exit code {code}: {log.read_text()[-300:]}")
     return next(folder.rglob("mixed.npz"))
 
 

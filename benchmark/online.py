@@ -22,24 +22,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import kind_of, load_run
 
+import data
+
 
 @torch.no_grad()
-def play(act, world, seed):
-    """One episode of a = act(s): rows (B, H, D) of s, a, r, s', d (states standardised), which of them are of the
-    episode (B, H), and its return (B,)."""
-    env, rows, counted = world.env, [], []
+def play(act, world, seed, dense=False):
+    """One episode of a = act(s): rows (B, H, D) of s, a, r, s', d (s standardised, r as reported or `dense`), which of
+    them are of the episode (B, H), and its return (B,)."""
+    env, rows, counted, scaled = world.env, [], [], world.scaled
     obs, alive, total = env.reset(seed=seed)[0], np.ones(env.num_envs, bool), np.zeros(env.num_envs)
-    scaled = lambda x: (torch.as_tensor(x, dtype=torch.float32) - world.mean) / world.std
     column = lambda x: torch.as_tensor(x[:, None], dtype=torch.float32)
     for _ in range(env.horizon):
         a = act(scaled(obs))
         following, reward, terminated, truncated, info = env.step(a.numpy())
-        reward, ended = info.get("sparse_reward", reward), terminated | truncated
-        after = info.get("final_obs", following)
-        rows.append(torch.cat([scaled(obs), a, column(reward), scaled(after), column(terminated)], -1))
+        reported, after = info.get("sparse_reward", reward), info.get("final_obs", following)
+        r = column(reward if dense else reported)
+        rows.append(torch.cat([scaled(obs), a, r, scaled(after), column(terminated)], -1))
         counted.append(alive & ~info["blew_up"])
-        total += alive * reward
-        alive &= ~ended
+        total += alive * reported
+        alive &= ~(terminated | truncated) | info["blew_up"]
         obs = following
     return torch.stack(rows, 1), torch.as_tensor(np.stack(counted, 1)), total
 
@@ -89,7 +90,7 @@ def evaluate_merpo(script, args, agent, world):
         mean, log_std = (x[0] for x in agent.meta_policy(s[None]))
         return torch.tanh(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
 
-    first, second = (play(explore, world, args.seed + i) for i in (1, 2))
+    first, second = (play(explore, world, args.seed + i, dense=True) for i in (1, 2))  # as its data are
     world.test_rows = experience(first, second, generator)
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
@@ -112,7 +113,7 @@ def main(argv=None):
             offline = script.evaluate(args, agent, world)[1]
         row = {"online_return": own.mean(), "first_episode": blind.mean(), "offline_return": offline.mean()}
         row = {key: round(float(value), 4) for key, value in row.items()}
-        (run / "online.json").write_text(json.dumps(row | {"step": int(agent.step)}, indent=1))
+        data.write(run / "online.json", json.dumps(row | {"step": int(agent.step)}, indent=1).encode())
         print(run, *(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
 
 

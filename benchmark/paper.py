@@ -5,7 +5,8 @@ python benchmark/paper.py focal_pp table1 --env point-robot-wind --seeds 5
 python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
-row for each run, and a PNG: bands are the standard deviation over seeds (the whole range where something diverges).
+row for each run, and a PNG: bands of learning curves go from the lowest to the highest seed, those of tests are the
+standard deviation. A curve ends where the first of its seeds does.
 Where variants differ in test conditions only, one trained agent is tested under all of them (retest.py).
 """
 
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import bcq
+import report
 import retest
 
 import data
@@ -290,12 +292,12 @@ def execute(script, words):
 
 
 def execute_test(folder, tested):
-    """retest.py on a run that is done, unless that was done since."""
+    """retest.py on a run that is done, unless that was done since, or the run diverged before it had an agent."""
     path, checkpoint = result_of(folder, tested), folder / "checkpoint.pt"
-    if not path.exists() or path.stat().st_mtime < checkpoint.stat().st_mtime:
+    if checkpoint.exists() and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
         command = [sys.executable, ROOT / "benchmark" / "retest.py", folder, *tested]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
+        if done.returncode not in (0, 3):  # 3: it diverged
             raise SystemExit(done.returncode)
 
 
@@ -319,14 +321,21 @@ def metrics(folder):
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+def last(history, key, n=3):
+    """Mean of a column over the last evaluations; stage 1 of MerPO has none."""
+    values = [row.get(key, np.nan) for row in history if not np.isnan(row["return_mean"])][-n:]
+    return float(np.mean(values)) if values else np.nan
+
+
 def summarise(script, runs, folders):
     """One row for each run: means over its last three evaluations, or what retest.py found."""
     rows = []
     for run, folder in zip(runs, folders, strict=True):
         row = {"env": run.env, "variant": run.variant, "seed": run.seed}
         if run.tested:
-            found = json.loads(result_of(folder, run.tested).read_text())
-            row |= {"steps": found["step"], "diverged": 0}
+            path = result_of(folder, run.tested)
+            found = json.loads(path.read_text()) if path.exists() else {"step": 0, "return_mean": np.nan}
+            row |= {"steps": found["step"], "diverged": int(not (folder / "final.json").exists())}
             row |= {f"return_after_{steps}": value for steps, value in found.get("returns", {}).items()}
             rows.append(row | {key: value for key, value in found.items() if key not in ("flags", "step", "returns")})
             continue
@@ -334,8 +343,7 @@ def summarise(script, runs, folders):
         row["steps"] = int(history[-1]["step"]) if history else 0
         row["diverged"] = int(not final.exists())
         for key in COLUMNS[script]:
-            last = [x.get(key, float("nan")) for x in history[-3:]]
-            row[key] = float(f"{np.mean(last):.6g}") if history else float("nan")
+            row[key] = float(f"{last(history, key):.6g}")
         offline = [x for x in history if x.get("online_steps") == 0][-1:]
         for key in ("return_mean", "offline_return_mean", "short_kl") if offline else ():
             row[f"{key}_after_offline_phase"] = float(f"{offline[0][key]:.6g}")
@@ -462,15 +470,16 @@ def main():
         chosen = [i for i, run in enumerate(runs) if run[:2] == (figure, env)]
         mine, places = [runs[i] for i in chosen], [folders[i] for i in chosen]
         rows = summarise(args.script, mine, places)
-        with open(ROOT / "results" / f"{args.script}-{figure}-{env}{suffix}.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        report.write(ROOT / "results" / f"{args.script}-{figure}-{env}{suffix}.csv", rows)
         draw(args.script, figure, env, mine, places, suffix, rows)
         for variant in FIGURES[args.script][figure][2]:
             each = [row for row in rows if row["variant"] == variant]
-            keys = [key for key in each[0] if key in SHOWN or key.endswith("phase")]
-            show = {key: np.array([row[key] for row in each], float) for key in keys}
+            keys = [
+                key
+                for key in dict.fromkeys(key for row in each for key in row)
+                if key in SHOWN or key.endswith("phase")
+            ]
+            show = {key: np.array([row.get(key, np.nan) for row in each], float) for key in keys}
             text = "  ".join(f"{key} {value.mean():.6g} ({value.std():.4g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")
         for key, returns in over_meta_policies(rows).items() if (args.script, figure) == AVERAGED else ():

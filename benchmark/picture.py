@@ -118,7 +118,8 @@ def plot_paths(axes, dataset, row):
 
 
 def film(path, gif, count=4, seed=0):
-    """Writes a GIF of `count` tasks of the dataset at `path` side by side, under those who acted in it."""
+    """Writes a GIF of `count` tasks of the dataset at `path` side by side, under the last policies, the untrained
+    ones of `random` data, or the script."""
     dataset, trained = data.load(path), path.with_name("behaviour.pt")
     row = envs.family(dataset.meta.get("env"))
     shown = np.unique(np.linspace(0, len(dataset.tasks) - 1, count).round().astype(int))

@@ -8,6 +8,8 @@ script's runs, over families and seeds, comes with a 95% bootstrap interval: run
 
 import argparse
 import csv
+import io
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +17,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+
 BEGIN, END = "<!-- report: made by benchmark/report.py -->", "<!-- report: end -->"
 PROTOCOLS = ("offline", "online")
 TABLES = ("runs", "datasets", "runs-same-data")
@@ -30,6 +35,15 @@ PAPER = {
 def read(path):
     with open(path) as file:
         return list(csv.DictReader(file))
+
+
+def write(path, rows, columns=None):
+    """A CSV of these rows, whole or not at all; its columns, unless given, are all that there are."""
+    text, columns = io.StringIO(), columns or dict.fromkeys(key for row in rows for key in row)
+    table = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    data.write(path, text.getvalue().encode())
 
 
 def digits(values):
@@ -54,7 +68,7 @@ def with_spread(values, form):
 
 
 def same_data(groups, smac, scale):
-    """Markdown: the scripts side by side where all have learned from the same data; `smac`, its groups on those."""
+    """Markdown: the scripts side by side on data of the same quality, FOCAL's named; `smac`, its groups on those."""
     lines = ["| family | contexts | FOCAL | FOCAL++ | SMAC | MerPO | the data |", "|---" * 7 + "|"]
     for (_, env, protocol), mine in smac.items():
         rows = [groups.get((script, env, protocol), []) for script in ("focal", "focal_pp")]
@@ -62,8 +76,8 @@ def same_data(groups, smac, scale):
         values = [np.array([float(row[f"{protocol}_last"]) for row in each]) for each in rows]
         form = digits([*np.concatenate(values), *(x for x in scale.get(env, ()) if x is not None)])
         cells = [with_spread(each, form) if len(each) else "" for each in values]
-        data = (rows[0] or mine)[0]["data_return"]  # SMAC counts the episodes after a fall as well
-        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(data):{form}} |")
+        known = (rows[0] or mine)[0]["data_return"]  # SMAC counts the episodes after a fall as well
+        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(known):{form}} |")
     return "\n".join(lines)
 
 
@@ -73,11 +87,11 @@ def table(groups, scale):
     lines.append("|---" * 11 + "|")
     for (script, env, protocol), rows in groups.items():
         last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
-        ends, data = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
+        ends, known = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
         form = digits([*last, *(x for x in ends if x is not None)])
         minutes = np.mean([float(row["minutes"]) for row in rows if row["minutes"]])
         cells = [f"`{script}.py`", f"`{env}`", protocol, with_spread(last, form)]
-        cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), data, *ends)]
+        cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), known, *ends)]
         paper = PAPER.get(script, {}).get(env, "") if protocol == "offline" else ""
         cells += [str(paper), str(len(rows)), f"{minutes:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -13,7 +13,6 @@ collected itself (online): SMAC's own evaluations; the others' by online.py, on 
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paper
 from paper import FIGURES, ROOT, SCRIPTS, envs, focal, focal_pp, merpo
-from report import read
+from report import read, write
 from retest import whole
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
@@ -117,10 +116,7 @@ def collect(runs, path):
         before = rows.get(place(row), {})
         same = before.get("offline_last") == str(row["offline_last"])
         rows[place(row)] = ({"online_last": before["online_last"]} if same else {}) | row
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows[key] for key in sorted(rows))
+    write(path, [rows[key] for key in sorted(rows)], COLUMNS)
     print(f"{path}: {len(found)} of {len(runs)} runs found, {len(rows) - len(found)} rows more from before")
 
 

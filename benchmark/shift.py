@@ -17,10 +17,12 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path.cwd())]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from retest import load_run
+
 import data
 import smac
-import trained
 
 NAMES = {"prior_": "exploration", "short_": "on online contexts", "offline_": "on offline contexts"}
 
@@ -87,7 +89,7 @@ def plot_paths(axes, found, points, world):
 
 def draw(run):
     """The pictures of one run; returns where they are."""
-    _, args, world, agent = trained.load_run(run)
+    _, args, world, agent = load_run(run, ("SMAC",))
     phases = ["offline-phase"] * (args.steps > 0) + ["online-phase"] * (int(agent.step) > args.steps)
     files = [run / f"shift-{phase}.png" for phase in phases]
     for file in reversed(files):
@@ -101,10 +103,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of smac.py")
     for run in parser.parse_args(argv).runs:
-        try:
-            print(*draw(run), flush=True)
-        except (data.DataError, OSError, FloatingPointError, AttributeError, KeyError) as error:
-            raise SystemExit(f"shift.py: {run}: {error!r:.200}; expected the folder of a run of smac.py") from None
+        print(*draw(run), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ def cut(path, env, tasks):
     whole = data.load(path, env=env)  # checks it
     if not 0 <= min(tasks) <= max(tasks) < len(whole.tasks):
         raise data.DataError(f"--tasks: expected numbers from 0 to {len(whole.tasks) - 1}, found {tasks}")
+    wanted = (data.REQUIRED | data.OPTIONAL).keys() - {"train_tasks", "test_tasks"}
     with np.load(path) as file:
-        arrays = {key: file[key][tasks] for key in file.files if key not in ("meta", "train_tasks", "test_tasks")}
+        arrays = {key: file[key][tasks] for key in wanted & {*file.files}}
     arrays |= dict.fromkeys(("train_tasks", "test_tasks"), np.arange(len(tasks)))
     return arrays, whole.meta.get("env")
 

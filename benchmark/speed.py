@@ -46,12 +46,7 @@ SCRIPTS = {script.__name__: script for script in (focal, focal_pp, smac, merpo)}
 UPDATES = dict.fromkeys(("focal", "focal_pp"), ("encoder learns", "encoder stands still"))
 UPDATES |= {"smac": ("offline", "online"), "merpo": ("meta-model", "inner step")}
 COLUMNS = ["script", "update", "size", "device", "threads", "ops", "eager_per_s", "graph_per_s", "gflop", "floor_ms"]
-COLUMNS += ["fraction_of_floor", "peak_mb", "compiled_per_s", "compile_s", "target_per_s"]
-# on one H100 at the papers' sizes, walker-params
-TARGETS = {"focal": 450, "focal_pp": 400, "smac offline": 1500, "merpo meta-model": 75, "merpo inner step": 300}
-TARGETS["sac"] = 1500
-
-
+COLUMNS += ["fraction_of_floor", "peak_mb", "compiled_per_s", "compile_s"]
 clock = time.perf_counter
 
 
@@ -180,8 +175,6 @@ def measure(script, name, size, device, kind, limit, compiled=False):
             began = clock()
             replay = graph_of(update, partial(data.capture, compiled=True))
             row |= {"compile_s": clock() - began, "compiled_per_s": steps / seconds_of(replay, device, limit)}
-        if size == "paper":
-            row["target_per_s"] = TARGETS.get(script, TARGETS.get(f"{script} {name}"))
     floor = flop / ((rate + matmul_rate(device)) / 2)
     row |= {"floor_ms": 1e3 * floor, "fraction_of_floor": floor / best}
     return row, shares(update, optimisers, 2) if device.type == "cpu" else {}

@@ -187,7 +187,8 @@ def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch
     for folder, steps in zip(folders, ([1, 2, 3, 4], [1, 2]), strict=True):
         folder.mkdir()
         with open(folder / "metrics.csv", "w") as file:
-            csv.writer(file).writerows([keys, *([step, *[10.0 * step] * 8] for step in steps)])
+            before = [0, *["nan"] * 8]  # as in stage 1 of MerPO
+            csv.writer(file).writerows([keys, before, *([step, *[10.0 * step] * 8] for step in steps)])
     (tmp_path / "a" / "final.json").write_text(json.dumps({"behaviour_return": 7.0}))
     ended, diverged = paper.summarise("focal", runs, folders)
     assert ended["return_mean"] == ended["q_mean"] == 30 and ended["diverged"] == 0 and ended["data_return"] == 7
@@ -446,11 +447,13 @@ def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
     assert more["step"] == 4 and more["return_mean"] != found["return_mean"]
 
 
-def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
+@pytest.mark.parametrize("env", [WIND, SPARSE])
+def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
+    """Whose rewards are dense, as its data's are."""
     online = script("online")
-    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
+    flags = f"--env {env} --small --data {files[env]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
     merpo.main(flags.split())
-    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
+    (run,) = tmp_path.glob(f"merpo/{env}/*/seed0")
     _, args, world, agent = online.load_run(run, ["MerPO"])
     theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
     own, first = online.evaluate_merpo(merpo, args, agent, world)
@@ -460,7 +463,7 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files):
     assert tasks.rows.shape == (2 * e, 2 * horizon, theirs.shape[-1])  # each repetition by itself, two episodes
     s, a, r, s2, d = tasks.rows.split(world.split, -1)
     s, s2 = (x * world.std + world.mean for x in (s, s2))
-    wind = torch.as_tensor(world.env.tasks[:, None], dtype=torch.float32)  # each in its own
+    wind = torch.as_tensor(world.env.tasks[:, None] * (env == WIND), dtype=torch.float32)  # each in its own
     torch.testing.assert_close(s2, s + 0.1 * a + wind, atol=1e-5, rtol=0)
     for task, *step, reward in zip(world.env.tasks, s, a, s2, r, strict=True):
         expected = world.row.reward(np.tile(task, (2 * horizon, 1)), *(x.numpy() for x in step), None)
@@ -612,7 +615,9 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
 
 def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     single, out = script("single"), tmp_path / "two.npz"
-    single.main(f"--data {files[WALKER]} --tasks 4 2 --out {out}".split())  # whose --env is in the file
+    with np.load(files[WALKER]) as file:
+        np.savez(tmp_path / "more.npz", note=np.array("mine"), **file)  # which data.py does not read
+    single.main(f"--data {tmp_path / 'more.npz'} --tasks 4 2 --out {out}".split())  # whose --env is in the file
     assert "120 transitions of each task" in capsys.readouterr().out
     whole, mine = data.load(files[WALKER]), data.load(out, env=WALKER)
     for key in ("tasks", "observations", "actions", "rewards", "next_observations", "terminals", "returns"):

@@ -791,6 +791,9 @@ def test_what_a_run_writes(files, tmp_path):
     last |= dict(zip(["train_esr", "train_rms", "train_variance"], focal.separation(z_train), strict=True))
     assert {key: rows[-1][key] for key in last} == pytest.approx(last, rel=1e-6)
     assert torch.equal(stored["standardisation"][0], k.world.mean) and stored["step"] == 6
+    assert (stored["agent"]["settled"] != 0).any(-1).all()  # z of every task was kept as the encoder came to stand
+    optimum = envs.family(WIND).optimum(data.load(files[WIND]).tasks[TEST], 20).mean()
+    assert k.world.optimum == pytest.approx(optimum)
 
 
 def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(files):
@@ -808,6 +811,9 @@ def test_once_it_stands_still_every_task_keeps_embeddings_of_its_own_contexts(fi
     k.update(encoder_learns=False)
     own = torch.tensor([2.0, 0.0]).repeat_interleave(k.args.batch_size)[:, None].expand(-1, k.args.latent)
     assert len(seen) == 2 and all(torch.equal(z, own) for z in seen)
+    k.agent.settled.copy_(torch.arange(64.0)[None, :, None].expand_as(k.agent.settled))
+    drawn = torch.cat([k.agent.settled_embedding(torch.tensor([0, 1])) for _ in range(400)])
+    assert len(drawn[:, 0].unique()) == k.agent.SETTLED  # each of them is drawn
 
 
 def test_the_noise_of_a_probabilistic_embedding_stays_fresh(files):
@@ -925,8 +931,9 @@ def test_one_seed_fixes_a_run(files, tmp_path, no_plots):
     assert_equal(checkpoint(paths[0])["agent"], checkpoint(paths[1])["agent"])
 
 
-def test_evaluations_do_not_disturb_learning(files, tmp_path, no_plots):
-    often, once = (run(tmp_path / str(n), WIND, files[WIND], f"--eval-every {n}") for n in (1, 6))
+@pytest.mark.parametrize("more", ["", "--encoder probabilistic"])
+def test_evaluations_do_not_disturb_learning(files, tmp_path, no_plots, more):
+    often, once = (run(tmp_path / str(n), WIND, files[WIND], f"--eval-every {n} {more}") for n in (1, 6))
     assert_equal(checkpoint(often)["agent"], checkpoint(once)["agent"])
     assert_equal(checkpoint(often)["random"], checkpoint(once)["random"])
     assert len(metrics(often)) == 6 and len(metrics(once)) == 1

@@ -61,9 +61,9 @@ def test_slow_networks_begin_as_the_fast_ones(files):
 def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     k = build(WIND, files[WIND], "--dropout 0.5 --encoder-steps 1000000 --meta-batch-size 4")
     disturbed(k.agent.key_encoder).float()  # a key is made without dropout, which a fresh block does not show
-    contexts, losses, loss = [], [], focal_pp.contrast_loss
+    tasks, contexts, losses, loss = [], [], [], focal_pp.contrast_loss
     draw = k.batches.contexts
-    k.batches.contexts = lambda task: contexts.append(draw(task)) or contexts[-1]
+    k.batches.contexts = lambda task: tasks.append(task) or contexts.append(draw(task)) or contexts[-1]
     focal_pp.contrast_loss = lambda *args: losses.append(args) or loss(*args)
     before = copy.deepcopy(k.agent)
     try:
@@ -72,6 +72,7 @@ def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
         focal_pp.contrast_loss = loss
     ((z_q, z_k, same, tau),) = losses
     c_q, c_k = contexts
+    assert torch.equal(*tasks)  # a task's key is its own
     torch.testing.assert_close(z_q, before.encoder(c_q)[0])
     with torch.no_grad():
         torch.testing.assert_close(z_k, before.key_encoder(c_k)[0])
@@ -81,6 +82,21 @@ def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     with torch.no_grad():
         after = loss(k.agent.encoder(c_q)[0], before.key_encoder(c_k)[0], same, tau)
     assert after < loss(z_q, z_k, same, tau)
+
+
+def test_what_is_kept_of_a_task_has_no_dropout(files):
+    k = build(WALKER, files[WALKER], "--dropout 0.5")
+    disturbed(k.agent.encoder).float()
+    k.batches.rows[:] = k.batches.rows[:, :1].clone()  # all contexts of a task are the same
+    k.agent.settle()
+    assert k.agent.settled.std(1).max() < 1e-6 and not k.agent.settled.requires_grad
+
+
+def test_dropout_of_a_block(monkeypatch):
+    seen, drop = [], F.dropout
+    monkeypatch.setattr(F, "dropout", lambda x, p, on: seen.append((p, on)) or drop(x, p, on))
+    focal_pp.Block(16, "both", 0.2)(torch.randn(1, 3, 4, 16))
+    assert seen == [(0.2, True)] * 3
 
 
 # ------------------------------------------------------------------------------------------------------- key encoder
