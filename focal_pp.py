@@ -259,7 +259,7 @@ class Block(nn.Module):
         if hasattr(self, "gate"):
             w = torch.sigmoid(self.gate(n.mean(2)))[..., 0]
             w = w / w.mean(1, keepdim=True)
-            y = (w[..., None, None] - 1) * x  # so that x + y = w x
+            y = (w[..., None, None] - 1) * x  # so that x + y = w x, but for dropout
         else:
             y, w = torch.zeros_like(x), torch.ones_like(x[..., 0, 0])
         if hasattr(self, "qkv"):

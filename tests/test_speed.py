@@ -35,7 +35,7 @@ PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
 SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1 --no-small --letter"
 CONTEXT = f"{SIZES} --encoder-hidden 16 --context-size 8 --latent 3"
 TINY = {focal: CONTEXT, focal_pp: CONTEXT, smac: f"{CONTEXT} --data-size 60 --context-data 40 --online-envs 2"}
-TINY[merpo] = f"{SIZES} --layers 2 --model-hidden 8 --inner-steps 2 --rollouts 10 --rollout-buffer 100"
+TINY[merpo] = f"{SIZES} --layers 2 --model-hidden 8 --inner-steps 2"
 # what waits for the device, or gives a shape that depends on values
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique_dim"}
 WAITING |= {"_unique2", "unique_consecutive", "bincount", "nonzero_static", "repeat_interleave.Tensor", "lift_fresh"}

@@ -155,7 +155,7 @@ def test_a_full_disk_while_a_picture_is_drawn(full, files, tmp_path, capsys):
     assert (
         {"args.json", "source.py"}
         <= contents(folder_of(focal, argv)).keys()
-        <= {"args.json", "source.py", "started.py"}
+        <= {"args.json", "source.py", "started.py", ".lock"}
     )
 
 
@@ -389,7 +389,14 @@ def test_nothing_in_a_behaviour_is_run(here, tmp_path):
 OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--awac-lambda 0", "--updates 0"]}
 OWN[smac] += ["--updates 1e300", *(f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3"))]
 OWN[merpo] = ["--meta-policy runs", "--real-ratio 0.3 --no-model", "--rollouts 4", "--rollouts 20000"]
-OWN[merpo] += ["--rollouts 6000 --rollout-length 2"]
+OWN[merpo] += [
+    "--rollouts 6000 --rollout-length 2",
+    "--rollouts 20 --no-model",
+    "--alpha-lr 1",
+    "--actor-entropy --ent 0",
+]
+OWN[merpo] += ["--threshold 3 --beta-lr 0", "--target-divergence 1 --lambda-lr 0"]
+OWN[merpo] += ["--lambda-initial 2 --env halfcheetah --single combo"]
 SINGLE = "outer-lr 1", "adapt-lr 1", "adapt-steps 9", "test-quality random", "test-trajectories 3"
 OWN[merpo] += [f"--{flag} --env halfcheetah --single combo" for flag in SINGLE]
 
