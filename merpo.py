@@ -60,8 +60,8 @@ class Args(data.Args):
     steps: Count = 2_000  # meta-iterations of stage 2; the paper does not say how many
     eval_every: Count = 100  # iterations between evaluations
     # data
-    trajectories: Count | None = None  # of each training task, spread over its data; unless given: all
-    test_trajectories: Count | None = None  # of each test task (Figure 10); unless given: all
+    trajectories: Count | None = None  # how many of each training task, spread over its data; unless given: all
+    test_trajectories: Count | None = None  # how many of each test task (Figure 10); unless given: all
     # algorithm
     hidden: Count = 300  # width of policies and critics
     layers: Count = 5  # hidden layers of policies and critics
@@ -76,7 +76,7 @@ class Args(data.Args):
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
     adapt_batch_size: Count = 256  # transitions of a test task in each
-    adapt_lr: Number | None = None  # of its critic and policy; unless given: --lr and --actor-lr
+    adapt_lr: Number | None = None  # rate of a test task's critic and policy; unless given: --lr, --actor-lr
     tau: Share = 0.005  # rate of the slow target (the paper's tau is --threshold)
     discount: Share = 0.99  # discount factor
     ent: Number = 0.2  # temperature of the entropy in the critic's target
