@@ -939,9 +939,8 @@ def test_the_pictures_of_a_run(files, tmp_path, no_plots, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE])
     shift.main([str(path)])
     assert all(Path(name).stat().st_size > 5_000 for name in capsys.readouterr().out.splitlines()[-1].split())
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="args.json: No such file or directory; expected the folder of a run"):
         shift.main([str(tmp_path)])
-    assert str(end.value).startswith(f"shift.py: {tmp_path}")
 
 
 TABLE_1 = {
