@@ -720,9 +720,8 @@ def build_behaviour(
         ]
         _run_jobs(jobs, min(how["workers"] or envs.cores(), len(jobs)))
         parts = [_load_behaviour(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
-        policies = torch.cat([part["policies"] for part in parts], dim=1)
-        whole = label | {"policies": policies, "early": torch.cat([part["early"] for part in parts])}
-        write(path, lambda file: torch.save(whole, file))
+        whole = {key: torch.cat([part[key] for part in parts], axis) for key, axis in (("policies", 1), ("early", 0))}
+        write(path, lambda file: torch.save(label | whole, file))
     for part in folder.glob("behaviour-part*.pt"):
         part.unlink(missing_ok=True)
     return _load_behaviour(path, label, how["flags"])
@@ -740,12 +739,19 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
 
     if workers > 1 and envs.family(env) is BUILT_IN.get(env):
         return _run_in_workers(jobs, workers, show)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         for i, job in enumerate(jobs):
             for iterations in _train_shard(**job):
                 show(i, iterations)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """For PyTorch: what several compute may differ in its last bits, now and then from one time to the next."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -1101,9 +1107,9 @@ def _build(path, env, train, test, seed, settings, device, **how):
     index = {"train_tasks": every[:train], "test_tasks": every if row.only else every[train:]}
     _announce(path, settings, env, device, how["workers"], len(tasks))
     agents = {} if row.script else build_behaviour(env, tasks, seed, settings, path.parent, device, **how)
-    own = agents.get("settings", {}) | {"trajectories": settings.trajectories}
-    settings = dataclasses.replace(settings, **own)
-    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+    settings = dataclasses.replace(settings, **agents.get("settings", {}) | {"trajectories": settings.trajectories})
+    with _one_thread():
+        arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
     if quality == "relabelled":
         arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
     elif "first_return" in arrays:
@@ -1687,8 +1693,7 @@ def main(argv: list[str] | None = None) -> None:
             path = prepare(quality=quality, **args)
             dataset = load(path, args["env"])
             for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
-                mean = dataset.returns[index].mean()  # not a number where the file does not tell
-                print(f"{path}: {len(index)} {name} tasks, mean return {mean:.2f}")
+                print(f"{path}: {len(index)} {name} tasks, mean return {dataset.returns[index].mean():.2f}")
 
 
 if __name__ == "__main__":

@@ -533,8 +533,11 @@ def test_the_same_number_of_threads_gives_the_same_run(files, tmp_path, no_plots
 
 def test_datasets_do_not_depend_on_workers_or_threads(tmp_path, monkeypatch):
     """One process and one thread; two more processes and two threads."""
+    threads, rolled_out = [], data.roll_out
+    monkeypatch.setattr(data, "roll_out", lambda *a: threads.append(torch.get_num_threads()) or rolled_out(*a))
     torch.set_num_threads(2)
     many = data.load(prepare_tiny(tmp_path / "a", workers=2))
+    assert (threads, torch.get_num_threads()) == ([1], 2)
     torch.set_num_threads(1)
     monkeypatch.setattr(data, "_run_jobs", run_here)
     assert data.load(prepare_tiny(tmp_path / "b")).meta["checksum"] == many.meta["checksum"]
