@@ -1334,7 +1334,7 @@ def test_families_with_fixed_tasks_train_and_test_on_all_of_them(tmp_path):
         prepare(tmp_path, env="cheetah-fwd-back")
 
 
-def test_returns_of_episodes_by_hand(tmp_path):
+def test_returns_of_episodes_by_hand(tmp_path, monkeypatch):
     arrays = sample()
     arrays["terminals"] = np.float32([[0, 0, 1, 0, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 1]])  # cut-off episodes do not count
     data.save(tmp_path / "x.npz", arrays, {"env": WALKER})
@@ -1342,6 +1342,10 @@ def test_returns_of_episodes_by_hand(tmp_path):
     assert task.tolist() == [0, 2, 2] and place.tolist() == pytest.approx([0, 0, 0.6])
     r = arrays["rewards"]
     np.testing.assert_allclose(returns, [r[0, :3].sum(), r[2, :3].sum(), r[2, 3:].sum()], rtol=1e-6)
+    monkeypatch.setitem(envs.FAMILIES, WALKER, dataclasses.replace(envs.FAMILIES[WALKER], horizon=2))
+    task, _, returns = data.episode_returns(data.load(tmp_path / "x.npz"))
+    assert task.tolist() == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_allclose(returns, r.reshape(6, 3)[:, :2].sum(1), rtol=1e-6)
 
 
 def wide(env):

@@ -310,32 +310,8 @@ def test_who_learns(files, more, online, expected):
     assert moved(before, weights(k.agent)) == expected
 
 
-def stepped(files, more, online=False, prepare=lambda k: None):
-    k = build(WIND, files[WIND], f"--kl-weight 0 {more}")
-    prepare(k)
-    k.update(online=online)
-    return k.agent
-
-
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("loss", ["reward", "q", "reward+q"])
-def test_which_loss_trains_the_encoder(files, loss):
-    def other_critic(k):
-        k.agent.target.net[-1].bias.data += 100.0
-
-    def other_decoder(k):
-        k.agent.decoder.net[-1].weight.data *= -3
-
-    plain = stepped(files, f"--encoder-loss {loss}")
-    assert same(plain.encoder, stepped(files, f"--encoder-loss {loss}", prepare=other_critic).encoder) == (
-        loss == "reward"
-    )
-    assert same(plain.encoder, stepped(files, f"--encoder-loss {loss}", prepare=other_decoder).encoder) == (loss == "q")
-    assert same(plain.decoder, stepped(files, f"--encoder-loss {loss}", prepare=other_critic).decoder)
-    assert same(plain.actor, stepped(files, f"--encoder-loss {loss}", prepare=other_decoder).actor)
 
 
 def test_the_kl_pulls_the_posterior_to_the_prior(files):
@@ -346,24 +322,6 @@ def test_the_kl_pulls_the_posterior_to_the_prior(files):
             k.update()
         kl[weight] = k.agent.metrics[0, 1].item()
     assert kl[1] < 0.7 * kl[0]
-
-
-def test_each_actor_descends_its_own_loss(files, monkeypatch):
-    calls = []
-    for name in ("awac_loss", "pearl_loss"):
-        loss = getattr(smac, name)
-        monkeypatch.setattr(smac, name, lambda *args, name=name, loss=loss: calls.append(name) or loss(*args))
-    seen = {}
-    for more in ("", "--actor sac", "--actor bc", "--pearl-weight 0"):
-        k = build(WIND, files[WIND], more)
-        for online in (False, True):
-            calls.clear()
-            k.update(online=online)
-            seen[more, online] = list(calls)
-    assert seen["", False] == ["awac_loss"] and seen["", True] == ["awac_loss", "pearl_loss"]
-    assert seen["--actor sac", False] == seen["--actor sac", True] == ["pearl_loss"]
-    assert seen["--actor bc", False] == seen["--actor bc", True] == []
-    assert seen["--pearl-weight 0", True] == ["awac_loss"]
 
 
 def test_awac_prefers_the_better_of_two_actions():
@@ -440,8 +398,9 @@ def test_the_schedule_visits_all_tasks_alike():
     assert (np.sort(plan.ravel()[:7]) == np.arange(7)).all() and not np.array_equal(plan, smac.schedule(args, 7, 1))
 
 
-def test_an_update_draws_two_independent_histories(files, monkeypatch):
-    k = build(WIND, files[WIND], "--online-contexts offline")
+@pytest.mark.parametrize("contexts", ["all", "offline"])
+def test_an_update_draws_two_independent_histories(files, monkeypatch, contexts):
+    k = build(WIND, files[WIND], f"--online-contexts {contexts}")
     for online in (False, True):
         drawn = []
         for name in ("histories", "transitions"):
@@ -452,21 +411,7 @@ def test_an_update_draws_two_independent_histories(files, monkeypatch):
         monkeypatch.undo()
         (task, size, offline), (task2, size2) = drawn
         assert torch.equal(task, task2) and len(set(task.tolist())) == 3
-        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline
-
-
-@pytest.mark.parametrize("online", [False, True])
-def test_an_advantage_is_the_difference_of_two_values_of_one_critic(files, monkeypatch, online):
-    k, seen, loss = build(WIND, files[WIND]), [], smac.awac_loss
-    k.optimisers["critic"].param_groups[0]["lr"].fill_(0.5)  # a step that shows
-    monkeypatch.setattr(smac, "awac_loss", lambda *args: seen.append(args[1:3]) or loss(*args))
-    before, calls, forward = copy.deepcopy(k.agent.critic), [], k.agent.critic.forward
-    k.agent.critic.forward = lambda *args: calls.append(args) or forward(*args)
-    k.update(online=online)
-    (of_data, of_policy), ((values, baseline),) = calls, seen
-    torch.testing.assert_close(values, before(*of_data))
-    torch.testing.assert_close(baseline, before(*of_policy))
-    assert any(not torch.equal(x, y) for x, y in zip(before.parameters(), k.agent.critic.parameters(), strict=True))
+        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline == (contexts == "offline")
 
 
 # ----------------------------------------------------------------------------------------------- the online phase
@@ -660,16 +605,20 @@ def test_what_acts_on_a_posterior_acts_on_a_sample_of_it(files, monkeypatch):
     k, seen = build(WIND, files[WIND]), []
     act = k.agent.act
     k.agent.act = lambda s, z, sampled=False: seen.append(z) or act(s, z, sampled)
+    samples = []
+    k.agent.actor.sample = lambda *args: samples.append(args)  # none is taken where agents are tested
     monkeypatch.setattr(smac, "sample", lambda mean, variance: mean + 100 * variance.sqrt())
     expected, found = [], smac.posteriors
     monkeypatch.setattr(smac, "posteriors", lambda *args: expected.append(found(*args)) or expected[0])
     smac.evaluate(k.args, k.agent, k.world)
     for i, (mean, variance) in enumerate(expected[0].values()):
         assert all(torch.equal(z, mean + 100 * variance.sqrt()) for z in seen[40 + 20 * i : 60 + 20 * i])
+    assert not samples
 
 
 def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
     k = build(WALKER, files[WALKER])
+    k.args.context_size = 200
     k.agent.act = lambda s, z, sampled=False: torch.ones(len(s), 6)
     z = torch.zeros(k.world.env.num_envs, 3)
     rows, counted, total, _ = smac.play(k.agent, k.world, k.world.env, z, 0)
@@ -680,8 +629,27 @@ def test_rows_after_a_fall_are_not_in_the_context_nor_in_the_return(files):
         assert counted[i].tolist() == [True] * (first + 1) + [False] * (199 - first)
         reward = rows[i, :, k.agent.split[0] + k.agent.split[1]]
         assert total[i] == pytest.approx(reward[: first + 1].double().sum().item(), rel=1e-4)
-        posterior, own = smac.posteriors(k.args, k.agent, k.world, rows, counted)[""], rows[i : i + 1, : first + 1]
-        torch.testing.assert_close(tuple(x[i : i + 1] for x in posterior), k.agent.encoder(own))
+        found, own = smac.posteriors(k.args, k.agent, k.world, rows, counted), rows[i : i + 1, : first + 1]
+        for name in ("", "short_"):  # which are drawn, here as many as there are
+            torch.testing.assert_close(tuple(x[i : i + 1] for x in found[name]), k.agent.encoder(own))
+
+
+def test_exploration_draws_z_from_the_prior(files, monkeypatch):
+    k, seen, play = build(WIND, files[WIND], "--online-envs 40 --z-every step"), [], smac.play
+    note = lambda *args, **more: seen.append((args[3], more)) or play(*args, **more)
+    monkeypatch.setattr(smac, "play", note)
+    smac.collect(k.args, k.agent, k.world, 0)
+    smac.explore(k.args, k.agent, k.world)
+    (z, more), (z_1, _), (z_2, _) = seen
+    assert more == {"sampled": True, "anew": "step"} and len(z.unique(dim=0)) == 40 and 0.7 < z.std() < 1.3
+    assert len(torch.cat([z_1, z_2]).unique(dim=0)) == 2 * k.world.env.num_envs
+
+
+def test_the_same_seed_plays_the_same_episodes(files):
+    k = build(WALKER, files[WALKER])
+    z = torch.zeros(k.world.env.num_envs, 3)
+    a, b, c = (smac.play(k.agent, k.world, k.world.env, z, seed)[0] for seed in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, "once"), ("episode", "after falls"), ("step", "always")])
@@ -708,7 +676,7 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     assert {"return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean", "kl", "offline_kl"} <= set(
         rows[0]
     )
-    assert all(0 <= row["return_mean"] <= 20 for row in rows)  # the sparse return
+    assert all(0 <= row[f"{name}return_mean"] <= 20 for row in rows for name in ("", "prior_"))  # the sparse return
     assert "offline context" in capsys.readouterr().out
 
 
@@ -734,6 +702,17 @@ def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, 
         test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
 
 
+def test_packed_rows_are_the_datas(files):
+    k, stored = build(WALKER, files[WALKER], "--data-size 120"), data.load(files[WALKER])
+    assert np.array_equal(k.world.train_tasks, stored.tasks[TRAIN]) and stored.terminals[TRAIN].any()
+    for rows, tasks in ((k.world.train_rows, TRAIN), (k.world.test_rows, TEST)):
+        s, a, r, s2, d = rows.split(k.world.split, -1)
+        for ours, theirs in ((a, stored.actions), (r[..., 0], stored.rewards), (d[..., 0], stored.terminals)):
+            assert torch.equal(ours, theirs[tasks])
+        for ours, theirs in ((s, stored.observations), (s2, stored.next_observations)):
+            torch.testing.assert_close(ours, k.world.scaled(theirs[tasks]))
+
+
 def test_the_data_are_cut(files):
     k = build(WIND, files[WIND], "--data-size 20 --data-until 50")
     stored = data.load(files[WIND])
@@ -745,6 +724,7 @@ def test_the_data_are_cut(files):
     torch.testing.assert_close(s, stored.observations[TEST, 30:50], atol=1e-5, rtol=1e-4)
     expected = stored.rewards[TEST, 40:60].sum(1).mean()  # the one episode of 20 steps that begins in these rows
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
+    assert k.world.optimum == pytest.approx(envs.family(WIND).optimum(stored.tasks[TEST], 20).mean())
     k = build(WIND, files[WIND], "--data-size 20 --data-until 60")  # and that is their first
     assert k.world.behaviour == pytest.approx(expected.item(), rel=1e-5)
 
