@@ -82,19 +82,19 @@ def same_data(groups, smac, scale):
 
 
 def table(groups, scale):
-    """Markdown: a line for each script, family and protocol."""
-    lines = ["| script | family | contexts | last | best | its data | random | expert | paper | seeds | minutes |"]
-    lines.append("|---" * 11 + "|")
-    for (script, env, protocol), rows in groups.items():
-        last, best = (np.array([float(row[f"{protocol}_{key}"] or "nan") for row in rows]) for key in ("last", "best"))
-        ends, known = scale.get(env, (None, None)), float(rows[0]["data_return"] or "nan")
-        form = digits([*last, *(x for x in ends if x is not None)])
-        minutes = np.mean([float(row["minutes"]) for row in rows if row["minutes"]])
-        cells = [f"`{script}.py`", f"`{env}`", protocol, with_spread(last, form)]
-        cells += ["" if x is None or x != x else f"{x:{form}}" for x in (best.mean(), known, *ends)]
-        paper = PAPER.get(script, {}).get(env, "") if protocol == "offline" else ""
-        cells += [str(paper), str(len(rows)), f"{minutes:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    """Markdown: a line for each script and family."""
+    lines = ["| script | family | offline | best | online | its data | paper | seeds | minutes |", "|---" * 9 + "|"]
+    for script, env in dict.fromkeys(key[:2] for key in groups):
+        rows, cells = next(groups[script, env, kind] for kind in PROTOCOLS if (script, env, kind) in groups), []
+        number = lambda key, rows=rows: np.array([float(row[key] or "nan") for row in rows])
+        known, best = number("data_return")[0], number("offline_best").mean()
+        last = {kind: number(f"{kind}_last") for kind in PROTOCOLS}
+        form = digits([x for x in (*last["offline"], *last["online"], *scale.get(env, ())) if x is not None and x == x])
+        cells = ["" if np.isnan(x).all() else with_spread(x[~np.isnan(x)], form) for x in last.values()]
+        best, known = ("" if x != x else f"{x:{form}}" for x in (best, known))
+        minutes = f"{np.nanmean(number('minutes')):.0f}"
+        cells = [f"`{script}.py`", f"`{env}`", cells[0], best, cells[1], known]
+        lines.append(f"| {' | '.join([*cells, str(PAPER.get(script, {}).get(env, '')), str(len(rows)), minutes])} |")
     return "\n".join(lines)
 
 
