@@ -1120,9 +1120,8 @@ def _build(path, env, train, test, seed, settings, device, **how):
     except DataError as error:
         raise DataError(f"{path}: not stored, {error}") from None
     versions = {"torch": torch.__version__, "numpy": np.__version__, "mujoco": envs.mujoco.__version__}
-    meta = {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)}
-    meta |= {"behaviour": "scripted" if row.script else "sac", "device": str(device), "versions": versions}
-    save(path, arrays, meta)
+    made = {"behaviour": "scripted" if row.script else "sac", "device": str(device), "versions": versions}
+    save(path, arrays, {"env": env, "quality": quality, "seed": seed, "settings": dataclasses.asdict(settings)} | made)
     print(f"{path}: {arrays['rewards'].shape[1]:,} transitions a task")
 
 
@@ -1474,7 +1473,7 @@ class Run:
                 check_same(self.folder, then["args"], self._seen(), option, otherwise)
                 other = then["dataset_checksums"] != world.checksum
                 refuse((other, f"{self.folder}: a run on other data; {otherwise}"))
-            print(f"this run is finished: {self.folder} (--overwrite begins anew)")
+            print(f"this run is finished: {self.folder} (--resume --film films it, --overwrite begins anew)")
             raise SystemExit(0)
         elif checkpoint.exists():
             raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
@@ -1496,7 +1495,8 @@ class Run:
         same = self.args.variant.partition(",steps=")[0]
         runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
         found = [path for path in runs if path.parts[-3].partition(",steps=")[0] == same]
-        steps = {path: json.loads((path.parent / "args.json").read_text())["steps"] for path in found}
+        with believing(self.folder.parent.parent, "there is a damaged args.json in a run there", "delete that run"):
+            steps = {path: json.loads((path.parent / "args.json").read_text())["steps"] for path in found}
         return max(found, key=lambda path: (steps[path] <= self.args.steps, steps[path]), default=own)
 
     def _seen(self) -> dict[str, Any]:

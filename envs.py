@@ -93,7 +93,7 @@ class Family:
     terminated: Callable = _never  # (obs (B, obs_dim)) -> (B,) bool; a function of observations, for model rollouts
     out_of_range: Callable = _never  # (state) -> (B,) bool: termination that observations cannot show
     sparse_reward: Callable | None = None  # as reward; where there is one, it is what the papers report
-    sparse_threshold: float | None = None  # R of FOCAL++'s sparse contexts (its Eq. 35), as its Table 5 gives it
+    sparse_threshold: float | None = None  # of a point robot: R of FOCAL++'s sparse contexts (Eq. 35), its Table 5's
     optimum: Callable | None = None  # (tasks (n, P), horizon) -> (n,) best possible reported return, where known
     script: Script | None = None  # what the data are collected by, instead of SAC agents
     goal: Callable | None = None  # (task (B, P)) -> (B, 2 or more): a point robot's goal, a body's direction
@@ -311,17 +311,16 @@ FAMILIES: dict[str, Family] = {
     "cheetah-vel": Family(
         papers="Half-Cheetah-Vel (FOCAL, FOCAL++), Cheetah Velocity (SMAC)", **CHEETAH, **EPISODE,
         train=80, test=20, differs="reward", sample=lambda rng, n: rng.uniform(0, 3, size=(n, 1)),
-        reward=_cheetah_vel_reward, sparse_threshold=-0.1, drawn=_between(0, 3), means="a target speed in m/s",
+        reward=_cheetah_vel_reward, drawn=_between(0, 3), means="a target speed in m/s",
     ),
     "cheetah-fwd-back": Family(
         papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++), Cheetah-Dir (MerPO)", **CHEETAH, **EPISODE,
         train=2, test=2, differs="reward", only=((-1.0,), (1.0,)),
-        reward=_cheetah_direction_reward, sparse_threshold=6.0, means="a direction, -1 or 1",
+        reward=_cheetah_direction_reward, means="a direction, -1 or 1",
     ),
     "ant-fwd-back": Family(
         papers="Ant-Fwd-Back (FOCAL, FOCAL++, MerPO)", **ANT, **EPISODE, **DIRECTION,
-        train=2, test=2, only=((0.0,), (np.pi,)),
-        reward=_ant_reward, sparse_threshold=3.0,
+        train=2, test=2, only=((0.0,), (np.pi,)), reward=_ant_reward,
     ),
     "ant-dir": Family(
         papers="Ant Direction (SMAC)", **ANT, **EPISODE, **DIRECTIONS, train=100, test=20, reward=_ant_reward,

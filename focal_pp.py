@@ -1,9 +1,9 @@
 """FOCAL++: improved offline meta-RL with attention and contrastive learning (Li et al.; ICLR 2022; arXiv:2102.10774).
 
 Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are FOCAL's equations):
-    repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c_j and an RL minibatch b_i from D_i
+    repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c'_i and an RL minibatch b_i from D_i
         z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention: in W and in E_q (weights phi)
-        z_k = the same of c_j by the key encoder E_k, no gradient        those of other tasks are the negatives
+        z_k = the same of c'_i by the key encoder E_k, no gradient       those of other tasks are the negatives
         phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     then phi_k <- m phi_k + (1 - m) phi
         psi   <- descend the Bellman error of Q_psi(s, z_i, a) (27)      z_i detached: it does not train the encoder
         theta <- descend alpha D(pi, behaviour) - min Q (28) + log pi    behaviour regularisation (BRAC); entropy
@@ -18,7 +18,7 @@ there; actor and critic learn from dense rewards.) Where we differ from the pape
   moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
   and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
 - FOCAL's 7, 8 read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
-- The critic steps before the actor (Algorithm 1: after it). One c_j of a task serves all its pairs. Q has a twin;
+- The critic steps before the actor (Algorithm 1: after it). One c'_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see TABLE).
@@ -64,7 +64,7 @@ class Args(data.Args):
     temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8, with contrast
     momentum: Share = 0.9  # m of the key encoder, with contrast
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # its rate is 0 by then; unless given: a table's or steps / 5, at most steps / 2
+    encoder_steps: Count | None = None  # its rate is then 0; unless given: a table's, or steps / 5 (all if Q trains it)
     beta: Number = 1.0  # of Eq. 13's negative pairs, times the weight that LAWS has from FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -153,7 +153,7 @@ SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_
 # What is ours at the papers' sizes, on walkers alone: there the paper's table (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
-OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}
+OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}  # where FOCAL++ has others
 
 
 def parse_args(argv=None):
@@ -383,7 +383,7 @@ class Agent(data.Learner):
         args = self.args
         self.step += 1
         self.set_rates(encoder_learns)
-        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c_j and a minibatch b_i drawn apart
+        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c'_i and a minibatch b_i drawn apart
         task = self.batches.tasks()
         b = self.batches.transitions(task)
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
@@ -413,7 +413,7 @@ class Agent(data.Learner):
     def embed(self, task):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""
         args, m = self.args, len(task)
-        twice = args.encoder_loss == "dml"  # contexts c_i, then c_j, in one pass
+        twice = args.encoder_loss == "dml"  # contexts c_i, then c'_i, in one pass
         z, kl = self.encoder(self.batches.contexts(task.repeat(2) if twice else task))  # (M, l), (M,)
         z_i, kl = z[:m], kl[:m].mean()
         self.note(encoder_kl=kl)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -49,13 +50,23 @@ class Rehearsal:
         raise Begun
 
 
-def with_context(dataset: data.Dataset, context: data.Arrays, env: str) -> data.Dataset:
+def with_context(dataset: data.Dataset, context: data.Arrays, env: str, sparse: bool) -> data.Dataset:
     """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the
-    top of data.py (without terminals and episodes: one that did not end). DataError for what does not fit."""
-    data.refuse((not context, "context: expected arrays of transitions, found none"))
+    top of data.py (without terminals and episodes: one that did not end). `sparse`: the agent's contexts have sparse
+    rewards where the data have some. DataError for what does not fit."""
+    sparse, known = sparse and dataset.context_rewards is not dataset.rewards, data.REQUIRED | data.OPTIONAL
+    strange = ", ".join(context.keys() - known.keys())
+    data.refuse(
+        (not context, "context: expected arrays of transitions, found none"),
+        (strange, f"context: expected arrays named {', '.join(known)}, found {strange}"),
+        (
+            sparse and "sparse_rewards" not in context,
+            "context: the agent's are sparse; expected sparse_rewards",
+        ),
+    )
     n = len(next(iter(context.values())))
     arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
-    arrays = {name: np.asarray(array)[None] for name, array in arrays.items() if name in data.REQUIRED | data.OPTIONAL}
+    arrays = {name: np.asarray(array)[None] for name, array in arrays.items()}
     one = {"tasks": dataset.tasks[:1], "train_tasks": np.zeros(1, int), "test_tasks": np.zeros(1, int)}
     data._check(arrays | one, env)
     of_all = lambda array: array.expand(len(dataset.tasks), *array.shape[1:]).to(dataset.rewards.device)
@@ -74,7 +85,7 @@ def load_run(
     Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
     is not known the file that was started, which registers it.
     """
-    folder, on = Path(folder).resolve(), data.choose_device(device)
+    folder, on = Path(os.path.abspath(folder)), data.choose_device(device)  # links stay: a run's data lie beside them
     saved, checkpoint = json.loads((folder / "args.json").read_text()), data.read(folder / "checkpoint.pt", on)
     name, runs = folder.parts[-4], Path(saved["run_dir"])
     if importlib.util.find_spec(name) is None:
@@ -86,12 +97,20 @@ def load_run(
     script = importlib.import_module(name)
     words = ["--single", saved["single"]] if saved.get("single") else []  # merpo.py asks for it where there is one task
     args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small", *words])
-    hints, root = get_type_hints(type(args)), Path() if runs.is_absolute() else folder.parents[3 + len(runs.parts)]
-    for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started
+    elsewhere = runs.is_absolute() or ".." in runs.parts
+    hints, root = get_type_hints(type(args)), Path() if elsewhere else folder.parents[3 + len(runs.parts)]
+    for key in vars(args).keys() & saved.keys():  # a relative path begins where the run was started, or else here
         is_path = saved[key] and Path in (hints.get(key), *get_args(hints.get(key)))
         setattr(args, key, root / saved[key] if is_path else saved[key])
     if "context" in changes:
-        args.known = partial(with_context, context=changes.pop("context"), env=args.env)
+        about = {"env": args.env, "sparse": hasattr(args, "sparse")}  # FOCAL's and FOCAL++'s
+        args.known = partial(with_context, context=changes.pop("context"), **about)
+    strange = ", ".join(changes.keys() - vars(args).keys())
+    quality = saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]
+    data.refuse(
+        (strange, f"{name} has no argument {strange}"),
+        (quality, f"--test-quality: {folder} has its data from --data {saved['data']}"),
+    )
     vars(args).update(changes, device=device)
     rehearsal = Rehearsal(script, args, on)
     agent, world = rehearsal.agent, rehearsal.world
@@ -108,7 +127,7 @@ def policy_of(
     script: ModuleType, args: data.Args, world: Any, agent: data.Learner
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Raw observations (B, d) -> actions (B, m): what acts in an evaluation, in the first B of its sub-environments of
-    test tasks. Contexts, adaptation and the rest are as there; SMAC's are those of the data."""
+    test tasks (B: no more than there are). Contexts, adaptation and the rest are as there; SMAC's are the data's."""
     env, policies, first = world.env, [], -args.eval_episodes * len(world.test_rows)
     env.returns = lambda policy, seed: policies.append(policy) or np.zeros(env.num_envs)
     try:
@@ -118,6 +137,7 @@ def policy_of(
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
+        data.refuse((len(observations) > -first, f"{len(observations)} observations; expected {-first} at most"))
         everywhere = env.observe()
         everywhere[first:][: len(observations)] = observations
         return policies[-1](everywhere)[first:][: len(observations)]

@@ -42,11 +42,13 @@ def main(argv=None):
     parser.add_argument("--size", type=whole, default=160, help="of a picture, in pixels")
     parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
     args = parser.parse_args(argv)
-    run = args.run.resolve()
+    run = args.run.absolute()
     path = args.out or ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.gif"
     if not path.parent.is_dir():
         raise SystemExit(f"animate.py: --out {path}: there is no folder {path.parent}")
-    film(run, path, args.tasks, args.size)
+    half = path.with_name(f".{path.name}")
+    film(run, half, args.tasks, args.size)
+    half.replace(path)
     print(path)
 
 

@@ -52,7 +52,7 @@ def draw(run, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
-    run = parser.parse_args(argv).run.resolve()
+    run = parser.parse_args(argv).run.absolute()
     path = ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.png"
     if not (run / "paths.png").exists():
         raise SystemExit(f"figure.py: {run}: no paths.png there; expected the folder of a run on point robots")

@@ -47,8 +47,6 @@ def check(folder, saved, kinds, changes):
         raise data.DataError(f"{folder}: a run with --single has no test tasks; expected another")
     for key in sorted(changes.keys() - set(FLAGS[kind])):
         raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
-    if saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]:
-        raise data.DataError(f"--test-quality: {folder} has its data from --data {saved['data']}")
 
 
 def load_run(folder, kinds=("FOCAL",), **changes):

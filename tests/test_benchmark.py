@@ -488,7 +488,6 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
         ({"online_steps": 1}, "--test-quality random", "--test-quality: SMAC has no such flag of its tests"),
         ({"test_start": "meta", "single": "rac"}, "", "has no test tasks"),
         ({}, "--test-start combo", "--test-start: FOCAL has no such flag of its tests"),
-        ({"data": "x.npz", "test_quality": "mixed"}, "--test-quality random", "has its data from --data x.npz"),
         ({"data": None}, "", "checkpoint.pt: No such file or directory; expected the folder of a run"),
     ],
 )
@@ -508,8 +507,11 @@ FEW = "--small --steps 2 --eval-every 2 --eval-episodes 1 --hidden 8 --encoder-h
 
 
 def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, files):
-    """It is taken from the working directory, and from the run's folder once it is gone; paths may be relative."""
+    """It is taken from the working directory, and from the run's folder once it is gone; paths may be relative, and
+    the runs on another disk."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "another" / "disk").mkdir(parents=True)
+    Path("runs").symlink_to(tmp_path / "another" / "disk")
     Path("mine.py").write_text((ROOT / "focal.py").read_text())
     Path("mine.npz").write_bytes(files[SPARSE].read_bytes())
     script("mine", tmp_path)

@@ -49,7 +49,6 @@ FAMILY_TABLE = {  # observation, action, horizon, data horizon, training tasks, 
     "hopper": (11, 3, 1000, 1000, 1, 1, 1, "nothing"),
     "walker2d": (17, 6, 1000, 1000, 1, 1, 1, "nothing"),
 }
-SPARSE_THRESHOLDS = {"sparse-point-robot": -0.2, "cheetah-vel": -0.1, "cheetah-fwd-back": 6, "ant-fwd-back": 3}
 DAMPING = {"walker-params": slice(32, 41), "hopper-params": slice(20, 26)}  # among the multipliers
 TILT = 3  # place in a body's full state: the pitch of a torso, or the height of the ant's or humanoid's; 2.5 is a fall
 
@@ -322,7 +321,7 @@ def test_family_rows(name):
     numbers = (row.obs_dim, row.act_dim, row.horizon, row.data_horizon, row.train, row.test, size, row.differs)
     assert numbers == FAMILY_TABLE[name]
     assert row.discount == (0.9 if name in POINTS else 0.99)
-    assert row.sparse_threshold == SPARSE_THRESHOLDS.get(name)
+    assert row.sparse_threshold == (-0.2 if name == "sparse-point-robot" else None)
     obs, info = env.reset()
     result = env.step(np.zeros((3, row.act_dim)))
     np.testing.assert_array_equal(env.observe(), result[0])

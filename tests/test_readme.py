@@ -289,7 +289,16 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
         "actions": rng.uniform(-1, 1, 2),
         "next_observations": rng.normal(size=2),
     }
-    mine = {key: np.tile(row, (7, 1)) for key, row in own.items()} | {"rewards": np.full(7, 0.3)}
+    mine = {key: np.tile(row, (7, 1)) for key, row in own.items()} | {"rewards": np.full(7, -9.0)}
+    for wrong, words in (
+        (mine, "the agent's are sparse; expected sparse_rewards"),
+        (mine | {"sparse_reward": np.full(7, 0.3)}, "found sparse_reward$"),
+    ):
+        with pytest.raises(data.DataError, match=words):
+            trained.load_run(folder, context=wrong)
+    with pytest.raises(data.DataError, match="focal has no argument test_qualty"):
+        trained.load_run(folder, test_qualty="random")
+    mine["sparse_rewards"] = np.full(7, 0.3)
     script, args, world, agent = trained.load_run(folder, context=mine)
     seen, act = rng.normal(size=(3, 2)), trained.policy_of(script, args, world, agent)
     scaled = lambda obs: (obs - world.mean.numpy()) / world.std.numpy()

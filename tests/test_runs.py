@@ -363,7 +363,7 @@ def test_a_finished_run_says_so_and_is_left_alone(files, tmp_path, capsys):
             with pytest.raises(SystemExit) as end:
                 main(words(files, tmp_path, more))
             out, err = capsys.readouterr()
-            assert end.value.code == 0 and err == "" and f"this run is finished: {path} (--overwrite" in out
+            assert end.value.code == 0 and err == "" and f"this run is finished: {path} (--resume --film films" in out
             assert contents(path).items() == {key: x for key, x in before.items() if key != gone}.items()
 
 
@@ -488,6 +488,8 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
     whole = run(files, tmp_path / "whole", "--steps 12")
     assert metrics(path) == metrics(whole)
     assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
+    (path / "args.json").write_text("{")
+    ended(capsys, words(files, tmp_path, "--steps 13 --resume"), 2, "damaged args.json in a run there")
 
 
 def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):
