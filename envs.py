@@ -19,6 +19,7 @@ own end, `truncated` the horizon's (or a physics blow-up: `info["blew_up"]` mark
 
 from __future__ import annotations
 
+import argparse
 import copy
 import ctypes
 import os
@@ -981,15 +982,18 @@ FAMILIES["sawyer"] = Family(
 
 # ------------------------------------------------------------------------------------------------------ command line
 def film(vector: TaskVectorEnv, policy: Callable, path: str, frames: int = 50):
-    """Writes a GIF of all sub-environments side by side; policy: (B, d) observations -> (B, m) actions."""
+    """Writes a GIF of all sub-environments side by side; policy: (B, d) observations -> (B, m) actions. Where an
+    episode ends early, by a fall, the picture stands still."""
     from PIL import Image  # comes with matplotlib
 
-    obs, pictures = vector.reset()[0], []
+    obs, pictures, shown, alive = vector.reset()[0], [], vector.render(), np.ones(vector.num_envs, bool)
     every = max(1, vector.horizon // frames)
     for t in range(vector.horizon):
         if t % every == 0:
-            pictures.append(Image.fromarray(np.concatenate(vector.render(), axis=1)))
-        obs = vector.step(policy(obs))[0]
+            shown = [now if on else then for now, then, on in zip(vector.render(), shown, alive, strict=True)]
+            pictures.append(Image.fromarray(np.concatenate(shown, axis=1)))
+        obs, _, ended, *_ = vector.step(policy(obs))
+        alive &= ~ended
     pause = 1000 * every / vector.metadata["render_fps"]
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=pause, loop=0)
 
@@ -1003,10 +1007,7 @@ def describe(name: str) -> str:
 
 
 def main(argv: list[str] | None = None):
-    import argparse
-
-    words = "Lists task families, or films some tasks of one under its script, or else under random actions."
-    parser = argparse.ArgumentParser(description=words)
+    parser = argparse.ArgumentParser(description="Lists task families, or films tasks of one: its script, or random.")
     parser.add_argument("--env", choices=list(FAMILIES), help="task family")
     parser.add_argument("--render", metavar="FILE", help="write a GIF (benchmark/picture.py films trained behaviour)")
     parser.add_argument("--tasks", type=int, default=4, help="tasks side by side")

@@ -47,7 +47,7 @@ def draw_curve(axes: Any, run: Any) -> None:
     if run.world.behaviour is not None:
         axes.axhline(run.world.behaviour, color="tab:orange", linestyle=":", label="the test tasks' data")
     if run.world.optimum is not None:
-        axes.axhline(run.world.optimum, color="tab:green", linestyle="--", label="optimum")
+        axes.axhline(run.world.optimum, color="tab:green", linestyle="--", label="the test tasks' optimum")
     axes.legend(fontsize="small", framealpha=0.8)
     axes.set(xlabel=run.unit, ylabel="return", title=f"{run.script.stem} on {run.args.env}")
 

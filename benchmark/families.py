@@ -1,4 +1,4 @@
-"""A picture of every family of tasks: one task each, a moment after its start.
+"""A picture of every family of tasks: one task each, a moment after its start; a wind is an arrow.
 
 python benchmark/families.py       # results/families.png
 """
@@ -18,7 +18,7 @@ STEPS, SIZE, COLUMNS = 12, 320, 5
 
 
 def moment(name):
-    """The picture of a task after some steps: towards the goal, by the family's script, or random ones."""
+    """The picture of a task after some steps, towards the goal, by the family's script, or random ones; its wind."""
     row, rng = envs.family(name), np.random.default_rng(0)
     env = envs.make(name, envs.sample_tasks(name, 2, 0)[1:], render_mode="rgb_array", render_size=SIZE)
     obs = env.reset()[0]
@@ -31,7 +31,8 @@ def moment(name):
         obs = env.step(action)[0]
     picture = env.render()[0]
     env.close()
-    return picture
+    drift = row.drift(env.tasks)[0] if row.drift else None
+    return picture, drift
 
 
 def main(argv=None):
@@ -40,10 +41,14 @@ def main(argv=None):
     path = parser.parse_args(argv).out
     names = [name for name, row in envs.FAMILIES.items() if row.differs != "nothing"]
     rows = -(-len(names) // COLUMNS)
-    figure = Figure(figsize=(8, 1.8 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1.9 * rows), dpi=150, layout="constrained")
     for axes, name in zip(figure.subplots(rows, COLUMNS).flat, names, strict=False):
-        axes.imshow(moment(name))
-        axes.set_title(name, fontsize=9)
+        picture, drift = moment(name)
+        axes.imshow(picture)
+        if drift is not None:  # twenty steps of it, from the middle; the picture is 3.2 wide
+            x, y = drift * 20 * SIZE / 3.2
+            axes.arrow(SIZE / 2, SIZE / 2, x, -y, color="tab:red", width=3, length_includes_head=True)
+        axes.set_title(f"{name}\ndiffers in {envs.family(name).differs}", fontsize=7)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path)
     print(path)

@@ -1035,6 +1035,22 @@ def test_tasks_are_told_from_other_families_tasks(name):
 
 
 # ------------------------------------------------------------------------------------------------------- command line
+def test_a_film_stands_still_after_a_fall(tmp_path, has_gl, monkeypatch):
+    from PIL import Image
+
+    if not has_gl:
+        pytest.skip("no GL context")
+    env = build("walker-params", 2, render_mode="rgb_array", render_size=40)
+    seen, made = [], Image.fromarray
+    monkeypatch.setattr(Image, "fromarray", lambda array: seen.append(array.astype(int)) or made(array))
+    envs.film(env, lambda obs: np.repeat([[1.0], [0.0]], 6, axis=1), tmp_path / "x.gif")
+    moved = np.abs(np.diff(seen, axis=0)).max((1, 3)).reshape(-1, 2, 40).max(2) > 0  # (49, 2)
+    assert len(seen) == 50 and moved[:5].all()
+    for walker in moved.T:  # each moves until it falls, and then never again
+        fell = walker.argmin()
+        assert 5 <= fell < 45 and not walker[fell:].any()
+
+
 def test_a_film_shows_all_tasks_side_by_side(tmp_path, capsys):
     from PIL import Image
 
