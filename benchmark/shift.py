@@ -57,16 +57,23 @@ def paths(rows, counted, world):
     return found if not row.xml or len(row.velocity) == 2 else []
 
 
-def plot(path, kls, walked, world):
+def plot(seen, world):
+    """The pictures of {path: what `play` returned}, on the same axes."""
+    own = [path for _, walked in seen.values() for found in walked.values() for path in found]
+    points = np.concatenate(own, 1) if own else None
+    bins = np.linspace(0, max(kl.max() for kls, _ in seen.values() for kl in kls.values()) * 1.02, 30)
+    for path, (kls, walked) in seen.items():
+        plot_one(path, kls, walked, world, bins, points)
+
+
+def plot_one(path, kls, walked, world, bins, points):
     walked = {name: found for name, found in walked.items() if found}
     figure = Figure(figsize=(4.2 * (1 + len(walked)), 3.8), layout="constrained")
     left, *others = figure.subplots(1, 1 + len(walked), squeeze=False)[0]
-    bins = np.linspace(0, max(kl.max() for kl in kls.values()) * 1.02, 30)
     for name, kl in kls.items():
         left.hist(kl, bins, color="tab:orange" if name == "short_" else "tab:blue", alpha=0.5, label=NAMES[name])
     left.set(title=path.stem.removeprefix("shift-"), xlabel="KL(q(z | h) || p(z))", ylabel="contexts of test tasks")
     left.legend(fontsize="small")
-    points = np.concatenate([own for found in walked.values() for own in found], 1) if walked else None
     for axes, (name, found) in zip(others, walked.items(), strict=True):
         plot_paths(axes, found, points, world)
         axes.set_title(NAMES[name])
@@ -92,10 +99,12 @@ def draw(run):
     _, args, world, agent = load_run(run, ("SMAC",))
     phases = ["offline-phase"] * (args.steps > 0) + ["online-phase"] * (int(agent.step) > args.steps)
     files = [run / f"shift-{phase}.png" for phase in phases]
+    seen = {}
     for file in reversed(files):
         if file.stem == "shift-offline-phase" and len(files) > 1:  # what the agent was then
             agent.encoder, agent.actor = agent.labeller, agent.offline_actor
-        plot(file, *play(args, agent, world), world)
+        seen[file] = play(args, agent, world)
+    plot(seen, world)
     return files
 
 
