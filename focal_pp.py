@@ -621,7 +621,7 @@ def train(args, run, kind=Agent):
         if run.due(step):
             result = evaluate(args, agent, world)
             row = summarise(*result)
-            data.plot(run, "embeddings", world.tasks, *result[2:])
+            data.plot(run, "embeddings", world.env, *result[2:])
             run.log(row, f"train {row['train_return_mean']:.2f}  ESR {row['train_esr']:.2f} (test {row['esr']:.2f})")
     run.end()
 

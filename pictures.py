@@ -76,10 +76,12 @@ def components(*z: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [own.view(*part.shape[:2], -1) for own, part in zip(points, z, strict=True)], F.pad(share, (0, 1))
 
 
-def embeddings(tasks: np.ndarray, z_train: torch.Tensor, z_test: torch.Tensor) -> bytes:
+def embeddings(env: envs.TaskVectorEnv, z_train: torch.Tensor, z_test: torch.Tensor) -> bytes:
     """Embeddings (n, E, l) of several contexts of each training and each test task on their first principal components
-    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (n, P), training tasks first, and these themselves:
-    where z tells tasks apart like colours lie together."""
+    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (directions as arrows), and these themselves: where
+    z tells tasks apart like colours lie together. `env` has them, training tasks first, each as often as another."""
+    tasks = env.tasks[:: env.num_envs // (len(z_train) + len(z_test))]
+    tasks = env.family.goal(tasks)[:, :2] if env.family.goal and tasks.shape[1] == 1 else tasks
 
     def draw(panels):
         (colours, place), (points, share) = task_colours(tasks), components(z_train, z_test)

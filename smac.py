@@ -627,7 +627,7 @@ def train(args, run, make_world=World):
             practise()
         if run.due(step):
             row, z = evaluate(args, agent, world)
-            data.plot(run, "embeddings", world.tasks, z[: world.seen], z[world.seen :])
+            data.plot(run, "embeddings", world.env, z[: world.seen], z[world.seen :])
             begun = len(range(first.start, step + 1, each))
             row["online_steps"] = begun * args.online_envs * world.row.horizon
             others = [f"{label} {row[f'{key}return_mean']:.2f}" for key, label in run.curve.items() if key]

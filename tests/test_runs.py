@@ -857,11 +857,17 @@ def pictured(folder, **more):
     return SimpleNamespace(folder=folder, **(how | more))
 
 
+def standing_for(tasks, each=4, goal=None):
+    """What embeddings take of a vector env."""
+    family = SimpleNamespace(goal=goal)
+    return SimpleNamespace(tasks=tasks.repeat(each, axis=0), num_envs=each * len(tasks), family=family)
+
+
 def test_embeddings_have_the_colours_of_their_tasks(tmp_path, monkeypatch):
     speed = np.array([3.0, 1.0, 2.5, 0.5, 2.0])  # three training tasks, two test tasks; z is the speed, three times
     z, drawn = torch.tensor(speed)[:, None, None].expand(5, 6, 3), []  # from six contexts of each
     monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, c, **how: drawn.append((np.asarray(x), np.asarray(y), c)))
-    data.plot(SimpleNamespace(folder=tmp_path), "embeddings", speed[:, None], z[:3], z[3:])
+    data.plot(SimpleNamespace(folder=tmp_path), "embeddings", standing_for(speed[:, None]), z[:3], z[3:])
     key, colours = drawn[2], pictures.task_colours(speed[:, None])[0]
     for (x, _, c), own in zip(drawn, (slice(3), slice(3, 5)), strict=False):
         np.testing.assert_allclose(abs(x), math.sqrt(3) * abs(speed[own] - speed.mean()).repeat(6), atol=1e-12)
@@ -883,6 +889,16 @@ def test_colours_of_tasks_with_two_parameters_tell_both(tmp_path):
     ].shape == (4, 2)
 
 
+def test_embeddings_of_directions_have_the_colours_of_a_circle(tmp_path, monkeypatch):
+    angles, drawn = np.array([[0.05], [3.0], [6.23], [1.5]]), []
+    monkeypatch.setattr(Axes, "scatter", lambda axes, x, y, c, **how: drawn.append((np.asarray(x), np.asarray(y), c)))
+    env = standing_for(angles, goal=envs.family("ant-dir").goal)
+    data.plot(SimpleNamespace(folder=tmp_path), "embeddings", env, *torch.rand(2, 2, 3, 4))
+    x, y, colours = drawn[2]
+    np.testing.assert_allclose([x, y], [np.cos(angles[:, 0]), np.sin(angles[:, 0])], atol=1e-12)
+    assert np.abs(colours[0] - colours[2]).max() < 0.1 < np.abs(colours[0] - colours[1]).max()
+
+
 def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
     tasks, drawn = envs.sample_tasks(SPARSE, 5, 0), []
     world = SimpleNamespace(env=envs.make(SPARSE, tasks.repeat(3, axis=0), threads=1), test_rows=[0, 0])
@@ -899,4 +915,5 @@ def test_paths_of_point_robots_are_of_test_tasks(tmp_path, monkeypatch):
 
 def test_embeddings_of_one_number_and_of_one_context_are_shown_too(tmp_path):
     for shape in ((3, 4, 1), (3, 1, 5), (1, 1, 1)):
-        data.plot(SimpleNamespace(folder=tmp_path), "embeddings", np.zeros((2 * shape[0], 2)), *torch.rand(2, *shape))
+        tasks = standing_for(np.zeros((2 * shape[0], 2)))
+        data.plot(SimpleNamespace(folder=tmp_path), "embeddings", tasks, *torch.rand(2, *shape))
