@@ -427,29 +427,22 @@ def draw_shares(path, title, rows):
 
 
 def draw_tests(path, title, groups):
-    """Returns against steps of adaptation, a curve for each {label: rows of its seeds}; without steps, a bar."""
-    picture = Figure(figsize=(6.4, 3.6), layout="constrained")
+    """A bar for each {label: rows of its seeds}: the mean return, with its standard deviation; marks are the return of
+    the test tasks' data and, where a task begins at the meta-policy, that of this."""
+    picture = Figure(figsize=(6.4, 0.9 + 0.4 * len(groups)), layout="constrained")
     axes, kinds = picture.add_subplot(title=title), list(dict.fromkeys(label.partition(",")[0] for label in groups))
+    marks = {"data_return": ("k|", "the test tasks' data"), "return_after_0": ("ko", "the meta-policy")}
     for i, (label, rows) in enumerate(groups.items()):
-        steps = [key for key in rows[0] if key.startswith("return_after_")]
-        values = np.array([[row[key] for key in steps or ["return_mean"]] for row in rows])
-        mean, std = values.mean(0), values.std(0)
-        if steps:
-            x = [int(key.rpartition("_")[2]) for key in steps]
-            axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.15, linewidth=0)
-            axes.plot(x, mean, color=f"C{i}", marker=".", label=label)
-        else:
-            axes.barh(i, mean, xerr=std, color=f"C{kinds.index(label.partition(',')[0])}")
-            axes.plot(rows[0]["data_return"], i, "k|", markersize=14, label=None if i else "the test tasks' data")
-    if steps:
-        if len(level := {row["data_return"] for rows in groups.values() for row in rows}) == 1:
-            axes.axhline(*level, color="k", linestyle="dotted", label="the test tasks' data")
-        axes.set(xlabel="steps of RAC on a test task's data", ylabel="return on test tasks")
-        picture.legend(loc="outside right center", fontsize="small")
-    else:
-        axes.set(xlabel="return on test tasks", yticks=range(len(groups)), yticklabels=list(groups))
-        axes.invert_yaxis()
-        picture.legend(loc="outside lower left", fontsize="small")
+        returns = np.array([row["return_mean"] for row in rows])
+        axes.barh(i, returns.mean(), xerr=returns.std(), color=f"C{kinds.index(label.partition(',')[0])}", alpha=0.8)
+        for key, (mark, name) in marks.items():
+            seen = axes.get_legend_handles_labels()[1]
+            if key in rows[0]:
+                mean, size = np.mean([row[key] for row in rows]), 14 if mark == "k|" else 5
+                axes.plot(mean, i, mark, markersize=size, label=None if name in seen else name)
+    axes.set(xlabel="return on test tasks", yticks=range(len(groups)), yticklabels=list(groups))
+    axes.invert_yaxis()
+    picture.legend(loc="outside lower left", ncols=2, fontsize="small")
     picture.savefig(path, dpi=110)
 
 
