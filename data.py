@@ -1,6 +1,6 @@
 """Offline datasets for every task of a family: made here, stored, checked, loaded.
 
-Two stages, each cached, resumable and atomic, under `<data-dir>/<env>/<train>+<test>-seed<k>/`:
+Two stages, each cached and atomic, the first resumable, under `<data-dir>/<env>/<train>+<test>-seed<k>/`:
 
 1. *Behaviour* (`behaviour.pt`): one SAC agent for each task, all trained at once. Every weight carries a leading task
    axis and one batched matrix product serves all tasks, so a gradient step of 100 agents is one step; no information
@@ -76,7 +76,6 @@ Arrays = dict[str, np.ndarray]
 Procedure = Callable[[], None]
 FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
-RELABELLED_RADIUS = -0.5  # R of the relabelled data, FOCAL++ Table 5
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
 GRAPHS = True  # on CUDA: SAC's update is one graph
 PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
@@ -147,7 +146,7 @@ class Settings:
     replay: Count = 10_000  # first transitions of each task that become the `replay` dataset
 
 
-# What differs from the class's defaults in each family; on CUDA `FULL` goes on top.
+# What differs from the class's defaults in each family; on CUDA `FULL` goes on top (point robots: `WIDE`).
 POINT = {"steps": 6_400, "episode": 40, "start": 400, "updates": 4, "hidden": 32, "batch": 32, "lr": 3e-3, "tau": 0.05}
 POINT |= {"nstep": 1, "alpha": 0.01, "discount": 0.9, "shard": 25, "core_minutes": 2.0}
 ONE = {"shard": 1, "hidden": 128, "batch": 128, "core_minutes": 12.0}  # few tasks: a process for each
@@ -169,7 +168,8 @@ SMALL = {
     "hopper": ONE | {"episode": 1000},
     "walker2d": ONE | {"episode": 1000},
 }
-FULL = {"hidden": 256, "batch": 256, "steps": 400_000, "tau": 0.01, "lr": 3e-4}  # on CUDA, but for a family's own tau
+WIDE = {"hidden": 256, "batch": 256}
+FULL = WIDE | {"steps": 400_000, "lr": 3e-4}  # on CUDA
 WIDER = 4  # on CUDA, times the sub-environments and gradient steps of an iteration: most of its cost is fixed
 
 
@@ -183,10 +183,9 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     the flag, where nothing would be learned."""
     row = SMALL.get(env, {})
     if device.type == "cuda" and not envs.family(env).xml:
-        row = row | {"hidden": 256, "batch": 256}
+        row = row | WIDE
     elif device.type == "cuda":
-        own = {"tau": row["tau"]} if "tau" in row else {}
-        row = row | FULL | own | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
+        row = {"tau": 0.01} | row | FULL | ({"steps": 100_000} if env == "humanoid-dir" else {})  # its replay: 17 GB
         row |= {key: WIDER * row.get(key, getattr(Settings, key)) for key in ("envs", "updates")}
     s = Settings(**(row | {key: value for key, value in changes.items() if value is not None}))
     most = s.steps // s.envs * s.envs  # steps of each task, all its sub-environments together
@@ -235,15 +234,10 @@ def twins(critic: BatchedMLP, obs: torch.Tensor, action: torch.Tensor, frozen: b
     return critic(torch.cat([x, x]), frozen).view(2, *x.shape[:2])
 
 
-def gaussian(actor_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log standard deviation, kept in [-5, 2], of the Gaussian before tanh."""
-    mean, log_std = actor_out.chunk(2, dim=-1)
-    return mean, log_std.clamp(-5, 2)
-
-
 def sample_action(actor_out: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A tanh-Gaussian action (..., m) and its log density (...)."""
-    mean, log_std = gaussian(actor_out)
+    mean, log_std = actor_out.chunk(2, dim=-1)
+    log_std = log_std.clamp(-5, 2)
     u = mean + log_std.exp() * noise
     # log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
     log_pi = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -418,7 +412,7 @@ class Trainer:
         """Notes the policies of now, a row (T, parameters), where a checkpoint is due."""
         while len(self.policies) < len(self.marks) and self.marks[len(self.policies)] <= self.iteration:
             flat = [p.detach().reshape(self.n, -1) for p in self.agent.actor.parameters()]
-            self.policies.append(torch.cat(flat, dim=1).cpu())  # (tasks, parameters)
+            self.policies.append(torch.cat(flat, dim=1).cpu())
 
     def result(self) -> dict[str, torch.Tensor]:
         """Every kept policy (checkpoints, T, parameters), and the first transitions of each task."""
@@ -544,11 +538,9 @@ def believing(path: Path, wrong: str, remedy: str):
     """DataError in the place of any error that comes of what a file holds."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:
         unread = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-        if unread or out_of_memory(error):  # of no file's doing
+        if isinstance(error, DataError) or unread or out_of_memory(error):  # said already, or of no file's doing
             raise
         raise DataError(f"{path}: {wrong} ({type(error).__name__}); {remedy}") from None
 
@@ -583,8 +575,8 @@ class Progress:
     """A line on long work, none on short: share done, rate since the last line, time left. On a terminal it is
     rewritten every second, in a log one follows the other every twenty."""
 
-    def __init__(self, title: str, total: int, unit: str = "steps", shorter: str = ""):
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(self, title: str, total: int, shorter: str = ""):
+        self.title, self.total = title, total
         self.shorter = shorter  # said while more than an hour is left
         self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
         self.said, self.last = time.monotonic(), None  # when a line was said; the last call that made one, or the first
@@ -597,7 +589,7 @@ class Progress:
             return
         rate, self.last = (done - before) / (now - then), (now, done)
         left = (self.total - done) / rate / 60
-        how_fast = f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {left:,.1f} min left"
+        how_fast = f"{rate:,.{0 if rate >= 10 else 2}f} steps/s, {left:,.1f} min left"
         how_fast += self.shorter if left > 60 else ""
         self.say(f"{self.title}: {done / self.total:4.0%}, {how_fast}", "\r" if self.tty else "\n")
 
@@ -705,7 +697,7 @@ def build_behaviour(
     env: str, tasks: np.ndarray, seed: int, settings: Settings, folder: Path, device: torch.device, **how: Any
 ) -> dict:
     """Trains one SAC agent for each task, or goes on where an earlier call stopped; returns `behaviour.pt`, whose own
-    settings hold unless `flags` say otherwise: it may come from another kind of device.
+    settings hold (it may come from another kind of device); DataError where `flags` ask for others.
 
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
@@ -886,7 +878,7 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
     alike = {"observations": s, "actions": a, "next_observations": s2}
     alike |= {"terminals": np.zeros(n), "episodes": np.arange(n)}
     arrays = {key: np.repeat(value[None], t, axis=0) for key, value in alike.items()}
-    return arrays | {"rewards": rewards, "sparse_rewards": sparse(rewards, RELABELLED_RADIUS)}
+    return arrays | {"rewards": rewards, "sparse_rewards": sparse(rewards, -0.5)}
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> Arrays:
@@ -971,9 +963,7 @@ def load(path: Path | str, env: str | None = None, device: torch.device | str = 
         _check(arrays, env)
     except (DataError, ValueError) as error:  # the latter if there is no such family
         raise DataError(f"{path}: {error}") from None
-    meta["checksum"] = meta.get("checksum") or checksum(arrays)
-    if env is not None:
-        meta.setdefault("env", env)
+    meta = ({"env": env} if env else {}) | meta | {"checksum": meta.get("checksum") or checksum(arrays)}
     unknown = np.full(len(arrays["tasks"]), np.nan, np.float32)
     on_host = {name: arrays.pop(name, unknown) for name in ("tasks", "train_tasks", "test_tasks", "returns")}
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
@@ -985,7 +975,7 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
     """Makes the rewards that contexts show sparse, FOCAL++'s Eq. 35 on the full rewards, and returns its R.
 
     Without a threshold R is the one that leaves half of the training tasks' transitions non-zero, as the paper chose
-    its own (for point robots, whose goal has a radius, the paper's); it is noted in `meta`. Rewards themselves, which
+    its own (for point robots, whose goal has a radius, the paper's). Rewards themselves, which
     actor, critic and returns use, stay as they are. DataError where there is no such R.
     """
     row = envs.FAMILIES.get(dataset.meta.get("env"))
@@ -995,7 +985,6 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
         threshold = dataset.rewards[torch.from_numpy(dataset.train_tasks)].flatten().double().median().item()
     refuse((threshold == 0, "no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0"))
     dataset.context_rewards = sparse(dataset.rewards, threshold)
-    dataset.meta["sparse_threshold"] = threshold
     return threshold
 
 
@@ -1149,8 +1138,7 @@ def episode_returns(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def _episode_returns(rewards: np.ndarray, episodes: np.ndarray, terminals: np.ndarray, horizon: int | None):
     t, n = rewards.shape
-    first = np.ones((t, n), bool)
-    first[:, 1:] = episodes[:, 1:] != episodes[:, :-1]
+    first = np.diff(episodes, axis=1, prepend=episodes[:, :1] - 1) != 0
     start, number = np.flatnonzero(first), first.cumsum() - 1  # of all episodes of all tasks, one after the other
     age, length = np.arange(t * n) - start[number], np.bincount(number)
     total = np.bincount(number, rewards.ravel() * (age < (horizon or n)))
@@ -1239,8 +1227,7 @@ def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = No
     if given.get("test_quality") == given.get("quality", row["quality"]):
         given.pop("test_quality", None)  # the same is no variant
     args = cls(**row | given)
-    follow_others = {field.name for field in dataclasses.fields(cls) if field.default is None}
-    changed = {key: value for key, value in given.items() if value != row[key] or key in follow_others}
+    changed = {key: value for key, value in given.items() if value != row[key] or getattr(cls, key) is None}
     args.variant = variant(args, changed)
     args.complete(given)
     return args
@@ -1250,9 +1237,11 @@ def flags_of(
     cls: type, families: list[str], doc: str | None, name_of: Callable[[str], str] = option
 ) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
     """A parser with a flag for every field of the dataclass, in groups, and --help; and the flags. Those that are not
-    given are not in its result. `doc` begins the help; there is none under python -OO."""
+    given are not in its result. `doc` begins the help, its example ends it; there is none under python -OO."""
     how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0], allow_abbrev=False, **how)
+    lines = (doc or "").splitlines() or [""]
+    example = next((line.partition("#")[0].strip() for line in lines if line.startswith("    python ")), None)
+    parser = argparse.ArgumentParser(description=lines[0], epilog=example, allow_abbrev=False, **how)
     parser.error = lambda message: refuse((True, message))
     hints, comments = get_type_hints(cls, include_extras=True), _comments(cls)
     groups = {name: parser.add_argument_group(name) for name in ("run", "data", "algorithm", "ablations")}
@@ -1327,7 +1316,7 @@ def variant(args: Args, changed: dict[str, Any]) -> str:
     return f"{safe},steps={args.steps}" if "steps" in changed else safe
 
 
-def settings(args: Args) -> dict[str, Any]:
+def plain(args: Args) -> dict[str, Any]:
     """The resolved arguments as plain values."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
 
@@ -1409,7 +1398,7 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
 
-def gradients(optimisers: Iterable[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+def gradients(optimisers: list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
     """The gradients of a loss by the optimisers' own parameters; no other network gets any."""
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     for optimiser in optimisers:
@@ -1481,7 +1470,7 @@ class Run:
             print("no checkpoint yet: from the start", flush=True)
         files = Path(__file__), Path(envs.__file__)
         sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-        write(self.folder / "args.json", json.dumps(settings(args) | {"checksums": sources}, indent=1).encode())
+        write(self.folder / "args.json", json.dumps(plain(args) | {"checksums": sources}, indent=1).encode())
         started = Path(getattr(sys.modules["__main__"], "__file__", None) or self.script)  # it may register a family
         for name, path in ("source.py", self.script), ("started.py", started):
             if path.is_file() and (name == "source.py" or path.resolve() != self.script.resolve()):
@@ -1501,9 +1490,9 @@ class Run:
 
     def _seen(self) -> dict[str, Any]:
         """The settings that training sees; checksums tell more of the data than their path."""
-        return settings(self.args) | dict.fromkeys((*self.args.ELSEWHERE, "data", "variant"))
+        return plain(self.args) | dict.fromkeys((*self.args.ELSEWHERE, "data", "variant"))
 
-    def graph(self, fn: Procedure) -> Callable[[], None]:
+    def graph(self, fn: Procedure) -> Procedure:
         """`fn`, without arguments, on CUDA as one graph."""
         return capture(fn, compiled=self.args.compile) if self.device.type == "cuda" and self.args.graph else fn
 
@@ -1553,7 +1542,7 @@ class Run:
         self._write_metrics()  # a run that was resumed at its end may have lost it
         world, seconds = self.world, round(time.time() - self.began, 1)
         final = self.rows[-1] | {
-            "args": settings(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,
+            "args": plain(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "behaviour_return": world.behaviour, "optimal_return": world.optimum,
         }  # fmt: skip
@@ -1561,14 +1550,14 @@ class Run:
         write(self.folder / "final.json", json.dumps(final | dict.fromkeys(bad), indent=1).encode())
         if self.args.film:
             film = str(Path(__file__).resolve().parent / "benchmark/animate.py"), str(self.folder)
-            failed = subprocess.run([sys.executable, *film, "--out", str(self.folder / "film.gif")]).returncode
+            failed = subprocess.run([sys.executable, *film]).returncode
             refuse((failed, f"--film: there is no film, but the run is whole in {self.folder}"))
         print(f"curve, metrics and checkpoint: {self.folder}")
 
     def _save(self, seconds: float) -> None:
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         checkpoint = {
-            "step": self.step, "seconds": seconds, "rows": self.rows, "args": settings(self.args),
+            "step": self.step, "seconds": seconds, "rows": self.rows, "args": plain(self.args),
             "dataset": self.world.checksum, "agent": self.agent.state_dict(),
             "optimisers": {key: optimiser.state_dict() for key, optimiser in self.agent.optimisers.items()},
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
@@ -1616,7 +1605,8 @@ def endings(program: str, kept: Callable[[], str]):
     except DataError as error:
         message, code = str(error), 2
     except OSError as error:
-        message, code = f"{error.filename or 'the output'}: {error.strerror or error}", 2
+        message = f"{error.filename or 'the output'}: {error.strerror}" if error.strerror else str(error)
+        code = 2
         if isinstance(error, BrokenPipeError):  # nobody reads: Python shall not try once more as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (MemoryError, RuntimeError) as error:

@@ -525,7 +525,7 @@ class MujocoPhysics:
             try:
                 self.renderer = mujoco.Renderer(self.base, size, size)
             except Exception as error:  # another kind for each back end
-                raise RuntimeError(f"no OpenGL for pictures of bodies ({error}); expected EGL or a display") from None
+                raise OSError(f"no OpenGL for pictures of bodies ({error}); expected EGL or a display") from None
         model = copy.copy(self.models[i])
         data = mujoco.MjData(model)
         mujoco.mj_setConst(model, data)  # sums up the masses, by which a camera finds what it follows
@@ -1021,7 +1021,7 @@ def main(argv: list[str] | None = None):
         tasks = sample_tasks(args.env, min(args.tasks, len(row.only) or args.tasks), 0)
         policy = lambda obs: row.script.act(tasks, obs) if row.script else rng.uniform(-1, 1, (len(obs), row.act_dim))
         film(make(args.env, tasks, render_mode="rgb_array"), policy, args.render)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', None) or error})")
     print(args.render)
 

@@ -59,10 +59,7 @@ def with_context(dataset: data.Dataset, context: data.Arrays, env: str, sparse: 
     data.refuse(
         (not context, "context: expected arrays of transitions, found none"),
         (strange, f"context: expected arrays named {', '.join(known)}, found {strange}"),
-        (
-            sparse and "sparse_rewards" not in context,
-            "context: the agent's are sparse; expected sparse_rewards",
-        ),
+        (sparse and "sparse_rewards" not in context, "context: the agent's are sparse; expected sparse_rewards"),
     )
     n = len(next(iter(context.values())))
     arrays = {"terminals": np.zeros(n), "episodes": np.zeros(n)} | context
@@ -78,8 +75,9 @@ def with_context(dataset: data.Dataset, context: data.Arrays, env: str, sparse: 
 def load_run(
     folder: Path | str, device: str = "cpu", **changes: Any
 ) -> tuple[ModuleType, data.Args, Any, data.Learner]:
-    """The script, the arguments, the world and the trained agent of a run; `changes` replace arguments that no training
-    step saw, as test_quality; `context`, see `with_context`, is all that it knows of test tasks then.
+    """The script (or the one that it builds on), the arguments, the world and the trained agent of a run; `changes`
+    replace arguments that no training step saw, as test_quality; `context`, see `with_context`, is all that it knows of
+    test tasks then.
     `data.DataError` if the data are not those of the run, and whatever a reader raises.
 
     Code is executed: the script of the run's name if it can be imported, else the run's own copy; and where the family
@@ -116,11 +114,10 @@ def load_run(
     agent, world = rehearsal.agent, rehearsal.world
     agent.load_state_dict(checkpoint["agent"])
     same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of the training and of the test tasks' data
-    if checkpoint["dataset"][same] != world.checksum[same]:
-        raise data.DataError(
-            f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}"
-        )
-    return script, args, world, agent
+    changed = checkpoint["dataset"][same] != world.checksum[same]
+    data.refuse((changed, f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}"))
+    modules = [sys.modules.get(base.__module__) for base in type(agent).__mro__]
+    return next(module for module in modules if hasattr(module, "evaluate")), args, world, agent
 
 
 def policy_of(

@@ -1,6 +1,6 @@
 """Films one trained agent in unseen tasks side by side: each knows one context, or has adapted.
 
-python benchmark/animate.py runs/focal/walker-params/small/seed0       # results/focal-walker-params.gif
+python benchmark/animate.py runs/focal/walker-params/small/seed0       # film.gif there
 """
 
 import argparse
@@ -11,8 +11,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import FLAGS, load_run, whole
+from retest import FLAGS, load_run, main_of, whole
 
+import data
 import envs
 import trained
 
@@ -35,19 +36,18 @@ def film(run, path, count, size):
     vector.close()
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--tasks", type=whole, default=5, help="how many test tasks")
     parser.add_argument("--size", type=whole, default=160, help="of a picture, in pixels")
-    parser.add_argument("--out", type=Path, help="default: results/<script>-<env>.gif")
+    parser.add_argument("--out", type=Path, help="unless given: film.gif in that folder")
     args = parser.parse_args(argv)
-    run = args.run.absolute()
-    path = args.out or ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.gif"
-    if not path.parent.is_dir():
-        raise SystemExit(f"animate.py: --out {path}: there is no folder {path.parent}")
+    path = args.out or args.run / "film.gif"
+    data.refuse((not path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}"))
     half = path.with_name(f".{path.name}")
-    film(run, half, args.tasks, args.size)
+    film(args.run, half, args.tasks, args.size)
     half.replace(path)
     print(path)
 

@@ -2,10 +2,10 @@
 
 python benchmark/attention.py runs/focal_pp/sparse-point-robot/*quality=relabelled/seed*
 
-Writes results/focal_pp-attention.csv, one row for each run, and a PNG of the first run: the distribution of W over
-transitions that no task rewards and over those that their task does; the variance of a task's embedding against the
-share of transitions that no task rewards; and that variance beside the distance between tasks, which is what decides
-whether a task can be told from another.
+Writes results/focal_pp-attention.csv or --out, one row for each run, and a PNG of the first run: the distribution of W
+over transitions that no task rewards and over those that their task does; the variance of a task's embedding against
+the share of transitions that no task rewards; and that variance beside the distance between tasks, which is what
+decides whether a task can be told from another.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from report import write
-from retest import load_run
+from retest import load_run, main_of
+
+import data
 
 WEIGHTS = "unweighted", "weighted"
 SPARSITY = np.linspace(0, 0.95, 20)
@@ -68,7 +70,7 @@ def variances(script, args, world, encoder, informative, silent):
     return np.array(result).transpose(1, 2, 0)
 
 
-def draw(zero, nonzero, curves, auc):
+def draw(zero, nonzero, curves, auc, path):
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     left, *others = figure.subplots(1, 3)
     bins = np.linspace(0, max(zero.max(), nonzero.max()), 50)
@@ -82,22 +84,23 @@ def draw(zero, nonzero, curves, auc):
         axes.set(xlabel="share of transitions no task rewards", ylabel=label, title=title, yscale="log")
     for axes in (left, *others):
         axes.legend(fontsize="small")
-    figure.savefig(ROOT / "results" / "focal_pp-attention.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
-def main():
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run on relabelled data")
-    rows = []
-    for folder in parser.parse_args().runs:
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "focal_pp-attention.csv", help="the rows")
+    parsed, rows = parser.parse_args(argv), []
+    for folder in parsed.runs:
         script, args, world, agent = load_run(folder)
         encoder = agent.encoder
-        if args.quality != "relabelled":
-            raise SystemExit(f"attention.py: {folder}: a run on {args.quality} data; expected relabelled")
-        if not hasattr(getattr(encoder, "blocks", [None])[-1], "gate"):
-            raise SystemExit(
-                f"attention.py: {folder}: a run without batch-wise attention; expected --attention both or batch"
-            )
+        ungated = not hasattr(getattr(encoder, "blocks", [None])[-1], "gate")
+        data.refuse(
+            (args.quality != "relabelled", f"{folder}: a run on {args.quality} data; expected relabelled"),
+            (ungated, f"{folder}: a run without batch-wise attention; expected --attention both or batch"),
+        )
         reward = world.train_rows.split(world.split, -1)[2][..., 0]  # (n, N), what contexts hold
         informative, silent = reward != 0, (reward == 0).all(0)
         zero, nonzero = weights_of(script, args, world, encoder, informative, silent)
@@ -113,8 +116,8 @@ def main():
                 columns = [f"{prefix}{name}_{share:.2f}" for share in SPARSITY]
                 rows[-1] |= {column: float(f"{x:.4g}") for column, x in zip(columns, values, strict=True)}
         if len(rows) == 1:
-            draw(zero, nonzero, curves, auc)
-    write(ROOT / "results" / "focal_pp-attention.csv", rows)
+            draw(zero, nonzero, curves, auc, parsed.out.with_suffix(".png"))
+    write(parsed.out, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the small defaults are in its last column: data.py makes such data with these fl
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import sys
@@ -51,10 +50,7 @@ def flags_of(env, settings):
 
 def collect(root, path):
     """The table's rows, {(env, number of tasks): row}, those under `root` over those of `path`; written there."""
-    rows = {}
-    if path.exists():
-        with open(path) as file:
-            rows = {(row["env"], int(row["tasks"])): row for row in csv.DictReader(file)}
+    rows = {(row["env"], int(row["tasks"])): row for row in report.read(path)} if path.exists() else {}
     for env in envs.FAMILIES:
         for folder in sorted((root / env).glob("*-seed0")):
             row = describe(env, folder)

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run
+from retest import load_run, main_of
 
 import focal
 
@@ -80,7 +80,8 @@ def errors(train, again, test, tasks, test_tasks):
     return seen, unseen, linear, (mean - test_tasks).norm(dim=-1).mean().item()
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL or FOCAL++")
     torch.set_num_threads(1)

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import paper
-from retest import load_run
+from retest import load_run, main_of
 
+import data
 import pictures
 
 
@@ -49,13 +50,14 @@ def draw(run, path):
     figure.savefig(path)
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
     run = parser.parse_args(argv).run.absolute()
     path = ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.png"
-    if not (run / "paths.png").exists():
-        raise SystemExit(f"figure.py: {run}: no paths.png there; expected the folder of a run on point robots")
+    missing = not (run / "paths.png").exists()
+    data.refuse((missing, f"{run}: no paths.png there; expected the folder of a run on point robots"))
     draw(run, path)
     shutil.copy(run / "metrics.csv", path.with_suffix(".csv"))
     print(path)

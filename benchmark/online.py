@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import kind_of, load_run
+from retest import adapting, load_run, main_of
 
 import data
 
@@ -59,8 +59,9 @@ def experience(first, second, generator, size=None):
 def evaluate(script, args, agent, world):
     """Returns (n_test, E) of FOCAL or FOCAL++ with contexts that the agent collected, and of the first episode, on a
     training task's z."""
-    if args.sparse:
-        raise SystemExit("online.py: the environments do not give --sparse rewards; expected a run without")
+    data.refuse((args.sparse, "the environments do not give --sparse rewards; expected a run without"))
+    relabelled = "relabelled" in (args.quality, args.test_quality)
+    data.refuse((relabelled, "the environments do not give rewards as relabelled data have; expected other data"))
     e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
     n, count, width = world.train_rows.shape
 
@@ -100,12 +101,13 @@ def evaluate_merpo(script, args, agent, world):
     return total, first[2].reshape(-1, e)
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL, FOCAL++ or MerPO")
     for run in parser.parse_args(argv).runs:
         script, args, world, agent = load_run(run, ("FOCAL", "MerPO"))
-        if kind_of(vars(args)) == "MerPO":
+        if adapting(args, run):
             offline = script.evaluate(args, agent, world)[args.adapt_steps]
             own, blind = evaluate_merpo(script, args, agent, world)
         else:

@@ -6,12 +6,11 @@ python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
 row for each run, and a PNG: bands of learning curves go from the lowest to the highest seed, those of tests are the
-standard deviation. A curve ends where the first of its seeds does.
+standard deviation. A curve has the steps that all of its seeds have.
 Where variants differ in test conditions only, one trained agent is tested under all of them (retest.py).
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -271,7 +270,7 @@ def is_done(script, words):
     if not (folder / "final.json").exists():
         return False
     then = json.loads((folder / "final.json").read_text())["args"]
-    for key, now in json.loads(json.dumps(data.settings(args))).items():
+    for key, now in json.loads(json.dumps(data.plain(args))).items():
         if key not in (*args.ELSEWHERE, "variant") and then.get(key, now) != now:
             raise SystemExit(f"{folder}: made with {data.option(key)} {then[key]}, now {now}; delete it to run it anew")
     return True
@@ -292,14 +291,19 @@ def execute(script, words):
             raise SystemExit(done.returncode)
 
 
+def execute_tool(name, folder, *words):
+    """A tool of this folder on a run; ends the program unless it went well or an adaptation diverged."""
+    command = [sys.executable, ROOT / "benchmark" / name, folder, *words]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode not in (0, 3):
+        raise SystemExit(done.returncode)
+
+
 def execute_test(folder, tested):
     """retest.py on a run that is done, unless that was done since, or the run diverged before it had an agent."""
     path, checkpoint = result_of(folder, tested), folder / "checkpoint.pt"
     if checkpoint.exists() and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
-        command = [sys.executable, ROOT / "benchmark" / "retest.py", folder, *tested]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode not in (0, 3):  # 3: it diverged
-            raise SystemExit(done.returncode)
+        execute_tool("retest.py", folder, *tested)
 
 
 def result_of(folder, tested):
@@ -318,8 +322,7 @@ def metrics(folder):
     path = folder / "metrics.csv"
     if not path.exists():  # diverged before the first evaluation
         return []
-    with open(path) as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [{key: float(value) for key, value in row.items()} for row in report.read(path)]
 
 
 def last(history, key, n=3):
@@ -362,7 +365,9 @@ def draw(script, figure, env, runs, folders, suffix, rows):
     title = f"{script}, {figure} on {env}"
     if (script, figure) == AVERAGED:
         draw_shares(path, title, rows)
-    elif runs[0].tested:
+    elif runs[0].tested or "meta_return_mean" in columns:  # evaluated once, at the end
+        before = [{"return_after_0": row["meta_return_mean"]} if "lambda" in row else {} for row in rows]
+        rows = [row | more for row, more in zip(rows, before, strict=True)]
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
         draw_curves(path, title, groups, columns, STEPS[script])
@@ -375,12 +380,12 @@ def draw_curves(path, title, groups, columns, step_of):
     panels = picture.subplots(1, len(columns), squeeze=False)[0]
     for colour, (label, folders) in enumerate(groups.items()):
         histories = [metrics(folder) for folder in folders]
-        length = min(len(history) for history in histories)
-        if not length:
+        step = sorted(set.intersection(*({row["step"] for row in history} for history in histories)))
+        if not step:
             continue
-        step = [row["step"] for row in histories[0][:length]]
+        histories = [[row for row in history if row["step"] in step] for history in histories]
         for axes, column in zip(panels, columns, strict=True):
-            values = np.array([[row.get(column, np.nan) for row in history[:length]] for history in histories])
+            values = np.array([[row.get(column, np.nan) for row in history] for history in histories])
             axes.fill_between(step, values.min(0), values.max(0), color=f"C{colour}", alpha=0.15, linewidth=0)
             axes.plot(step, values.mean(0), f"{'osD^vPX*'[colour % 8]}-", color=f"C{colour}", markersize=3, label=label)
     for axes, column in zip(panels, columns, strict=True):

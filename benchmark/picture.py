@@ -137,7 +137,7 @@ def film(path, gif, count=4, seed=0):
 
     @torch.no_grad()
     def policy(obs):
-        return torch.tanh(data.gaussian(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]))[0])[:, 0].numpy()
+        return torch.tanh(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]).chunk(2, -1)[0])[:, 0].numpy()
 
     envs.film(vector, policy, gif)
 

@@ -43,27 +43,39 @@ def check(folder, saved, kinds, changes):
     kind = kind_of(saved)
     if kind not in kinds:
         raise data.DataError(f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}")
-    if saved.get("single"):
-        raise data.DataError(f"{folder}: a run with --single has no test tasks; expected another")
     for key in sorted(changes.keys() - set(FLAGS[kind])):
         raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
 
 
 def load_run(folder, kinds=("FOCAL",), **changes):
-    """The script (or the one that it builds on), settings, world and agent of a run; ends in one line if it cannot."""
+    """`trained.load_run`, or DataError for whatever keeps it from that."""
     try:
         check(folder, json.loads((folder / "args.json").read_text()), kinds, changes)
-        _, args, world, agent = trained.load_run(folder, **changes)
-    except data.DataError as error:
-        message = error
+        return trained.load_run(folder, **changes)
+    except data.DataError:
+        raise
     except OSError as error:
         message = f"{error.filename}: {error.strerror}; expected the folder of a run"
     except Exception as error:  # whatever a reader raises
         message = f"{folder}: a damaged run, or one of another version of the script ({error!r:.100}); run it again"
-    else:
-        modules = [sys.modules[base.__module__] for base in type(agent).__mro__]
-        return next(module for module in modules if hasattr(module, "evaluate")), args, world, agent
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+    raise data.DataError(message)
+
+
+def adapting(args, folder):
+    """Whether tasks adapt; DataError where there are no tasks to be tested on."""
+    single = getattr(args, "single", None)
+    data.refuse((single, f"{folder}: a run with --single has no test tasks; expected another"))
+    return kind_of(vars(args)) == "MerPO"
+
+
+def main_of(tool):
+    """`tool(argv)` as a command: what a user can mend ends in one line."""
+
+    def main(argv=None):
+        with data.endings(Path(tool.__code__.co_filename).name, lambda: "nothing more was written"):
+            return tool(argv)
+
+    return main
 
 
 def test(folder, changes):
@@ -71,7 +83,7 @@ def test(folder, changes):
     script, args, world, agent = load_run(folder, FLAGS, **changes)
     torch.manual_seed(args.seed)
     row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
-    if kind_of(vars(args)) == "MerPO":
+    if adapting(args, folder):
         row["clone_return_mean"] = clone_return(script, args, agent, world)
         returns = script.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
@@ -120,19 +132,15 @@ def arguments(argv=None):
     return args.runs, changes
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     runs, changes = arguments(argv)
-    if not runs:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: expected the folder of a run, or several")
+    data.refuse((not runs, "expected the folder of a run, or several"))
     torch.set_num_threads(1)
     for run in runs:
-        try:
-            row, path = test(run, changes), result(run, changes)
-        except FloatingPointError as error:
-            print(f"{Path(sys.argv[0]).name}: {run}: {error}", file=sys.stderr)
-            raise SystemExit(3) from None
+        row, path = test(run, changes), result(run, changes)
         path.parent.mkdir(exist_ok=True)
-        data.write(path, lambda file, row=row: file.write(json.dumps(row, indent=1).encode()))
+        data.write(path, json.dumps(row, indent=1).encode())
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}
         print(run, *(f"{key} {value:.4g}" for key, value in numbers.items()), flush=True)
 

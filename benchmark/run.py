@@ -14,7 +14,6 @@ collected itself (online): SMAC's own evaluations; the others' by online.py, on 
 
 import argparse
 import json
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,10 +96,7 @@ def execute(script, words):
     folder = paper.path_of(script, words)
     path, final = folder / "online.json", folder / "final.json"
     if script != "smac" and final.exists() and not (path.exists() and path.stat().st_mtime > final.stat().st_mtime):
-        command = [sys.executable, ROOT / "benchmark" / "online.py", folder]
-        done = subprocess.run(command, cwd=ROOT, env=paper.os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        paper.execute_tool("online.py", folder)
 
 
 def place(row):

@@ -14,34 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from retest import load_run
+from retest import load_run, main_of
 
 import data
-import smac
+import pictures
 
 NAMES = {"prior_": "exploration", "short_": "on online contexts", "offline_": "on offline contexts"}
 
 
 @torch.no_grad()
-def play(args, agent, world):
+def play(script, args, agent, world):
     """Of the test tasks, as in an evaluation: {name: KLs (tasks x E,)} and {name: paths}."""
     first = slice(world.seen * args.eval_episodes, None, args.eval_episodes)  # each test task's first meta-episode
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
-        rows, counted, _ = smac.explore(args, agent, world)
-        found = smac.posteriors(args, agent, world, rows, counted)
+        rows, counted, _ = script.explore(args, agent, world)
+        found = script.posteriors(args, agent, world, rows, counted)
         once = slice(world.env.horizon)
         kls, walked = {}, {"prior_": paths(rows[first, once], counted[first, once], world)}
         for name, (mean, variance) in found.items():
-            z = smac.sample(mean, variance)
+            z = script.sample(mean, variance)
             if name in NAMES:
-                kls[name] = smac.gaussian_kl(mean, variance)[first.start :].numpy()
-                rows, counted, *_ = smac.play(agent, world, world.env, z, args.seed)
+                kls[name] = script.gaussian_kl(mean, variance)[first.start :].numpy()
+                rows, counted, *_ = script.play(agent, world, world.env, z, args.seed)
                 walked[name] = paths(rows[first], counted[first], world)
     return kls, walked
 
@@ -53,7 +52,7 @@ def paths(rows, counted, world):
         where = own.split(world.split, -1)[3][alive] * world.std + world.mean  # s'
         if row.xml:  # observations tell velocities, not places
             where = where[:, list(row.velocity)].cumsum(0) * world.env.physics.dt
-        found.append(where.T.numpy())
+        found.append(where[:, :2].T.numpy())
     return found if not row.xml or len(row.velocity) == 2 else []
 
 
@@ -82,9 +81,9 @@ def plot_one(path, kls, walked, world, bins, points):
 
 def plot_paths(axes, found, points, world):
     """The paths `found` of the test tasks on axes that show all `points` (2, n)."""
-    goal = world.row.goal(world.test_tasks).T if world.row.goal else np.full((2, len(found)), math.nan)
+    goal = world.row.goal(world.test_tasks)[:, :2].T if world.row.goal else np.full((2, len(found)), math.nan)
     goal = goal * (np.abs(points).max() if world.row.xml else 1)  # a body's is a direction
-    colour = colormaps["turbo"](np.linspace(0.05, 0.95, len(found))[np.arctan2(*goal).argsort().argsort()])
+    colour = pictures.task_colours(world.test_tasks)[0]
     for path, own in zip(found, colour, strict=True):
         axes.plot(*path, color=own, linewidth=0.9)
     axes.scatter(*goal, c=colour, marker="*", s=60, zorder=3)
@@ -96,19 +95,20 @@ def plot_paths(axes, found, points, world):
 
 def draw(run):
     """The pictures of one run; returns where they are."""
-    _, args, world, agent = load_run(run, ("SMAC",))
+    script, args, world, agent = load_run(run, ("SMAC",))
     phases = ["offline-phase"] * (args.steps > 0) + ["online-phase"] * (int(agent.step) > args.steps)
     files = [run / f"shift-{phase}.png" for phase in phases]
     seen = {}
     for file in reversed(files):
         if file.stem == "shift-offline-phase" and len(files) > 1:  # what the agent was then
             agent.encoder, agent.actor = agent.labeller, agent.offline_actor
-        seen[file] = play(args, agent, world)
+        seen[file] = play(script, args, agent, world)
     plot(seen, world)
     return files
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of smac.py")
     for run in parser.parse_args(argv).runs:

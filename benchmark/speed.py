@@ -221,7 +221,7 @@ def each(args, device, work):
                     kinds |= build(script, args.env, size, device, file, args.flags.split())
                 for name, kind in kinds.items():
                     work(script, name, size, device, kind)
-            except RuntimeError:
+            except (RuntimeError, data.DataError):  # MerPO has not every family
                 traceback.print_exc()
                 failed.append(f"{script}, {size}")
             kinds = kind = None

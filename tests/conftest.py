@@ -1,8 +1,10 @@
 """Tiny datasets that the tests of the scripts share."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -52,6 +54,16 @@ def files(tmp_path_factory):
     for name, count in ((WIND, 60), (SPARSE, 60), (WALKER, 120)):
         data.save(folder / f"{name}.npz", collect(name, TRAIN, TEST, count, 20), {"env": name})
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
+
+
+@contextlib.contextmanager
+def one_line(capsys, pattern):
+    """What is done here ends with exit code 2 and one line on standard error that has this pattern."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        yield
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and re.search(pattern, said) and said.count("\n") == 1
 
 
 @pytest.fixture

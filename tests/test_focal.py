@@ -1024,12 +1024,6 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
     )
 
 
-def test_a_huge_learning_rate_diverges(files, tmp_path, no_plots, capsys):
-    line = refused(capsys, [*flags(WIND, files[WIND], "--lr 1e30"), "--run-dir", str(tmp_path)], "diverged", code=3)
-    assert re.search(r"(critic|actor)_loss .*step [123]\b", line)
-    assert not list(tmp_path.glob("focal/*/*/*/final.json"))
-
-
 def test_data_of_your_own_needs_no_description(files, tmp_path, no_plots):
     arrays = load_arrays(files[WALKER])
     del arrays["returns"]
@@ -1096,29 +1090,10 @@ def check_graph(folder, name, file, more="", script=None):
         assert x == pytest.approx(y, rel=1e-2, abs=1e-4, nan_ok=True)
 
 
-def check_that_nothing_waits(k):
-    """Of an update, for the device."""
-    for learn in (True, False) * 2:
-        k.update(learn)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for learn in (True, False):
-            k.update(learn)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @cuda
 @pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED), (WALKER, "--coupled"), (WALKER, PEARL)])
 def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots, name, more):
     check_graph(tmp_path, name, files[name], more)
-
-
-@cuda
-@pytest.mark.parametrize("more", ["--alpha 0", f"{REGULARISED} --coupled", PEARL])
-def test_an_update_never_waits_for_the_device(files, more):
-    check_that_nothing_waits(build(WALKER, files[WALKER], f"--device cuda {more}", "cuda"))
 
 
 # -------------------------------------------------------------------------------------------------------- learning

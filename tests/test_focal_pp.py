@@ -175,15 +175,6 @@ def naive_attention(x, block, heads=8):
     return out @ block.out.weight.T + block.out.bias
 
 
-def test_attention_is_torchs():
-    block = disturbed(focal_pp.Block(16, "seq", 0.0))
-    (x,) = test_focal.random_tensors((2, 5, 4, 16))
-    q, k, v = block.qkv(block.norms[0](x)).unflatten(-1, (3, 8, -1)).transpose(2, 4).unbind(3)  # (2, 5, 8, tokens, 2)
-    y = x + block.out(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3))
-    y = y + block.feed_forward(block.norms[1](y))
-    torch.testing.assert_close(block(x)[0], y, rtol=1e-12, atol=1e-12)
-
-
 def test_a_block_and_the_encoder_against_plain_loops():
     args = focal_pp.parse_args(["--env", WIND, "--encoder-hidden", "16", "--latent", "3", "--blocks", "2"])
     encoder = disturbed(focal_pp.Encoder([2, 2, 2, 1], args))
@@ -284,9 +275,3 @@ def test_tuning_does_not_begin_above_its_bound(name):
 @pytest.mark.parametrize("size", ["--dropout 0", "--encoder-hidden 128 --dropout 0.1"])  # fused kernels ask for widths
 def test_graph_replay_equals_eager_updates(files, tmp_path, size):
     test_focal.check_graph(tmp_path, WALKER, files[WALKER], f"{PP} {size}", focal_pp)
-
-
-@cuda
-@pytest.mark.parametrize("more", ["", "--coupled", "--encoder-loss dml"])
-def test_an_update_never_waits_for_the_device(files, more):
-    test_focal.check_that_nothing_waits(build(WALKER, files[WALKER], f"--device cuda {more}", "cuda"))

@@ -74,7 +74,7 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     (folder / "metrics.csv").write_text(f"step,return_mean\n1,-7\n2,-5\n{args.steps},-6\n")
     assert run.describe("focal", words) is None
     final = {"step": args.steps, "behaviour_return": -8, "optimal_return": -4, "wall_clock_seconds": 90}
-    final["args"] = json.loads(json.dumps(data.settings(args)))
+    final["args"] = json.loads(json.dumps(data.plain(args)))
     (folder / "final.json").write_text(json.dumps(final))
     row = run.describe("focal", words)
     assert (row["offline_last"], row["offline_best"], row["data_return"], row["minutes"]) == (-6, -5, -8, 1.5)

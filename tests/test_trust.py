@@ -148,17 +148,6 @@ def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, capsys, name,
     assert data.load(prepare_tiny(tmp_path)).meta["checksum"]
 
 
-def test_a_full_disk_while_a_picture_is_drawn(full, files, tmp_path, capsys):
-    full("embeddings.png", size=2_000)
-    argv = flags(focal, files, tmp_path)
-    assert "embeddings.png" in ended(focal, argv, capsys, 2)
-    assert (
-        {"args.json", "source.py"}
-        <= contents(folder_of(focal, argv)).keys()
-        <= {"args.json", "source.py", "started.py", ".lock"}
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- divergence
 RATES = {focal: "--lr 1e30", focal_pp: "--lr 1e30", smac: "--lr 1e30", merpo: "--lr 1e30 --actor-lr 1e30"}
 
