@@ -78,9 +78,6 @@ FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
 GRAPHS = True  # on CUDA: SAC's update is one graph
-PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
-GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
-# where a tanh-Gaussian has no density
 
 
 class DataError(Exception):
@@ -92,6 +89,11 @@ def refuse(*checks: tuple[Any, str]) -> None:
     for wrong, words in checks:
         if wrong:
             raise DataError(words)
+
+
+def option(key: str) -> str:
+    """The flag of a field."""
+    return f"--{key.replace('_', '-')}"
 
 
 def refuse_idle(given: dict[str, Any], names: str, idle: bool, why: str) -> None:
@@ -198,7 +200,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     return s
 
 
-# --------------------------------------------------------------------------------------- SAC for all tasks at once
+# -------------------------------------------------------------------------------------- networks and gradient steps
 class BatchedLinear(nn.Module):
     """n independent linear layers: (n, B, d_in) -> (n, B, d_out)."""
 
@@ -228,6 +230,87 @@ class BatchedMLP(nn.Module):
         return self.layers[-1](x, frozen)
 
 
+def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam for a module on its device; its learning rate is a tensor, so that a captured graph can change it."""
+    parameters = list(module.parameters())
+    rate = torch.tensor(lr, device=parameters[0].device)
+    return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=parameters[0].is_cuda)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
+    optimiser.param_groups[0]["lr"].copy_(lr)
+
+
+def gradients(optimisers: list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+    """The gradients of a loss by the optimisers' own parameters; no other network gets any."""
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+    for optimiser in optimisers:
+        optimiser.zero_grad()
+    loss.backward(inputs=[p for group in groups for p in group["params"] if p.requires_grad])
+
+
+def descend(optimisers: torch.optim.Optimizer | list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
+    """One gradient step of the parameters of an optimiser, or of several."""
+    optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
+    gradients(optimisers, loss)
+    for optimiser in optimisers:
+        optimiser.step()
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """slow <- (1 - rate) slow + rate fast, of all weights."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+
+
+def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: bool = False) -> Procedure:
+    """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other.
+    `generator` is what it draws from, unless from the device's own; `compiled`: by torch.compile before that."""
+    graph, stream, calls = None, torch.cuda.Stream(), 0
+    run = fuse(fn) if compiled else fn
+
+    def replay():
+        nonlocal graph, calls
+        calls += 1
+        if calls <= 3:  # warm-up on a side stream, as capture asks for; what is compiled is compiled here
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            if generator is not None:
+                graph.register_generator_state(generator)
+            gc.collect()  # a graph that is freed while another is recorded ends the recording
+            with torch.cuda.graph(graph):
+                run()
+        graph.replay()
+
+    return replay
+
+
+def fuse(fn: Procedure) -> Procedure:
+    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's.
+    Where that fails one line says so, and `fn` goes on as it is."""
+    # compiled, the change of a tensor that only the optimiser holds can be lost (not a decorator: its import is slow)
+    globals()["set_rate"] = torch.compiler.disable(set_rate)
+    torch._inductor.config.fallback_random = True
+    best = torch.compile(fn, dynamic=False)
+
+    def call():
+        nonlocal best
+        try:
+            best()
+        except Exception as error:  # each layer of the compiler has its own; later calls compile nothing
+            print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
+            best = fn
+            fn()
+
+    return call
+
+
+# --------------------------------------------------------------------------------------- SAC for all tasks at once
 def twins(critic: BatchedMLP, obs: torch.Tensor, action: torch.Tensor, frozen: bool = False) -> torch.Tensor:
     """(2, T, B) values of twin critics, stacked as 2T networks; obs (T, B, d), action (T, B, m)."""
     x = torch.cat([obs, action], dim=-1)
@@ -446,53 +529,6 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.vector.load_state_dict({key: value.numpy() for key, value in state["vector"].items()})
         self.obs = self.vector.observe()
-
-
-def capture(fn: Procedure, generator: torch.Generator | None = None, compiled: bool = False) -> Procedure:
-    """`fn`, a function without arguments, as one CUDA graph; the first calls run eagerly and count like any other.
-    `generator` is what it draws from, unless from the device's own; `compiled`: by torch.compile before that."""
-    graph, stream, calls = None, torch.cuda.Stream(), 0
-    run = fuse(fn) if compiled else fn
-
-    def replay():
-        nonlocal graph, calls
-        calls += 1
-        if calls <= 3:  # warm-up on a side stream, as capture asks for; what is compiled is compiled here
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()
-            torch.cuda.current_stream().wait_stream(stream)
-            return
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            if generator is not None:
-                graph.register_generator_state(generator)
-            gc.collect()  # a graph that is freed while another is recorded ends the recording
-            with torch.cuda.graph(graph):
-                run()
-        graph.replay()
-
-    return replay
-
-
-def fuse(fn: Procedure) -> Procedure:
-    """`fn` compiled by TorchInductor, which makes one kernel of many small operations; random draws stay PyTorch's.
-    Where that fails one line says so, and `fn` goes on as it is."""
-    # compiled, the change of a tensor that only the optimiser holds can be lost (not a decorator: its import is slow)
-    globals()["set_rate"] = torch.compiler.disable(set_rate)
-    torch._inductor.config.fallback_random = True
-    best = torch.compile(fn, dynamic=False)
-
-    def call():
-        nonlocal best
-        try:
-            best()
-        except Exception as error:  # each layer of the compiler has its own; later calls compile nothing
-            print(f"torch.compile failed ({type(error).__name__}); going on without", flush=True)
-            best = fn
-            fn()
-
-    return call
 
 
 # ------------------------------------------------------------------------------------------------- files and locks
@@ -749,7 +785,7 @@ def _one_thread():
 
 
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
-def collect(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
+def play_policies(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
     `record` returns."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
@@ -762,7 +798,12 @@ def collect(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Setti
         noise = torch.randn(count * k, s // k, row.act_dim, generator=generator)
         return sample_action(actor(x), noise)[0].view(-1, row.act_dim).numpy()
 
-    return record(env, tasks, act, s, seed)
+    return trajectories_of(env, tasks, act, s, seed)
+
+
+PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
+GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
+# where a tanh-Gaussian has no density
 
 
 class Performer:
@@ -785,7 +826,7 @@ class Performer:
         return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
 
 
-def record(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
+def trajectories_of(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
     """So many trajectories of each task under act: (n, d) observations -> (n, m) actions.
 
     Every trajectory is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be
@@ -840,14 +881,14 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     row, stream = envs.family(env), 1_000_003 * seed + 1_000 + QUALITIES.index(quality)
     if row.script:
         performer = Performer(row, tasks.repeat(settings.trajectories, axis=0), stream)
-        return record(env, tasks, performer.act, settings.trajectories, stream)
+        return trajectories_of(env, tasks, performer.act, settings.trajectories, stream)
     if quality == "replay":
         return _replay(env, tasks, behaviour["early"])
     policies = behaviour["policies"].transpose(0, 1)  # (T, checkpoints, parameters)
     count = max(settings.trajectories, Settings.trajectories if quality == "medium" else 0)
     spread = np.linspace(0, policies.shape[1] - 1, count).round().astype(int)  # of `mixed`
     if quality == "mixed":
-        return collect(env, tasks, policies[:, spread], settings, stream)
+        return play_policies(env, tasks, policies[:, spread], settings, stream)
     chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
     if quality == "medium":  # chosen among 50 policies or more, even where fewer trajectories of it are wanted
         probe = dataclasses.replace(settings, trajectories=count)
@@ -855,7 +896,7 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
         half = (smooth[:, :1] + smooth[:, -1:]) / 2
         chosen = torch.from_numpy(spread[np.abs(smooth - half).argmin(1)])
-    return collect(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
+    return play_policies(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
 
 
 def sparse(rewards: Any, threshold: float) -> Any:
@@ -1195,11 +1236,6 @@ class Args:
         self.test_quality = self.test_quality or self.quality
 
 
-def option(key: str) -> str:
-    """The flag of a field."""
-    return f"--{key.replace('_', '-')}"
-
-
 def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = None, ours: dict | None = None) -> Args:
     """The arguments: the command line's, over small[env]'s if the sizes are small, else ours[env]'s unless --letter,
     over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
@@ -1385,39 +1421,6 @@ class Learner(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.isfinite().all():
                 raise FloatingPointError(f"the weights {name} are not finite at step {int(self.step)}")
-
-
-def adam(module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam for a module on its device; its learning rate is a tensor, so that a captured graph can change it."""
-    parameters = list(module.parameters())
-    rate = torch.tensor(lr, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=parameters[0].is_cuda)
-
-
-def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
-    optimiser.param_groups[0]["lr"].copy_(lr)
-
-
-def gradients(optimisers: list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
-    """The gradients of a loss by the optimisers' own parameters; no other network gets any."""
-    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
-    for optimiser in optimisers:
-        optimiser.zero_grad()
-    loss.backward(inputs=[p for group in groups for p in group["params"] if p.requires_grad])
-
-
-def descend(optimisers: torch.optim.Optimizer | list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
-    """One gradient step of the parameters of an optimiser, or of several."""
-    optimisers = optimisers if isinstance(optimisers, list) else [optimisers]
-    gradients(optimisers, loss)
-    for optimiser in optimisers:
-        optimiser.step()
-
-
-@torch.no_grad()
-def follow(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """slow <- (1 - rate) slow + rate fast, of all weights."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
 
 
 # ----------------------------------------------------------------------------------------------- runs: their folders
