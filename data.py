@@ -787,7 +787,7 @@ def _one_thread():
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
 def play_policies(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
-    `record` returns."""
+    `trajectories_of` returns."""
     row, (count, k), s = envs.family(env), policies.shape[:2], settings.trajectories
     actor = load_policies(policies.flatten(0, 1), row, settings.hidden)
     generator = torch.Generator().manual_seed(seed)

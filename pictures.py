@@ -41,7 +41,8 @@ def draw_curve(axes: Any, run: Any) -> None:
     for (prefix, label), colour in zip(run.curve.items(), ("tab:gray", "tab:blue", "tab:cyan"), strict=False):
         low, high = ([row.get(f"{prefix}return_{end}", none) for row in rows] for end in ("low", "high"))
         axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(step, [row[f"{prefix}return_mean"] for row in rows], color=colour, label=label)
+        mean, marker = [row[f"{prefix}return_mean"] for row in rows], "o" if len(step) == 1 else None
+        axes.plot(step, mean, color=colour, marker=marker, label=label)
     for mark in sorted(run.marks)[:-1]:
         axes.axvline(mark, color="black", linewidth=0.6)
     if run.world.behaviour is not None:

@@ -116,8 +116,8 @@ def load_run(
     same = slice(1 if args.test_quality != saved["test_quality"] else 2)  # of the training and of the test tasks' data
     changed = checkpoint["dataset"][same] != world.checksum[same]
     data.refuse((changed, f"{folder}: its data have changed; expected {checkpoint['dataset']}, found {world.checksum}"))
-    modules = [sys.modules.get(base.__module__) for base in type(agent).__mro__]
-    return next(module for module in modules if hasattr(module, "evaluate")), args, world, agent
+    modules = [script, *(sys.modules.get(base.__module__) for base in type(agent).__mro__)]
+    return next((module for module in modules if hasattr(module, "evaluate")), script), args, world, agent
 
 
 def policy_of(

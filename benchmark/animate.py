@@ -45,7 +45,7 @@ def main(argv):
     parser.add_argument("--out", type=Path, help="unless given: film.gif in that folder")
     args = parser.parse_args(argv)
     path = args.out or args.run / "film.gif"
-    data.refuse((not path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}"))
+    data.refuse((args.out and not path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}"))
     half = path.with_name(f".{path.name}")
     film(args.run, half, args.tasks, args.size)
     half.replace(path)

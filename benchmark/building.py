@@ -127,10 +127,8 @@ def main(argv=None):
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not in graphs")
     args = parser.parse_args(argv)
-    try:
+    with data.endings("building.py", lambda: "nothing was written"):
         device = data.choose_device(args.device)
-    except data.DataError as error:
-        raise SystemExit(f"building.py: {error}") from None
     data.GRAPHS = not args.no_graph
     print(" ".join(f"{column:>8}" for column in COLUMNS), flush=True)
     for wider in args.wider:

@@ -13,13 +13,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import paper
+from retest import main_of
+
+import data
 
 
 def seeds(folder):
     """The runs in a folder that holds seed0, seed1, ..."""
     runs = sorted(path.parent for path in folder.glob("seed*/metrics.csv"))
-    if not runs:
-        raise SystemExit(f"compare.py: {folder}: no seed*/metrics.csv there; expected the folder of a variant's seeds")
+    data.refuse((not runs, f"{folder}: no seed*/metrics.csv there; expected the folder of a variant's seeds"))
     return runs
 
 
@@ -31,7 +33,8 @@ def labels(folders):
     return ["/".join(p[i] for i in different) for p in parts]
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="<run-dir>/<script>/<env>/<variant>")
     parser.add_argument("--columns", nargs="+", default=["return_mean"], help="of metrics.csv, a panel each")
@@ -41,13 +44,13 @@ def main(argv=None):
     for folder in (run for runs in groups.values() for run in runs):
         found = paper.metrics(folder)[:1]
         for column in args.columns:
-            if found and column not in found[0]:
-                raise SystemExit(f"compare.py: {folder}: no column {column}; expected one of {', '.join(found[0])}")
+            strange = found and column not in found[0]
+            data.refuse((strange, f"{folder}: no column {column}; expected one of {', '.join(dict(*found))}"))
     stages = any("model_loss" in row for runs in groups.values() for row in paper.metrics(runs[0])[:1])
     try:
         paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
     except (OSError, ValueError) as error:  # no such folder, no such format
-        raise SystemExit(f"compare.py: --out {args.out}: {error}") from None
+        raise data.DataError(f"--out {args.out}: {error}") from None
     for label, runs in groups.items():
         for column in args.columns:
             last = [paper.last(paper.metrics(run), column) for run in runs]

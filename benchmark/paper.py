@@ -325,6 +325,11 @@ def metrics(folder):
     return [{key: float(value) for key, value in row.items()} for row in report.read(path)]
 
 
+def returns_of(folder):
+    """Of a run's evaluations that had test tasks to score: stage 1 of MerPO has none."""
+    return [row["return_mean"] for row in metrics(folder) if not np.isnan(row["return_mean"])]
+
+
 def last(history, key, n=3):
     """Mean of a column over the last evaluations; stage 1 of MerPO has none."""
     values = [row.get(key, np.nan) for row in history if not np.isnan(row["return_mean"])][-n:]
@@ -365,9 +370,7 @@ def draw(script, figure, env, runs, folders, suffix, rows):
     title = f"{script}, {figure} on {env}"
     if (script, figure) == AVERAGED:
         draw_shares(path, title, rows)
-    elif runs[0].tested or "meta_return_mean" in columns:  # evaluated once, at the end
-        before = [{"return_after_0": row["meta_return_mean"]} if "lambda" in row else {} for row in rows]
-        rows = [row | more for row, more in zip(rows, before, strict=True)]
+    elif runs[0].tested or all(len(returns_of(folder)) < 2 for folder in folders):  # there is no curve
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
         draw_curves(path, title, groups, columns, STEPS[script])
@@ -437,13 +440,16 @@ def draw_tests(path, title, groups):
     picture = Figure(figsize=(6.4, 0.9 + 0.4 * len(groups)), layout="constrained")
     axes, kinds = picture.add_subplot(title=title), list(dict.fromkeys(label.partition(",")[0] for label in groups))
     marks = {"data_return": ("k|", "the test tasks' data"), "return_after_0": ("ko", "the meta-policy")}
+    marks["meta_return_mean"] = marks["return_after_0"]
     for i, (label, rows) in enumerate(groups.items()):
         returns = np.array([row["return_mean"] for row in rows])
         axes.barh(i, returns.mean(), xerr=returns.std(), color=f"C{kinds.index(label.partition(',')[0])}", alpha=0.8)
         for key, (mark, name) in marks.items():
             seen = axes.get_legend_handles_labels()[1]
-            if key in rows[0]:
-                mean, size = np.mean([row[key] for row in rows]), 14 if mark == "k|" else 5
+            known = np.array([row.get(key) for row in rows], float)  # a run that diverged has no return of its data
+            tested = key == "meta_return_mean" and "clone_return_mean" in rows[0]  # not where such a task begins
+            if not (tested or np.isnan(known).all()):
+                mean, size = np.nanmean(known), 14 if mark == "k|" else 5
                 axes.plot(mean, i, mark, markersize=size, label=None if name in seen else name)
     axes.set(xlabel="return on test tasks", yticks=range(len(groups)), yticklabels=list(groups))
     axes.invert_yaxis()

@@ -148,12 +148,13 @@ def main(argv=None):
     parser.add_argument("--film", type=Path, metavar="GIF", help="write a film instead of a picture")
     parser.add_argument("--tasks", type=int, default=4, help="how many tasks a film shows")
     args = parser.parse_args(argv)
-    try:
-        if args.film:
-            film(args.dataset, args.film, args.tasks)
-        print(args.film or plot(args.dataset))
-    except (data.DataError, ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"picture.py: {error}") from None
+    with data.endings("picture.py", lambda: "nothing was written"):
+        try:
+            if args.film:
+                film(args.dataset, args.film, args.tasks)
+            print(args.film or plot(args.dataset))
+        except ValueError as error:  # no such family, no such format
+            raise data.DataError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def check(folder, saved, kinds, changes):
     kind = kind_of(saved)
     if kind not in kinds:
         raise data.DataError(f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}")
+    refuse_single(folder, saved if changes else {})
     for key in sorted(changes.keys() - set(FLAGS[kind])):
         raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
 
@@ -63,9 +64,12 @@ def load_run(folder, kinds=("FOCAL",), **changes):
 
 def adapting(args, folder):
     """Whether tasks adapt; DataError where there are no tasks to be tested on."""
-    single = getattr(args, "single", None)
-    data.refuse((single, f"{folder}: a run with --single has no test tasks; expected another"))
+    refuse_single(folder, vars(args))
     return kind_of(vars(args)) == "MerPO"
+
+
+def refuse_single(folder, settings):
+    data.refuse((settings.get("single"), f"{folder}: a run with --single has no test tasks; expected another"))
 
 
 def main_of(tool):
@@ -138,7 +142,10 @@ def main(argv):
     data.refuse((not runs, "expected the folder of a run, or several"))
     torch.set_num_threads(1)
     for run in runs:
-        row, path = test(run, changes), result(run, changes)
+        try:
+            row, path = test(run, changes), result(run, changes)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{run}: {error}") from None
         path.parent.mkdir(exist_ok=True)
         data.write(path, json.dumps(row, indent=1).encode())
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}

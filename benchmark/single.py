@@ -41,14 +41,10 @@ def main(argv=None):
     parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    try:
+    with data.endings("single.py", lambda: "nothing was written"):
         data.refuse((not (args.env or args.data), "expected --env or --data"))
         arrays, env = cut(args.data or data.prepare(args.env, args.quality), args.env, args.tasks)
         data.save(args.out, arrays, {"env": env} if env else {})
-    except data.DataError as error:
-        raise SystemExit(f"single.py: {error}") from None
-    except OSError as error:
-        raise SystemExit(f"single.py: --out {args.out}: cannot write there ({error.strerror})") from None
     returns = ", ".join(f"{x:.1f}" for x in arrays["returns"]) if "returns" in arrays else "not known"
     print(f"{args.out}: {arrays['observations'].shape[1]} transitions of each task, return {returns}")
 

@@ -276,13 +276,11 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    for flag, path in ("--out", args.out), ("--profile", args.profile):
-        if path and not path.parent.is_dir():
-            raise SystemExit(f"speed.py: {flag} {path}: there is no folder {path.parent}")
-    try:
+    with data.endings("speed.py", lambda: "nothing was written"):
+        for flag, path in ("--out", args.out), ("--profile", args.profile):
+            if path and not path.parent.is_dir():
+                raise data.DataError(f"{flag} {path}: there is no folder {path.parent}")
         device = data.choose_device(args.device)
-    except data.DataError as error:
-        raise SystemExit(f"speed.py: {error}") from None
     if args.profile:
         with open(args.profile, "w") as file:
             return each(args, device, lambda *kind: print(*profile(*kind), sep="\n", file=file, flush=True))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPARSE, WALKER, WIND, collect, one_line
+from matplotlib.axes import Axes
 from PIL import Image
 from test_focal import changed, load_arrays
 
@@ -198,24 +199,28 @@ def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch
     assert np.isnan(paper.summarise("focal", runs, folders)[1]["return_mean"])
 
 
-def test_runs_of_ones_own_are_compared(tmp_path, capsys):
-    compare = script("compare")
-    for law, returns in {"inverse": [[1, 2, 3, 4], [2, 3, 4, 5]], "square": [[1, 1, 1, 7]]}.items():
+def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
+    compare, drawn = script("compare"), []
+    for law, returns in {"inverse": [[1, 2, 3, 4], [2, 3, 4, 5]], "square": [[1, 1, 1, 7], []]}.items():
         for seed, values in enumerate(returns):
             folder = tmp_path / f"small,dml={law}" / f"seed{seed}"
             folder.mkdir(parents=True)
             with open(folder / "metrics.csv", "w") as file:
                 csv.writer(file).writerows([["step", "return_mean"], *enumerate(values)])
     folders = [str(tmp_path / f"small,dml={law}") for law in ("inverse", "square")]
+    text = "step,return_mean\n0,1\n1,1\n1.5,9\n2,1\n3,7\n"  # resumed to more steps, with a row where it had ended
+    (tmp_path / "small,dml=square" / "seed1" / "metrics.csv").write_text(text)
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, **__: drawn.append((list(x), list(y))))
     compare.main([*folders, "--out", str(tmp_path / "both.png")])
+    assert drawn == [([0, 1, 2, 3], [1.5, 2.5, 3.5, 4.5]), ([0, 1, 2, 3], [1, 1, 1, 7])]
     inverse, square, _ = capsys.readouterr().out.splitlines()
     assert inverse.split() == ["small,dml=inverse", "return_mean", "3.5", "(0.5),", "2", "seeds"]  # last three of each
-    assert square.split()[:3] == ["small,dml=square", "return_mean", "3"]
-    assert (tmp_path / "both.png").stat().st_size > 10_000
+    assert square.split()[:2] == ["small,dml=square", "return_mean"]
+    assert (tmp_path / "both.png").stat().st_size > 8_000
     wrong = {"no column esr": ["--columns", "esr"], "no seed*/metrics.csv there": [str(tmp_path)]}
     wrong |= {"nowhere/x.png: ": ["--out", str(tmp_path / "nowhere" / "x.png")], "x.foo: ": ["--out", "x.foo"]}
     for message, words in wrong.items():
-        with pytest.raises(SystemExit, match=re.escape(message)):
+        with one_line(capsys, re.escape(message)):
             compare.main([*folders, *words])
 
 
@@ -259,8 +264,10 @@ def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
     expected = torch.tanh(agent.rac.actor(world.scaled(obs))[0]).detach()
     np.testing.assert_allclose(seen[0][1], expected, atol=1e-6)
     assert (run / "film.gif").exists()
-    with one_line(capsys, "a run with --single has no test tasks"):
-        script("retest").main([str(run)])
+    monkeypatch.setattr(data, "prepare", lambda *_, **__: 1 / 0)  # and builds no data for it
+    for words in ([], ["--test-quality", "random"]):
+        with one_line(capsys, "a run with --single has no test tasks"):
+            script("retest").main([str(run), *words])
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp])
@@ -449,7 +456,7 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
     with pytest.raises(SystemExit) as end:
         retest.main([str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"])
-    assert end.value.code == 3 and capsys.readouterr().err.startswith("retest.py: diverged: ")
+    assert end.value.code == 3 and capsys.readouterr().err.startswith(f"retest.py: diverged: {run}: ")
 
 
 def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
@@ -580,6 +587,27 @@ def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp
     del envs.FAMILIES["gusts"], focal.TABLE["gusts"]
 
 
+def test_runs_that_are_evaluated_once_become_bars(paper, monkeypatch, tmp_path):
+    """Also if one diverged before that."""
+    args, runs = plan(paper, monkeypatch, "merpo figure6 --env point-robot-wind --seeds 2")
+    folders = [tmp_path / str(i) for i in range(len(runs))]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("step,return_mean,meta_return_mean\n200,nan,nan\n")
+        if i:
+            with open(folder / "metrics.csv", "a") as file:
+                file.write(f"1000,-{i},-8\n")
+            (folder / "final.json").write_text('{"behaviour_return": -9}')
+    rows = paper.summarise(args.script, runs, folders)
+    assert [row["diverged"] for row in rows] == [1, 0, 0, 0]
+    monkeypatch.setattr(paper, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    marks = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, mark, **_: marks.append((x, y, mark)))
+    paper.draw(args.script, args.figures[0], runs[0][1], runs, folders, "", rows)
+    assert marks == [(-9, 0, "k|"), (-8, 0, "ko"), (-9, 1, "k|"), (-8, 1, "ko")]
+
+
 @pytest.mark.parametrize("adapts", [True, False])
 def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_path, adapts):
     words = "merpo figure10 --seeds 2" if adapts else "focal_pp table3 --env sparse-point-robot --seeds 2"
@@ -646,7 +674,7 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
         np.testing.assert_array_equal(getattr(mine, key), getattr(whole, key)[[4, 2]])
     assert list(mine.train_tasks) == list(mine.test_tasks) == [0, 1]
     focal.main(f"--env {WALKER} --small --data {out} --steps 1 --eval-episodes 1 --run-dir {tmp_path}".split())
-    with pytest.raises(SystemExit, match=re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
+    with one_line(capsys, re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
         single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split())
-    with pytest.raises(SystemExit, match="expected --env or --data"):
+    with one_line(capsys, "expected --env or --data"):
         single.main(f"--tasks 6 --out {out}".split())

@@ -341,7 +341,7 @@ ITERATIONS += [
 
 
 @pytest.mark.parametrize(
-    ("more", "free"), [*((more, False) for more in ITERATIONS), ("", True), ("--actor-entropy --inner-steps 2", True)]
+    ("more", "free"), [*((more, False) for more in ITERATIONS), ("", True), ("--relative --actor-entropy", True)]
 )
 def test_an_iteration_equals_a_loop_over_single_transitions(files, monkeypatch, more, free):
     sizes = "--hidden 5 --batch-size 4 --inner-steps 1 --ent 0.7 --tau 0.25 --meta-q-lr 0.6 --lambda-initial 2"

@@ -839,13 +839,15 @@ def test_the_curve(files, tmp_path, monkeypatch):
 
 
 def test_the_band_of_a_curve_is_where_most_tasks_are(tmp_path, monkeypatch):
-    returns, bands = np.arange(22.0).reshape(11, 2) ** 2, []
+    returns, bands, seen = np.arange(22.0).reshape(11, 2) ** 2, [], []
     row = {"step": 5} | data.describe_returns(returns, "train_") | data.describe_returns(returns + 1)
     each = returns.mean(1)  # over a task's episodes
     expected = {"mean": returns.mean(), "std": each.std(), "low": each[1], "high": each[9]}
     assert {key: row[f"train_return_{key}"] for key in expected} == pytest.approx(expected)
     monkeypatch.setattr(Axes, "fill_between", lambda axes, x, low, high, **how: bands.append([*x, *low, *high]))
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **how: seen.append((x, how["marker"])))
     data.plot(pictured(tmp_path, rows=[row]), "curve")
+    assert seen == 2 * [([5], "o")]  # a line of one point cannot be seen
     np.testing.assert_allclose(bands, [[5, each[1], each[9]], [5, each[1] + 1, each[9] + 1]])
 
 
