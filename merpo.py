@@ -13,7 +13,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
         its slow target <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
-    python merpo.py --env point-robot-wind    # no GPU, 15 minutes: the meta-policy -8.0, adapted -5.9 (data -7.7)
+    python merpo.py --env point-robot-wind    # no GPU, 11 minutes: the meta-policy -7.6, adapted -5.9 (data -7.7)
 
 Choices where the paper is silent:
 - Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
