@@ -1024,7 +1024,10 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
         threshold = row.sparse_threshold
     if threshold is None:
         threshold = dataset.rewards[torch.from_numpy(dataset.train_tasks)].flatten().double().median().item()
-    refuse((threshold == 0, "no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0"))
+    refuse(
+        (dataset.meta.get("quality") == "relabelled", "--sparse: contexts of relabelled data are sparse by themselves"),
+        (threshold == 0, "no sparse rewards: half of the rewards are 0 or less, and Eq. 35 divides by |R| = 0"),
+    )
     dataset.context_rewards = sparse(dataset.rewards, threshold)
     return threshold
 

@@ -12,12 +12,16 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 
     python focal_pp.py --env sparse-point-robot  # 6 minutes, 12.3 (temperature 0.1, not 0.5); diff focal.py focal_pp.py
 
-(On these goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Contexts and returns are sparse
-there; actor and critic learn from dense rewards.) Where we differ from the paper:
-- Observations are standardised. After `encoder_steps` the encoder stands still, since a policy cannot settle while z
-  moves under it; z is then one of 64 kept for each task. (13) and (27) are means where FOCAL's Algorithm 1 has sums,
-  and so is |d|^2 in (13), over latent dimensions, as its Table 5b presupposes.
-- FOCAL's 7, 8 read literally give gamma^2 alpha D; BRAC's gamma alpha D is meant, D(s') with the data's next action.
+(On such goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Ours are small networks on data of
+all stages of SAC. Contexts and returns are sparse, actor and critic learn from dense rewards, as FOCAL++'s do.)
+Where we differ from the paper:
+- Every step draws its tasks, and from D_i their contexts and minibatches: there are no C_i (FOCAL++: b_i = c_i). (13),
+  (27), (28) are means where FOCAL's Algorithm 1 has sums, and so is |d|^2 in (13), over latent dimensions, as its
+  Table 5b presupposes. Other families' contexts hold all rewards, FOCAL++'s sparse ones (`--sparse`).
+- Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
+  cannot settle while z moves under it; z is then one of 64 kept for each task.
+- FOCAL's 7, which has D in the target too (`--value-penalty`), and 8 read literally give gamma^2 alpha D; BRAC's
+  gamma alpha D is meant. D(s') is of the data's next action, and 0 where an episode ends.
 - The critic steps before the actor (Algorithm 1: after it). One c'_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
@@ -61,10 +65,10 @@ class Args(data.Args):
     encoder_hidden: Literal[16, 32, 64, 128, 256] = 128  # width of the task encoder
     blocks: Count = 3  # attention blocks of the task encoder
     dropout: Share = 0.1  # in the encoder while it learns
-    temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8, with contrast
+    temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8 (not the target's rate), with contrast
     momentum: Share = 0.9  # m of the key encoder, with contrast
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # its rate is then 0; unless given: a table's, or steps / 5 (all if Q trains it)
+    encoder_steps: Count | None = None  # in which it learns; unless given: a table's, or steps / 5 (all if Q trains it)
     beta: Number = 1.0  # of Eq. 13's negative pairs, times the weight that LAWS has from FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -118,7 +122,7 @@ class Args(data.Args):
 # (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6
-TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # two tasks: for 4 x 256
+TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # Table 6: 4 x 256, of two tasks
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
@@ -145,10 +149,9 @@ SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
 # A z of more numbers sets unseen walkers apart from those that the policy has learned on.
 SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1, "steps": 12_000}
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
-SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
-# A body with directions has both: the walkers' many tasks, the ants' discriminator.
+SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO) | {"cheetah-vel": SMALL_MUJOCO}
+# Directions of a body: the walkers' row for many tasks, but the two-task families' alpha and discriminator.
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"alpha": 100, "lr": 3e-4, "discriminator_steps": 3})
-SMALL |= {"cheetah-vel": SMALL_MUJOCO}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_steps": 1_500}}
 # What is ours at the papers' sizes, on walkers alone: there the paper's table (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
@@ -225,7 +228,7 @@ class Encoder(nn.Module):
 
     def forward(self, context, generator=None):
         z, w = self.transitions(context)
-        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18: mean over c of W(c) E(c)
+        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18: mean over c of W(c) E(c); every block has a W too
         return z, torch.zeros_like(z[:, 0])
 
     def transitions(self, context):
@@ -294,7 +297,7 @@ def dml_loss(z_i, z_j, same, beta, law, eps):
 
 
 def contrast_loss(z_q, z_k, same, temperature):
-    """Matrix-form momentum contrast; z_q, z_k (M, l); a task drawn twice is no negative of itself, same (M, M)."""
+    """Momentum contrast (Algorithm 1 lacks its minus); z_q, z_k (M, l); same (M, M): no task is its own negative."""
     # FOCAL++'s Eqs. 7, 8: -sum_i log( exp(z_q_i . z_k_i / tau) / sum_j exp(z_q_i . z_k_j / tau) )
     logits = (z_q @ z_k.T / temperature).masked_fill(same.clone().fill_diagonal_(False), -math.inf)
     return -logits.log_softmax(1).diagonal().sum()
@@ -400,8 +403,7 @@ class Agent(data.Learner):
         self.record()
 
     def set_rates(self, encoder_learns):
-        """Learning rates fall linearly: the encoder's to 0, whose loss does not depend on the policy as a rule, but
-        the policy on z: it stands still from then on."""
+        """Learning rates fall linearly, the encoder's to 0: it stands still from then on."""
         args, step = self.args, self.step
         if encoder_learns:
             data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
@@ -547,8 +549,6 @@ class World:
 
     def __init__(self, args, device):
         train, test = data.open_datasets(args, device)
-        if args.sparse and "relabelled" in (train.meta.get("quality"), test.meta.get("quality")):  # from --data
-            raise data.DataError("--sparse: the contexts of relabelled data are sparse by themselves; leave it out")
         if args.sparse:  # in contexts only; R of FOCAL++'s Eq. 35 is the paper's or fits the training tasks
             data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)

@@ -4,7 +4,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
     stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi
         (3, but for the sign of its log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
     adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
-    stage 2, repeat: draw tasks; their policies, critics, slow targets start from pi_c, Q_meta, its own; J times RAC:
+    stage 2, repeat: draw tasks; policies start from pi_c, critics from Q_meta, slow targets from its; J times RAC:
         roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
         Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
         pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
@@ -13,26 +13,28 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
         its slow target <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
-    python merpo.py --env point-robot-wind    # no GPU, 11 minutes: the meta-policy -7.6, adapted -5.9 (data -7.7)
+    python merpo.py --env point-robot-wind    # no GPU, 11 minutes: the meta-policy -7.6, adapted -5.9 (data -7.65)
 
-Choices where the paper is silent:
-- Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
-- Seven meta-models on bootstrapped data; each of the five kept makes an equal share of the rollouts. The states of rho
-  in (1) are those at which D_model's transitions begin: with H = 1, all in D_n.
-- Task batches are drawn in both stages, where Algorithm 2 has sums over all tasks. D_model lasts, so rho holds what
-  policies of earlier iterations did. The actor ascends the lower of the twins.
-- A policy fitted to each task's data stands for the behaviour in lambda and (11). log beta moves by its rate up or down
-  (as Adam on a scalar while the sign stays); lambda is clipped at ten times its initial value, its divergences at 10.
-- With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
-  of mean 1. h steps adapt a task's models in stage 1 and after it.
+Where we differ from the paper:
+- There are seven meta-models, on bootstrapped data, for one; each of a task's five makes an equal share of its
+  rollouts, for one drawn at random. Task batches are drawn in both stages, where Algorithm 2 has sums over all tasks.
+- A policy fitted to each task's data stands for the behaviour in lambda and (11); the paper gets round it.
+- xi_q is 1, Q_meta takes the mean of Q_n whole; with Table 2's 1e-3 a weight moves 1e-5 an iteration.
 - Observations are standardised; so are, for the models, rewards and changes of observations.
-Where we differ: xi_q is 1, Q_meta takes the mean of Q_n whole; with Table 2's 1e-3 a weight moves 1e-5 an iteration.
+Where it is silent, or says two things:
+- Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
+- The states of rho in (1) are those at which D_model's transitions begin: with H = 1, all in D_n. D_model lasts, so rho
+  holds what policies of earlier iterations did. The actor ascends the lower of the twins.
+- log beta moves by its rate up or down (as Adam on a scalar while the sign stays); lambda is clipped at ten times its
+  initial value, its divergences at 10. h steps adapt a task's models in stage 1 and after it.
+- With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
+  of mean 1.
 What we learned, and what small runs of many tasks do (beta and lambda stay where they begin, there is no entropy, (10)
 has five steps, the meta-model moves half-way to the mean of its tasks' models):
 - Q_meta needs a slow target that lasts: copied from it in each meta-iteration it is not slow, and cheetahs' Q explodes.
-- beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. Lambda is 0.01, of two
-  tasks, which have more in Table 2 too, 0.04; with 0.04 new speeds and walkers are held to what their data did.
-- A new task takes 4,000 steps of 256 transitions, at falling rates, from pi_c but not held to it: that knows no task.
+- beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. Lambda is 0.01, for
+  two tasks 0.04 (Table 2 has more there, too): with that new speeds hardly leave pi_c, walkers end below their data.
+- A new task takes 4,000 steps of 256 transitions, at falling rates, from pi_c but not held to it (alpha is 1 in (9)).
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ def meta_policy_loss(kl_meta, lam, alpha):
 
 
 # ======================================================================================================= 5. update
-# Networks of several tasks lie in one batch, a task's own side by side: models T x 7, critics T x 2 twins, policies T.
+# Networks of M tasks lie in one batch, a task's own side by side: models M x 7, critics M x 2 twins, policies M.
 def by_task(networks, meta):
     """Pairs of weights: of all tasks' networks, with an axis for the tasks, and of the meta-network."""
     for own, shared in zip(networks.parameters(), meta.parameters(), strict=True):
@@ -326,8 +328,7 @@ def pick(target, source, index):
 
 
 def anneal(args, optimisers, done):
-    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps, the one
-    to come among them."""
+    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps taken."""
     initial = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
     for name in initial.keys() & optimisers.keys():
         data.set_rate(optimisers[name], initial[name] * (1 - (1 - args.final_lr) * done))
@@ -355,25 +356,25 @@ class Tasks(nn.Module):
         add("errors", torch.zeros(2))  # of the models on held-out data, before and after they adapted
 
     def draw(self, index, size):
-        """(T, size, D) rows of D_n."""
+        """(M, size, D) rows of D_n."""
         i = torch.randint(self.rows.shape[1], (len(index), size), device=index.device)
         return self.rows[index[:, None], i]
 
     def imagine(self, index, rows):
-        """Appends (T, R, D) to D_model of tasks (T,); the oldest make room."""
+        """Appends (M, R, D) to D_model of tasks (M,); the oldest make room."""
         place = self.model_count[index, None] + torch.arange(rows.shape[1], device=index.device)
         self.model_rows[index[:, None], place % self.model_rows.shape[1]] = rows
         self.model_count.index_add_(0, index, torch.full_like(index, rows.shape[1]))
 
     def imagined(self, index, size):
-        """(T, size, D) rows of D_model."""
+        """(M, size, D) rows of D_model."""
         held = self.model_count[index].clamp_max(self.model_rows.shape[1])
         i = (torch.rand(len(index), size, device=index.device, dtype=torch.float64) * held[:, None]).long()
         return self.model_rows[index[:, None], i]
 
     def fit_models(self, theta, optimiser, index):
-        """h steps of Eq. 3, or 4: 7 models of each task (T,) on bootstrapped data; returns their losses (T x 7,)."""
-        task = index.repeat_interleave(MODELS)[:, None]  # (T x 7, 1)
+        """h steps of Eq. 3, or 4: 7 models of each task (M,) on bootstrapped data; returns their losses (M x 7,)."""
+        task = index.repeat_interleave(MODELS)[:, None]  # (M x 7, 1)
         mine = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]
         phi = [p.detach().clone() for p in theta.parameters()]  # where they start
         for _ in range(self.args.model_adapt_steps):
@@ -425,7 +426,7 @@ class RAC(nn.Module):
         self.optimisers = {"actor": data.adam(self.actor, args.actor_lr), "critic": data.adam(self.critic, args.lr)}
 
     def take_up(self, index):
-        """From now on it is on tasks (T,), with their models and behaviour."""
+        """From now on it is on tasks (M,), with their models and behaviour."""
         self.index = index
         kept = index[:, None] * KEPT + torch.arange(KEPT, device=index.device)
         pick(self.models, self.tasks.models, kept.flatten())
@@ -453,7 +454,7 @@ class RAC(nn.Module):
 
     @torch.no_grad()
     def roll_out(self, rows):
-        """H steps of the models from the states of rows (T, R, D): (T, R H, D); each model makes an equal share."""
+        """H steps of the models from the states of rows (M, R, D): (M, R H, D); each model makes an equal share."""
         world, count, each = self.world, len(rows), rows.shape[1] // KEPT
         start = rows[:, : each * KEPT].split(world.split, -1)[0]
         s, made = start, []
@@ -469,7 +470,7 @@ class RAC(nn.Module):
         return torch.cat(made, 1)
 
     def evaluate_policy(self, s_rho, s_data, a_data, d_f):
-        """Eq. 1, at states of rho with fresh actions for each, at the data, and at transitions d_f (T, B, D)."""
+        """Eq. 1, at states of rho with fresh actions for each, at the data, and at transitions d_f (M, B, D)."""
         args, tasks, index = self.args, self.tasks, self.index
         s, a, r, s2, done = d_f.split(self.world.split, -1)
         with torch.no_grad():
@@ -479,7 +480,7 @@ class RAC(nn.Module):
         parts = (s_rho.repeat_interleave(args.actions, 1), a_rho), (s_data, a_data), (s, a)
         values = self.critic(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))  # one pass for all three
         q_rho, q_data, q = values.split([part[0].shape[1] for part in parts], -1)
-        gap = (q_rho.mean(-1) - q_data.mean(-1)).detach().mean(0)  # (T,)
+        gap = (q_rho.mean(-1) - q_data.mean(-1)).detach().mean(0)  # (M,)
         # appendix A.2.2, "Tune beta": up where the gap is above the threshold, else down
         log_beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
         tasks.log_beta.index_copy_(0, index, log_beta)
@@ -510,13 +511,13 @@ class RAC(nn.Module):
         return log | {"d_behaviour": d_behaviour.mean(), "d_meta": d_meta.mean()}
 
     def unit(self, q):
-        """In what beta and lambda are measured (T,): 1 or, if they are relative, mean |Q|; q (2, T, B)."""
+        """In what beta and lambda are measured (M,): 1 or, if they are relative, mean |Q|; q (2, M, B)."""
         mean = q.detach().abs().mean((0, 2))
         return mean if self.args.relative else torch.ones_like(mean)
 
     @torch.no_grad()
     def from_behaviour(self, s):
-        """D(pi_n, pi_beta) (T,) of A.2.2 and Eq. 11: KL(pi_beta || pi_n), which Eq. 9 descends by log pi_n(data)."""
+        """D(pi_n, pi_beta) (M,) of A.2.2 and Eq. 11: KL(pi_beta || pi_n), which Eq. 9 descends by log pi_n(data)."""
         return gaussian_divergence(self.behaviour(s), self.actor(s)).mean(-1)
 
 
@@ -543,7 +544,7 @@ class Agent(data.Learner):
         self.optimisers |= {"meta_model": self.task_models[1]} if args.single else {}
 
     def draw_tasks(self):
-        """(T,) different training tasks."""
+        """(M,) different training tasks."""
         return torch.rand(len(self.rac.tasks.rows), device=self.step.device).argsort()[: self.rac.actor.n]
 
     def learn_model(self):

@@ -15,11 +15,11 @@ At meta-test time the agent explores for two episodes with z from the prior, the
 
 Where we differ from the paper:
 - Data are the last rows of the early replay of one SAC agent for each task (point robots: the first; sawyer: a
-  script's); the paper's are the buffers of one PEARL run, and benchmark/pearl.py makes such data. Small MuJoCo runs
-  learn from half-trained policies, of two tasks from those of all stages. A context h is of the last 400 of these
-  rows, which RL has too, and of what is collected.
-- Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. Collected rows keep the
-  environment's own d, which (1) does not have.
+  script's); the paper's are the buffers of one PEARL run, and benchmark/pearl.py makes such data. On small MuJoCo
+  families data are of half-trained policies, of all stages where there are two tasks. A context h is of the last 400
+  of these rows, which RL has too, and of what is collected; the paper's 400 are a buffer of exploration alone.
+- Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. (1) has no d; in ours
+  nothing follows where d is 1.
 - Line 8 labels by any D_i; here by that of the task rolled out (`--online-tasks test`: a random one): dynamics may
   differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates follow. z is drawn once an episode
   (`--z-every step`: line 7's once a step). An oracle is this script with true rewards online; the paper's is PEARL with
@@ -28,8 +28,8 @@ Where we differ from the paper:
 - Observations are standardised and kept within ten standard deviations: half-trained humanoids hold a knee still (std
   0.02), so that a bent one lay 130 of them out, and labels and Q went far too high.
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
-What we learned: where states alone tell the task (one policy for each of two), or rewards hardly depend on it, as those
-of humanoids, q collapses to the prior; where the agent's own paths say little of the task (goals) labels do not help.
+What we learned: q collapses to the prior where a state tells the task (data of two tasks, each of its own policy) and
+where rewards hardly depend on it (humanoids); where the agent's own paths say little of it (goals) labels do not help.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Args(data.Args):
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 64  # transitions in a context
     lr: Number = 3e-4  # learning rate of every network
-    final_lr: Share = 1.0  # its share that is left at the last step of all, falling linearly: so faster with one phase
+    final_lr: Share = 1.0  # its share that is left at the last step of both phases; it falls linearly
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -119,7 +119,7 @@ SAWYER |= {"awac_lambda": 0.3, "pearl_weight": 0}
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
-    "cheetah-vel": {"train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},
+    "cheetah-vel": {"train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},  # appendix C.2, here alone
     "cheetah-fwd-back": TWO,
     "ant-fwd-back": TWO,
     "ant-dir": {},
