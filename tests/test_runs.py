@@ -702,13 +702,6 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_
     assert (path / "final.json").exists()
 
 
-def test_a_run_is_not_disturbed_by_what_a_killed_one_left(files, tmp_path):
-    path = data.Run(parse_args(words(files, tmp_path)), Path(__file__)).folder
-    for name in ("checkpoint.pt", "metrics.csv"):
-        (path / f".{name}.1.tmp").write_bytes(b"half")
-    assert run(files, tmp_path, "--resume") == path and checkpoint(path)["step"] == 6
-
-
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
 class MakesAFolder:
     """Its pickle runs code when it is read."""

@@ -205,14 +205,6 @@ def test_what_is_compiled_learns_what_single_operations_do(monkeypatch, capsys):
     assert ends[1]["step"] == 10 and ends[1]["lr"].item() == pytest.approx(0.01)
 
 
-def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit) as end:
-        data.main(["--env", WIND, "--device", "cuda", "--data-dir", str(tmp_path)])
-    assert end.value.code == 2 and "no CUDA device was found" in capsys.readouterr().err
-
-
 def go_on(path, files, more):
     """The folder of a longer run, from the checkpoint of the one at `path`, beside it."""
     argv = [*test_focal.flags(WIND, files[WIND], more), "--run-dir", str(path.parents[3]), "--resume"]

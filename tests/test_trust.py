@@ -26,7 +26,7 @@ from test_data import TINY as BEHAVIOUR
 from test_data import names, run_here, sample
 from test_data import prepare as prepare_tiny
 from test_focal import metrics
-from test_runs import FUZZ, MakesAFolder, contents, mangled
+from test_runs import FUZZ, contents, mangled
 
 import data
 import envs
@@ -363,16 +363,6 @@ def test_episodes_may_be_numbered_in_any_way(tmp_path):
         np.savez(tmp_path / "x.npz", **arrays)
         for x, y in zip(data.episode_returns(data.load(tmp_path / "x.npz")), expected, strict=True):
             assert np.array_equal(x, y)
-
-
-def test_nothing_in_a_behaviour_is_run(here, tmp_path):
-    there = tmp_path / WIND / "3+2-seed3" / "behaviour.pt"
-    there.parent.mkdir(parents=True)
-    for trap in (MakesAFolder(tmp_path / "trodden"), {"args": MakesAFolder(tmp_path / "trodden")}):
-        torch.save(trap, there)
-        with pytest.raises(data.DataError, match="damaged"):
-            prepare_tiny(tmp_path)
-    assert not (tmp_path / "trodden").exists()
 
 
 OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--awac-lambda 0", "--updates 0"]}
