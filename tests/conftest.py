@@ -1,10 +1,8 @@
 """Tiny datasets that the tests of the scripts share."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import re
 import resource
 from pathlib import Path
 
@@ -56,14 +54,15 @@ def files(tmp_path_factory):
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
 
 
-@contextlib.contextmanager
-def one_line(capsys, pattern):
-    """What is done here ends with exit code 2 and one line on standard error that has this pattern."""
+def ended(capsys, script, argv, *says, code=2):
+    """The one line on standard error, of this script and with these words, with which its main(argv) ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        yield
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and re.search(pattern, said) and said.count("\n") == 1
+        script.main(argv)
+    line = capsys.readouterr().err
+    assert end.value.code == code and line.count("\n") == 1 and line.startswith(f"{Path(script.__file__).name}: "), line
+    assert all(word in line for word in says), line
+    return line
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER, WIND, collect, one_line
+from conftest import SPARSE, WALKER, WIND, collect, ended
 from matplotlib.axes import Axes
 from PIL import Image
 from test_focal import changed, load_arrays
@@ -220,8 +219,7 @@ def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
     wrong = {"no column esr": ["--columns", "esr"], "no seed*/metrics.csv there": [str(tmp_path)]}
     wrong |= {"nowhere/x.png: ": ["--out", str(tmp_path / "nowhere" / "x.png")], "x.foo: ": ["--out", "x.foo"]}
     for message, words in wrong.items():
-        with one_line(capsys, re.escape(message)):
-            compare.main([*folders, *words])
+        ended(capsys, compare, [*folders, *words], message)
 
 
 FILMED = [(focal, "--film"), (focal_pp, ""), (script("bcq"), ""), (smac, "--online-steps 0")]
@@ -241,11 +239,9 @@ def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, 
     dataset = data.load(files[SPARSE])
     np.testing.assert_array_equal(seen["tasks"], dataset.tasks[dataset.test_tasks])
     assert picture.size == (80, 40) and picture.n_frames == 20  # both test tasks, an episode of 20 steps
-    with one_line(capsys, "args.json: No such file or directory; expected the folder of a run"):
-        animate.main([str(tmp_path)])
+    ended(capsys, animate, [str(tmp_path)], "args.json: No such file or directory; expected the folder of a run")
     (run / "checkpoint.pt").unlink()
-    with one_line(capsys, "expected the folder of a run"):
-        animate.main([str(run)])
+    ended(capsys, animate, [str(run)], "expected the folder of a run")
 
 
 def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
@@ -266,8 +262,7 @@ def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
     assert (run / "film.gif").exists()
     monkeypatch.setattr(data, "prepare", lambda *_, **__: 1 / 0)  # and builds no data for it
     for words in ([], ["--test-quality", "random"]):
-        with one_line(capsys, "a run with --single has no test tasks"):
-            script("retest").main([str(run), *words])
+        ended(capsys, script("retest"), [str(run), *words], "a run with --single has no test tasks")
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp])
@@ -412,19 +407,17 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     other = load_arrays(files[name])
     other["rewards"] += 1
     data.save(folder / "mixed.npz", other, {"env": name})
-    with one_line(capsys, "its data have changed"):
-        retest.main([str(run)])
+    ended(capsys, retest, [str(run)], "its data have changed")
     (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
-    with one_line(capsys, "a damaged run"):
-        retest.main([str(run)])
+    ended(capsys, retest, [str(run)], "a damaged run")
 
 
 def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files, capsys):
     words = f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split()
     focal.main(words)
     (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
-    with one_line(capsys, "--test-quality: .* has its data from --data"):
-        script("retest").main([str(run), "--test-quality", "random"])
+    argv = [str(run), "--test-quality", "random"]
+    ended(capsys, script("retest"), argv, f"--test-quality: {run} has its data from --data")
 
 
 def watch_settling(monkeypatch):
@@ -454,9 +447,8 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=2.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
-    with pytest.raises(SystemExit) as end:
-        retest.main([str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"])
-    assert end.value.code == 3 and capsys.readouterr().err.startswith(f"retest.py: diverged: {run}: ")
+    argv = [str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"]
+    ended(capsys, retest, argv, f"retest.py: diverged: {run}: ", code=3)
 
 
 def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
@@ -521,13 +513,11 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
 def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message, capsys):
     if saved is not None:
         (tmp_path / "args.json").write_text(json.dumps(saved))
-    with one_line(capsys, re.escape(message)):
-        script("retest").main([str(tmp_path), *words.split()])
+    ended(capsys, script("retest"), [str(tmp_path), *words.split()], message)
 
 
 def test_no_run_is_no_command(capsys):
-    with one_line(capsys, "expected the folder of a run"):
-        script("retest").main(["--test-quality", "random"])
+    ended(capsys, script("retest"), ["--test-quality", "random"], "expected the folder of a run")
 
 
 FEW = "--small --steps 2 --eval-every 2 --eval-episodes 1 --hidden 8 --encoder-hidden 8 --context-size 8"
@@ -674,7 +664,6 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
         np.testing.assert_array_equal(getattr(mine, key), getattr(whole, key)[[4, 2]])
     assert list(mine.train_tasks) == list(mine.test_tasks) == [0, 1]
     focal.main(f"--env {WALKER} --small --data {out} --steps 1 --eval-episodes 1 --run-dir {tmp_path}".split())
-    with one_line(capsys, re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
-        single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split())
-    with one_line(capsys, "expected --env or --data"):
-        single.main(f"--tasks 6 --out {out}".split())
+    argv = f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split()
+    ended(capsys, single, argv, "--tasks: expected numbers from 0 to 5, found [6]")
+    ended(capsys, single, f"--tasks 6 --out {out}".split(), "expected --env or --data")

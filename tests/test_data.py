@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import ended
 from test_speed import NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -1186,27 +1186,20 @@ BAD = {
 }
 
 
-def exit_of(capsys, *arguments):
-    """Exit code, standard output and error of main."""
-    with pytest.raises(SystemExit) as error:
-        data.main(list(arguments))
-    return error.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("way", BAD)
 def test_bad_arguments_end_with_one_line(way, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.chdir(tmp_path)
     arguments, words = BAD[way]
-    code, _, line = exit_of(capsys, *arguments)
-    assert code == 2 and line.count("\n") == 1 and line.endswith("\n")
-    assert all(word in line for word in words), line
+    ended(capsys, data, arguments, *words)
     assert names(tmp_path) == {"file"}
 
 
 def test_help(capsys):
-    code, out, err = exit_of(capsys, "--help")
-    assert code == 0 and err == ""
+    with pytest.raises(SystemExit) as end:
+        data.main(["--help"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and err == ""
     assert all(word in out for word in ("--env", "--quality", "--data-dir", *envs.FAMILIES, *data.QUALITIES))
 
 
@@ -1326,8 +1319,7 @@ def test_your_own_data_have_a_picture(picture, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'own.png'}\n"
     assert (tmp_path / "own.png").stat().st_size > 5_000
     for words in (["nothing.npz"], [str(tmp_path / "own.npz"), "--film", str(tmp_path / "x.gif")]):
-        with one_line(capsys, r"^picture\.py: "):
-            picture.main(words)
+        ended(capsys, picture, words)
 
 
 def test_films_of_behaviour(folder, picture, tmp_path, monkeypatch):

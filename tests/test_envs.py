@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from conftest import ended
 from gymnasium.utils.env_checker import check_env
 
 import envs
@@ -752,9 +753,8 @@ def test_without_opengl_a_picture_ends_in_one_line(monkeypatch, tmp_path, capsys
         raise OSError("no display")
 
     monkeypatch.setattr(envs.mujoco, "Renderer", no_display)
-    with pytest.raises(SystemExit) as end:
-        envs.main(["--env", "cheetah-vel", "--render", str(tmp_path / "x.gif"), "--tasks", "1"])
-    assert end.value.code == 2 and "no OpenGL for pictures of bodies (no display)" in capsys.readouterr().err
+    argv = ["--env", "cheetah-vel", "--render", str(tmp_path / "x.gif"), "--tasks", "1"]
+    ended(capsys, envs, argv, "no OpenGL for pictures of bodies (no display)")
 
 
 def test_the_camera_follows_whatever_a_robot_weighs(has_gl):
@@ -790,10 +790,7 @@ def test_a_trail_is_of_the_episode():
     ],
 )
 def test_bad_words_end_in_one_line(tmp_path, capsys, words, message):
-    with pytest.raises(SystemExit) as end:
-        envs.main(words.format(tmp_path / "x.gif").split())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("envs.py: ") and message in line
+    ended(capsys, envs, words.format(tmp_path / "x.gif").split(), message)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1052,9 +1049,7 @@ def test_the_command_line_lists_families_and_refuses_in_one_line(tmp_path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(envs.FAMILIES)
     assert "the same 2" in lines[list(envs.FAMILIES).index("ant-fwd-back")] and "100 + 20" in "".join(lines)
-    with pytest.raises(SystemExit) as error:
-        envs.main(["--env", "point-robot-wind", "--render", str(tmp_path / "none" / "out.gif")])
-    assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    ended(capsys, envs, ["--env", "point-robot-wind", "--render", str(tmp_path / "none" / "out.gif")])
 
 
 # ------------------------------------------------------------------------------------- without rewards, and on tensors

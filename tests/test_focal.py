@@ -3,13 +3,12 @@
 import copy
 import csv
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
@@ -871,7 +870,7 @@ def test_sparse_contexts_are_made_once(files, tmp_path, capsys):
     data.save(tmp_path / "d.npz", load_arrays(files[SPARSE]), {"env": SPARSE, "quality": "relabelled"})
     own = [*flags(SPARSE, tmp_path / "d.npz", "--sparse"), "--run-dir", str(tmp_path)]
     for argv in (["--env", SPARSE, "--sparse", "--quality", "relabelled"], own):
-        refused(capsys, argv, "--sparse: ", "contexts of relabelled data are sparse by themselves")
+        ended(capsys, focal, argv, "--sparse: ", "contexts of relabelled data are sparse by themselves")
 
 
 def test_the_shortest_run_has_a_step_of_the_encoder(files):
@@ -988,40 +987,6 @@ def test_in_a_longer_run_a_coupled_encoder_learns_on(files, tmp_path, no_plots):
     (path,) = (x for x in tmp_path.glob("focal/*/*/seed0") if x != short)
     assert {"encoder", "critic"} <= moved(*(checkpoint(x)["agent"] for x in (short, path)))
     assert [row["encoder_loss"] is None for row in metrics(path)] == [False, False]
-
-
-def refused(capsys, argv, *words, code=2):
-    """Ends with this code and one line on stderr that holds these words."""
-    with pytest.raises(SystemExit) as stop:
-        focal.main(argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == code and len(lines) == 1 and lines[0].startswith("focal.py: "), lines
-    assert all(word in lines[0] for word in words), lines
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    "network, loss", [("encoder", "encoder_loss"), ("critic", "critic_loss"), ("actor", ""), ("discriminator", "")]
-)
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
-    files, tmp_path, no_plots, monkeypatch, capsys, network, loss
-):
-    real, stored = data.Run._save, []
-
-    def save_then_break(run, seconds):
-        real(run, seconds)
-        stored.append((run.folder, weights(run.agent)))
-        next(getattr(run.agent, network).parameters()).data.fill_(math.nan)
-
-    monkeypatch.setattr(data.Run, "_save", save_then_break)
-    line = refused(capsys, [*flags(WALKER, files[WALKER]), "--run-dir", str(tmp_path)], f"diverged: {loss}", code=3)
-    name, step = re.search(r"diverged: (\w+) is not finite since step (\d+)", line).groups()
-    assert name in focal.Agent.METRICS and step == "4"
-    ((path, good),) = stored
-    assert str(path) in line and checkpoint(path)["step"] == 3 and len(metrics(path)) == 1
-    assert all(
-        torch.equal(checkpoint(path)["agent"][key], value) and value.isfinite().all() for key, value in good.items()
-    )
 
 
 def test_data_of_your_own_needs_no_description(files, tmp_path, no_plots):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import test_focal
 import torch
-from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, one_line
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
 from matplotlib.figure import Figure
 from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
@@ -792,10 +792,7 @@ def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, ca
     folder = tmp_path / "smac" / WIND / args.variant / "seed0"
     folder.mkdir(parents=True)
     shutil.copy(stored, folder / "checkpoint.pt")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        smac.main(argv)
-    assert end.value.code == 2 and "made with --steps 6, asked for" in capsys.readouterr().err
+    ended(capsys, smac, argv, "made with --steps 6, asked for")
 
 
 def test_a_run_of_another_length_is_not_looked_for(files, tmp_path, no_plots, capsys):
@@ -874,10 +871,7 @@ def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_
     ],
 )
 def test_pearl_says_in_one_line_what_it_cannot(tmp_path, no_plots, capsys, more, words):
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, WIND, None, f"{COUNTS} {more}", pearl)
-    shown = capsys.readouterr().err
-    assert end.value.code == 2 and shown.count("\n") == 1 and all(word in shown for word in words)
+    ended(capsys, pearl, [*flags(WIND, None, f"{COUNTS} {more}"), "--run-dir", str(tmp_path)], *words)
 
 
 def test_the_picture_of_paths(files, tmp_path, monkeypatch):
@@ -919,8 +913,7 @@ def test_the_pictures_of_a_run(files, tmp_path, no_plots, capsys):
     path = run(tmp_path, SPARSE, files[SPARSE])
     shift.main([str(path)])
     assert all(Path(name).stat().st_size > 5_000 for name in capsys.readouterr().out.splitlines()[-1].split())
-    with one_line(capsys, "args.json: No such file or directory; expected the folder of a run"):
-        shift.main([str(tmp_path)])
+    ended(capsys, shift, [str(tmp_path)], "args.json: No such file or directory; expected the folder of a run")
 
 
 TABLE_1 = {
