@@ -1021,21 +1021,6 @@ def test_the_papers_settings(name):
     assert set(focal.TABLE) > set(TABLE_4) and args.test_quality == args.quality
     assert args.quality == ("expert" if name in EXPERT else "mixed")
     assert {key: getattr(args, key) for key in SIZES} == SIZES
-    given = "--latent 7 --alpha 3 --discount 0.5 --value-penalty --beta 4 --meta-batch-size 2 --reward-scale 9"
-    for text in (f"--env {name} {given}", f"{given} --small --env {name}"):
-        args = focal.parse_args(text.split())
-        assert tuple(getattr(args, key) for key in NAMES) == (9, 4, 3, True, 2, 7, 0.5)
-
-
-@pytest.mark.parametrize("name", list(focal.TABLE))
-def test_small_changes_only_what_it_says(name):
-    read = lambda more: vars(focal.parse_args(f"--env {name} {more}".split()))
-    paper, small = read("--no-small --letter"), read("--small")
-    expected = paper | focal.SMALL[name] | {"small": True, "letter": False, "variant": small["variant"]}
-    if "encoder_steps" not in focal.SMALL[name]:
-        expected["encoder_steps"] = small["steps"] // 5
-    assert small == expected and set(focal.SMALL[name]) <= set(paper)
-    assert vars(focal.parse_args(["--env", name, "--small", "--hidden", "33"]))["hidden"] == 33
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA
