@@ -314,34 +314,6 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_the_kl_pulls_the_posterior_to_the_prior(files):
-    kl = {}
-    for weight in (0, 1):
-        k = build(WIND, files[WIND], f"--kl-weight {weight} --lr 0.003")
-        for _ in range(60):
-            k.update()
-        kl[weight] = k.agent.metrics[0, 1].item()
-    assert kl[1] < 0.7 * kl[0]
-
-
-def test_awac_prefers_the_better_of_two_actions():
-    """One state, two actions in the data, the second better by far: the policy moves to it, cloning stays between."""
-    means = {}
-    for name in ("awac", "bc"):
-        torch.manual_seed(0)
-        actor = smac.Actor(2, 1, 1, 32)
-        optimiser = torch.optim.Adam(actor.parameters(), 3e-3)
-        s, z, a = torch.zeros(64, 2), torch.zeros(64, 1), torch.tensor([[-0.5], [0.5]]).repeat(32, 1)
-        q = torch.stack([10 * a[:, 0], 10 * a[:, 0]])
-        for _ in range(300):
-            mean, log_std = actor(s, z)
-            log_pi = smac.log_density(a.atanh(), (a.atanh() - mean) / log_std.exp(), log_std)
-            loss = smac.awac_loss(log_pi, q, torch.zeros(2, 64), 2.0) if name == "awac" else -log_pi.mean()
-            data.descend(optimiser, loss)
-        means[name] = torch.tanh(actor(s, z)[0])[0].item()
-    assert means["awac"] > 0.4 and abs(means["bc"]) < 0.15
-
-
 # ------------------------------------------------------------------------------------------------------- buffers
 def buffers(rows, joining, horizon=3, context_data=4):
     """The buffers of three tasks."""
