@@ -134,29 +134,6 @@ def test_actor_loss():
     assert_gradients(lambda: merpo.actor_loss(q, log_pi, kl, lam, alpha), loop, [q, log_pi, kl])
 
 
-@pytest.mark.parametrize("name", [WIND, WALKER])
-def test_the_entropy_in_the_actors_loss(files, name):
-    """Its gradient beside the one without, at the same draws, is that of ent E[log pi]; there is none by default."""
-    gradients = {}
-    for more in ("", "--actor-entropy", "--ent 0", "--actor-entropy --ent 0"):
-        k = build(name, files[name], "--ent 0.7")
-        k.args.actor_entropy, k.args.ent = "actor" in more, 0.0 if "ent 0" in more else 0.7
-        s = k.tasks.draw(torch.arange(3), 8).split(k.world.split, -1)[0]
-        k.rac.index, k.adam["actor"] = torch.arange(3), torch.optim.SGD(k.rac.actor.parameters(), 0)
-        torch.manual_seed(1)
-        k.rac.improve_policy(s, s, torch.zeros(3, 8, k.world.split[1]), k.agent.meta_policy)
-        gradients[more] = [p.grad.clone() for p in k.rac.actor.parameters()]
-        if more == "":
-            torch.manual_seed(1)
-            log_pi = merpo.sample_tanh_gaussian(*k.rac.actor(s))[1]
-            expected = torch.autograd.grad(0.7 * log_pi.mean(1).sum(), k.rac.actor.parameters())
-    added = [x - y for x, y in zip(gradients["--actor-entropy"], gradients[""], strict=True)]
-    for ours, theirs in zip(added, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(x, y) for x, y in zip(gradients["--ent 0"], gradients[""], strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(gradients["--actor-entropy --ent 0"], gradients[""], strict=True))
-
-
 def test_models_are_chosen_by_what_they_did_not_learn_from(files, monkeypatch):
     k, seen, model_data = build(WIND, files[WIND]), [], merpo.World.model_data
     monkeypatch.setattr(merpo.World, "model_data", lambda world, rows: seen.append(rows) or model_data(world, rows))
@@ -448,10 +425,8 @@ def test_models_recover_the_dynamics_of_each_task(tmp_path):
     """s' = s + 0.1 a + wind: the wind of a task, which no other model knows, is in its own models."""
     arrays = collect(WIND, list(range(6)), [6, 7], 400, 20)
     data.save(tmp_path / "d.npz", arrays, {"env": WIND})
-    more = (
-        "--model-steps 60 --model-adapt-steps 25 --model-task-lr 0.003 --model-lr 0.5 --batch-size 64 --model-hidden 32"
-    )
-    k = build(WIND, tmp_path / "d.npz", f"{more} --meta-batch-size 6")
+    more = "--model-steps 60 --model-adapt-steps 25 --model-task-lr 0.003 --batch-size 64 --model-hidden 32"
+    k = build(WIND, tmp_path / "d.npz", f"{more} --meta-batch-size 6 --model-lr 1 --eta 0")
     for _ in range(60):
         k.learn_model()
     settle(k)
@@ -675,26 +650,8 @@ def test_lambda_rises_with_the_divergence_and_stays_in_range(files):
     step(k)
     assert (k.tasks.lam[k.index] > 0).all()
     for _ in range(20):
-        step(k)
-    assert k.tasks.lam.tolist() == [20.0, 2.0, 20.0, 20.0]
-
-
-def test_regularisers_pull_where_they_should(files):
-    """With a huge lambda, alpha = 0 keeps the policy at the meta-policy and alpha = 1 takes it to the data."""
-    distance = {}
-    for alpha in (0, 1):
-        k = started(
-            files, WIND, f"--alpha {alpha} --lambda-initial 1000 --lambda-lr 0 --actor-lr 0.003 --batch-size 32"
-        )
-        k.tasks.rows[..., 2:4] = torch.tensor([0.7, -0.7])
-        k.agent.meta_policy.net[-1].bias.data[..., :2] = torch.tensor([-0.5, 0.5])
-        for _ in range(150):
-            step(k)
-        s, a = k.tasks.draw(k.index, 50).split(k.world.split, -1)[:2]
-        mean = k.rac.actor(s)[0]
-        meta = k.agent.meta_policy(s.flatten(0, 1)[None])[0].view_as(mean)
-        distance[alpha] = (mean.tanh() - a).abs().mean().item(), (mean - meta).abs().mean().item()
-    assert distance[1][0] < 0.1 < distance[0][0] and distance[0][1] < 0.15 < distance[1][1]
+        log = step(k)
+    assert k.tasks.lam.tolist() == [20.0, 2.0, 20.0, 20.0] and log["lambda"] == 20
 
 
 # --------------------------------------------------------------------------------------------------- the outer step
@@ -712,32 +669,6 @@ def test_who_learns(files):
         key.split(".")[1] for key in before if key.startswith("rac") and not torch.equal(before[key], after[key])
     }
     assert changed == {"actor", "critic", "target", "models", "behaviour"}
-
-
-def test_the_meta_policy_moves_towards_the_task_policies_and_meta_q_towards_their_mean(files, monkeypatch):
-    k = started(files, WIND, "--outer-lr 0.01 --meta-q-lr 0.1")
-    monkeypatch.setattr(
-        torch,
-        "rand",
-        lambda *size, rand=torch.rand, **kw: torch.tensor([0.2, 0.9, 0.1, 0.3]) if size == (4,) else rand(*size, **kw),
-    )
-    divergence, gap = [], []
-    k.rac.step = lambda *args: {}  # the policies below stand for what RAC found
-
-    def start(*args):
-        k.rac.actor.net[-1].bias.data[..., :2] = 1.0
-        k.rac.critic.net[-1].bias.data[:] = torch.tensor([1.0, 2.0, 6.0]).repeat(2)[:, None, None]
-
-    k.rac.start = start
-    k.tasks.imagine(torch.arange(4), k.tasks.rows[:, :40])
-    s = k.tasks.rows[:3].split(k.world.split, -1)[0]
-    for _ in range(40):
-        k.learn_policy()
-        meta = [x.view(3, -1, 2) for x in k.agent.meta_policy(s.flatten(0, 1)[None])]
-        divergence.append(merpo.gaussian_divergence(k.rac.actor(s), meta).mean().item())
-        gap.append((k.agent.meta_q.net[-1].bias - 3.0).abs().max().item())
-    assert divergence[-1] < 0.5 * divergence[0]
-    assert gap == pytest.approx([gap[0] * 0.9**i for i in range(40)], rel=1e-3, abs=1e-5)  # a plain step of xi_q
 
 
 @pytest.mark.parametrize(("tau", "low", "high"), [(0, 0.8, 1.2), (0.005, 1.2, 2.5), (1, 8, 10.5)])
@@ -769,25 +700,6 @@ def test_rates_fall_to_their_last_share_in_training_and_on_test_tasks(files, mon
     monkeypatch.setattr(merpo.RAC, "step", note)
     merpo.evaluate(k.args, k.agent, k.world)
     assert used == pytest.approx([0.01 * x for x in share])
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        ("", [0.4] * 4),
-        ("--alpha 0.7 --test-start meta-no-init", [0.7] * 4),
-        ("--test-start behaviour-init", [1] * 4),
-        ("--small", [1] * 4),
-    ],
-)
-def test_alpha_on_a_test_task(files, monkeypatch, more, expected):
-    k = started(files, WIND, f"--adapt-steps 4 {more}")
-    used, step_of = [], merpo.RAC.step
-    note = lambda self, meta: used.extend(self.tasks.alpha[:1].tolist()) or step_of(self, meta)
-    monkeypatch.setattr(merpo.RAC, "step", note)
-    for _ in range(2):  # anew in every evaluation
-        merpo.evaluate(k.args, k.agent, k.world)
-    assert used == pytest.approx(expected * 2)
 
 
 @pytest.mark.parametrize(("shift", "expected"), [("behaviour", 1), ("meta", -1)])
@@ -866,6 +778,7 @@ def test_a_short_try_out_is_short():
     stages = lambda flags: (lambda args: (args.model_steps, args.steps))(merpo.parse_args(flags.split()))
     assert stages("--small") == (200, 800) and stages("--no-small") == (2_000, 2_000)
     assert stages("--small --steps 40") == (40, 40) and stages("--small --steps 40 --model-steps 90") == (90, 40)
+    assert merpo.parse_args(["--small"]).test_start == "behaviour-init"
     assert stages("--small --no-model") == (0, 800) and stages("--small --no-model --model-steps 3") == (3, 800)
 
 
