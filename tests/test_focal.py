@@ -938,29 +938,32 @@ def test_evaluations_do_not_disturb_learning(files, tmp_path, no_plots, more):
     assert len(metrics(often)) == 6 and len(metrics(once)) == 1
 
 
-@pytest.mark.parametrize("name, more, where", [(WIND, "", "evaluate"), (WALKER, REGULARISED, "save")])
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plots, monkeypatch, name, more, where):
-    more += " --steps 9 --encoder-steps 5"
-    place = (focal, "evaluate") if where == "evaluate" else (data.Run, "_save")
-    whole, calls, real = run(tmp_path / "whole", name, files[name], more), [], getattr(*place)
+def check_resumed(monkeypatch, run, kills, folder, name, file, more=""):
+    """That a run which is killed after its nth save, for n of `kills`, and resumed ends as if it had never stopped."""
+    whole, save = run(folder / "whole", name, file, more), data.Run._save
+    for nth in kills:
+        saved, killed = [], folder / f"killed{nth}"
 
-    def killed(*args):
-        calls.append(0)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
+        def save_and_die(*args):
+            save(*args)
+            saved.append(0)
+            if len(saved) == nth:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(*place, killed)
-        run(tmp_path / "killed", name, files[name], more)
-    (path,) = (tmp_path / "killed").glob("focal/*/*/seed*")
-    assert checkpoint(path)["step"] == 3 and not (path / "final.json").exists()
-    torch.manual_seed(99)
-    assert run(tmp_path / "killed", name, files[name], f"{more} --resume") == path
-    assert metrics(path) == metrics(whole) and len(metrics(path)) == 3
-    a, b = checkpoint(path), checkpoint(whole)
-    for key in ("step", "agent", "optimisers", "random"):
-        assert_equal(a[key], b[key])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(data.Run, "_save", save_and_die)
+            run(killed, name, file, more)
+        assert end.value.code == 130
+        torch.manual_seed(99)
+        resumed = run(killed, name, file, f"{more} --resume")
+        assert metrics(resumed) == metrics(whole) and len(metrics(whole)) > nth
+        for key in ("step", "agent", "optimisers", "random"):
+            assert_equal(checkpoint(resumed)[key], checkpoint(whole)[key])
+
+
+@pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED)])
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plots, monkeypatch, name, more):
+    check_resumed(monkeypatch, run, (1, 2), tmp_path, name, files[name], f"{more} --steps 9 --encoder-steps 5")
 
 
 # -------------------------------------------------------------------------------------------------------- failures

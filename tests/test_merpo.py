@@ -810,35 +810,13 @@ def test_what_a_run_writes(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("more", ["", "--adaptive", "--no-model"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
-    kill_and_resume(tmp_path, monkeypatch, WIND, files[WIND], more)
+    test_focal.check_resumed(monkeypatch, run, (1, 2), tmp_path, WIND, files[WIND], more)
 
 
 def test_one_task_goes_on_within_stage_1(tmp_path, no_plots, monkeypatch):
     monkeypatch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))  # thousand steps in the simulator
     more = "--single rac --model-steps 4 --eval-every 1"
-    kill_and_resume(tmp_path, monkeypatch, "hopper", one_hopper(tmp_path), more)
-
-
-def kill_and_resume(tmp_path, monkeypatch, name, file, more):
-    """After either of the first two saves, with the same end as of a run that was left alone."""
-    whole = run(tmp_path / "a", name, file, more)
-    for kill in (1, 2):
-        saved, save = [], data.Run._save
-
-        def save_and_die(*args, saved=saved, save=save, kill=kill):
-            save(*args)
-            saved.append(1)
-            if len(saved) == kill:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(data.Run, "_save", save_and_die)
-        with pytest.raises(SystemExit):
-            run(tmp_path / f"b{kill}", name, file, more)
-        monkeypatch.setattr(data.Run, "_save", save)
-        resumed = run(tmp_path / f"b{kill}", name, file, f"{more} --resume")
-        for x, y in zip(metrics(resumed), metrics(whole), strict=True):
-            assert all(x[key] == y[key] or math.isnan(x[key]) for key in x)
-        test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
+    test_focal.check_resumed(monkeypatch, run, (1, 2), tmp_path, "hopper", one_hopper(tmp_path), more)
 
 
 def test_test_tasks_never_train(files, tmp_path, no_plots, short_trajectories):

@@ -654,24 +654,8 @@ def test_what_a_run_writes(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("more", ["", "--online-rewards oracle", "--actor sac --encoder-loss reward+q"])
 def test_same_seed_same_run_and_a_killed_one_goes_on(files, tmp_path, no_plots, monkeypatch, more):
-    whole = run(tmp_path / "a", WIND, files[WIND], more)
-    for kill in (3,) if more else (1, 2, 3, 4):  # within the offline phase, at its end, within a round, at its end
-        saved, save = [], data.Run._save
-
-        def save_and_die(*args, saved=saved, save=save, kill=kill):
-            save(*args)
-            saved.append(1)
-            if len(saved) == kill:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(data.Run, "_save", save_and_die)
-        with pytest.raises(SystemExit) as end:
-            run(tmp_path / f"b{kill}", WIND, files[WIND], more)
-        assert end.value.code == 130
-        monkeypatch.setattr(data.Run, "_save", save)
-        resumed = run(tmp_path / f"b{kill}", WIND, files[WIND], f"{more} --resume")
-        assert metrics(resumed) == metrics(whole)
-        test_focal.assert_equal(checkpoint(resumed)["agent"], checkpoint(whole)["agent"])
+    kills = (3,) if more else (1, 2, 3, 4)  # within the offline phase, at its end, within a round, at its end
+    test_focal.check_resumed(monkeypatch, run, kills, tmp_path, WIND, files[WIND], more)
 
 
 def test_packed_rows_are_the_datas(files):
