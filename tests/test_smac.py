@@ -261,16 +261,6 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
     assert agent.metrics[0].tolist() == pytest.approx(values, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [("--steps 0 --online-rewards oracle", ["--steps 0", "online phase"]), ("--updates 2", ["--online-steps 0"])],
-)
-def test_without_online_steps_there_is_no_online_phase(more, words):
-    with pytest.raises(data.DataError) as error:
-        smac.parse_args(["--env", WIND, "--online-steps", "0", *more.split()])
-    assert all(word in str(error.value) for word in words)
-
-
 def test_actions_at_their_bounds_have_a_density(files):
     agent = build(WIND, files[WIND]).agent
     agent.replay.rows[..., 2:4].sign_()
@@ -716,27 +706,16 @@ def test_observations_are_kept_within_a_bound(files):
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "message"),
     [
-        ("--data-size 61", ["--data-size", "found 60 rows", "61 rows"]),
-        ("--data-until 90", ["--data-until", "found 60 rows", "row 90"]),
-        ("--steps 0 --online-rewards none", ["--steps"]),
-        ("--steps 0", ["--steps 0", "oracle"]),
-        ("--online-rewards none --online-steps 20", ["--online-steps 20", "--online-rewards none"]),
-        ("--online-rewards none --online-envs 2", ["--online-envs 2", "--online-rewards none"]),
-        ("--actor bc --awac-lambda 2", ["--awac-lambda 2", "--actor bc"]),
-        ("--online-rewards none --pearl-weight 2", ["--pearl-weight 2", "--online-rewards none"]),
-        ("--actor td3", ["--actor", "td3"]),
-        ("--meta-batch-size 5", ["--meta-batch-size", "at most 4"]),
-        ("--train-tasks 3", ["--train-tasks 3", "--data"]),
+        ("--data-size 61", "--data-size.*expected 61 rows.*found 60 rows"),
+        ("--data-until 90", "--data-until.*up to row 90, found 60 rows"),
+        ("--meta-batch-size 5", "--meta-batch-size.*at most 4"),
     ],
 )
-def test_bad_input_ends_in_one_line(files, tmp_path, capsys, more, words):
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path, WIND, files[WIND], more)
-    shown = capsys.readouterr()
-    assert end.value.code == 2 and shown.err.count("\n") == 1
-    assert shown.err.startswith("smac.py: ") and all(word in shown.err for word in words)
+def test_more_than_the_data_have_is_refused(files, more, message):
+    with pytest.raises(data.DataError, match=message):
+        build(WIND, files[WIND], more)
 
 
 @pytest.mark.parametrize("steps", [5, 9])
