@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import math
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pearl
 import pytest
+import shift
 import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
@@ -20,10 +21,6 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution, 
 import data
 import envs
 import smac
-
-sys.path.append(str(Path(smac.__file__).resolve().parent / "benchmark"))
-import pearl  # noqa: E402
-import shift  # noqa: E402
 
 TINY = "--hidden 16 --encoder-hidden 16 --batch-size 8 --context-size 8 --meta-batch-size 3 --latent 3 --device cpu"
 TINY += " --eval-every 3 --eval-episodes 1 --threads 1"

@@ -5,7 +5,6 @@ device, or bring data from the host, or mix the two, fails there as it would und
 """
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import test_focal
 import torch
-from conftest import WALKER, WIND
+from conftest import WALKER, WIND, script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -286,14 +285,6 @@ def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark/
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_speed_table(tmp_path, capsys):
     speed, out = script("speed"), tmp_path / "speed.csv"
     flags = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1"
