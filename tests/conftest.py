@@ -1,11 +1,10 @@
 """Tiny datasets that the tests of the scripts share."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import re
 import resource
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many processes as cores run tests side by side
@@ -19,15 +18,30 @@ import envs
 
 TRAIN, TEST = [0, 2, 3, 5], [4, 1]
 WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
+BENCHMARK = Path(data.__file__).resolve().parent / "benchmark"
+OF_A_TEST = pytest.MonkeyPatch()
+sys.path.append(str(BENCHMARK))  # last: there is a cuda.py
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """But for tests of CUDA, `--device auto` is the CPU on every machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not item.get_closest_marker("cuda"):
-            patch.setattr(torch.cuda, "is_available", lambda: False)
+    """But for tests of CUDA, `--device auto` is the CPU on every machine; where modules come from is as before."""
+    OF_A_TEST.setattr(sys, "path", list(sys.path))
+    if not item.get_closest_marker("cuda"):
+        OF_A_TEST.setattr(torch.cuda, "is_available", lambda: False)
+    try:
         return (yield)
+    finally:
+        OF_A_TEST.undo()
+
+
+def script(name, folder=BENCHMARK):
+    """A script as a module, loaded afresh and forgotten after the test."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    OF_A_TEST.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def collect(name, train, test, count, length, policy=None, seed=0):
@@ -56,14 +70,15 @@ def files(tmp_path_factory):
     return {name: folder / f"{name}.npz" for name in (WIND, SPARSE, WALKER)}
 
 
-@contextlib.contextmanager
-def one_line(capsys, pattern):
-    """What is done here ends with exit code 2 and one line on standard error that has this pattern."""
+def ended(capsys, script, argv, *says, code=2):
+    """The one line on standard error, of this script and with these words, with which its main(argv) ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        yield
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and re.search(pattern, said) and said.count("\n") == 1
+        script.main(argv)
+    line = capsys.readouterr().err
+    assert end.value.code == code and line.count("\n") == 1 and line.startswith(f"{Path(script.__file__).name}: "), line
+    assert all(word in line for word in says), line
+    return line
 
 
 @pytest.fixture
@@ -113,8 +128,4 @@ def has_gl():
 @pytest.fixture(scope="session")
 def picture():
     """benchmark/picture.py, as a module."""
-    path = Path(data.__file__).resolve().parent / "benchmark" / "picture.py"
-    spec = importlib.util.spec_from_file_location("picture", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("picture")

@@ -1,8 +1,8 @@
 """Contextual BCQ, benchmark/bcq.py: an update against a loop over single transitions, who trains whom, whole runs."""
 
-import sys
 from pathlib import Path
 
+import bcq
 import pytest
 import test_focal
 import torch
@@ -11,11 +11,6 @@ from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, weight
 from torch.distributions import Normal, kl_divergence
 
 import data
-import focal
-
-PATH = Path(focal.__file__).resolve().parent / "benchmark" / "bcq.py"
-sys.path.append(str(PATH.parent))
-import bcq  # noqa: E402
 
 BELLMAN = "--encoder-loss bellman"  # the critic trains the encoder, as in PEARL
 CASES = ["", BELLMAN, f"{BELLMAN} --encoder probabilistic", "--coupled"]
@@ -120,7 +115,7 @@ def test_a_run_trains_every_network(files, tmp_path, no_plots, name, more):
     assert "discriminator.0.weight" not in trained and path.parts[-4] == "bcq"
     (row,) = metrics(path)
     assert row["vae_loss"] > 0 and row["discriminator_loss"] is None
-    assert (path / "source.py").read_text() == PATH.read_text()
+    assert (path / "source.py").read_text() == Path(bcq.__file__).read_text()
 
 
 @pytest.mark.parametrize("more", ["--alpha 3", "--tune-alpha", "--value-penalty"])

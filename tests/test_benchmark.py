@@ -1,17 +1,16 @@
 """The benchmark scripts: every run they plan is one that focal.py accepts, and their tables are what the runs wrote."""
 
 import csv
-import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bcq
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER, WIND, collect, one_line
+from conftest import SPARSE, WALKER, WIND, collect, ended, script
 from matplotlib.axes import Axes
 from PIL import Image
 from test_focal import changed, load_arrays
@@ -27,26 +26,16 @@ import trained
 ROOT = Path(focal.__file__).resolve().parent
 
 
-def script(name, folder=ROOT / "benchmark"):
-    """A benchmark script as a module."""
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """What tools do to the list of places from which modules come, and the modules of forks, go with the test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name in ("mine", "started"):
-        sys.modules.pop(name, None)
-
-
 @pytest.fixture
 def paper():
     return script("paper")
+
+
+def ran(module, folder, words):
+    """The folder of a small run of a script."""
+    module.main(f"--small --run-dir {folder} {words}".split())
+    (path,) = folder.glob(f"{module.__name__}/*/*/seed*")
+    return path
 
 
 def test_the_variance_of_weighted_embeddings(monkeypatch):
@@ -220,11 +209,10 @@ def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
     wrong = {"no column esr": ["--columns", "esr"], "no seed*/metrics.csv there": [str(tmp_path)]}
     wrong |= {"nowhere/x.png: ": ["--out", str(tmp_path / "nowhere" / "x.png")], "x.foo: ": ["--out", "x.foo"]}
     for message, words in wrong.items():
-        with one_line(capsys, re.escape(message)):
-            compare.main([*folders, *words])
+        ended(capsys, compare, [*folders, *words], message)
 
 
-FILMED = [(focal, "--film"), (focal_pp, ""), (script("bcq"), ""), (smac, "--online-steps 0")]
+FILMED = [(focal, "--film"), (focal_pp, ""), (bcq, ""), (smac, "--online-steps 0")]
 FILMED += [(merpo, "--model-steps 1 --adapt-steps 1")]
 
 
@@ -232,31 +220,26 @@ FILMED += [(merpo, "--model-steps 1 --adapt-steps 1")]
 def test_an_agent_is_filmed_in_test_tasks(monkeypatch, tmp_path, files, module, more, capsys):
     animate, seen, film = script("animate"), {}, envs.film
     monkeypatch.setattr(envs, "film", lambda vector, *rest: (seen.update(tasks=vector.tasks), film(vector, *rest)))
-    flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 1 --run-dir {tmp_path} --seed 1"
-    module.main([*flags.split(), *more.split()])
-    (run,) = tmp_path.glob(f"{module.__name__}/{SPARSE}/*/seed1")
+    run = ran(module, tmp_path, f"--env {SPARSE} --data {files[SPARSE]} --steps 2 --eval-every 1 --seed 1 {more}")
     assert (run / "film.gif").exists() == ("--film" in more)
     animate.main([str(run), "--tasks", "2", "--size", "40", "--out", str(tmp_path / "agent.gif")])
     picture = Image.open(tmp_path / "agent.gif")
     dataset = data.load(files[SPARSE])
     np.testing.assert_array_equal(seen["tasks"], dataset.tasks[dataset.test_tasks])
     assert picture.size == (80, 40) and picture.n_frames == 20  # both test tasks, an episode of 20 steps
-    with one_line(capsys, "args.json: No such file or directory; expected the folder of a run"):
-        animate.main([str(tmp_path)])
+    ended(capsys, animate, [str(tmp_path)], "args.json: No such file or directory; expected the folder of a run")
     (run / "checkpoint.pt").unlink()
-    with one_line(capsys, "expected the folder of a run"):
-        animate.main([str(run)])
+    ended(capsys, animate, [str(run)], "expected the folder of a run")
 
 
 def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
     arrays = collect("hopper", [0], [], 40, 20) | dict.fromkeys(("train_tasks", "test_tasks"), np.zeros(1, int))
     data.save(tmp_path / "d.npz", arrays, {"env": "hopper"})
-    flags = f"--env hopper --single rac --small --data {tmp_path / 'd.npz'} --steps 1 --model-steps 1 --hidden 8"
+    words = f"--env hopper --single rac --data {tmp_path / 'd.npz'} --steps 1 --model-steps 1 --hidden 8"
     with monkeypatch.context() as patch:  # an episode has a thousand steps in the simulator
         patch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))
         patch.setattr(merpo, "FITS", 1)
-        merpo.main(f"{flags} --run-dir {tmp_path}".split())
-    (run,), seen = tmp_path.glob("merpo/hopper/*/seed0"), []
+        run, seen = ran(merpo, tmp_path, words), []
     monkeypatch.setattr(envs, "film", lambda vector, act, path: seen.append((obs, act(obs))) or path.touch())
     obs = np.random.default_rng(0).normal(size=(1, 11))
     script("animate").main([str(run)])
@@ -266,16 +249,13 @@ def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
     assert (run / "film.gif").exists()
     monkeypatch.setattr(data, "prepare", lambda *_, **__: 1 / 0)  # and builds no data for it
     for words in ([], ["--test-quality", "random"]):
-        with one_line(capsys, "a run with --single has no test tasks"):
-            script("retest").main([str(run), *words])
+        ended(capsys, script("retest"), [str(run), *words], "a run with --single has no test tasks")
 
 
 @pytest.mark.parametrize("module", [focal, focal_pp])
 def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     online, seen = script("online"), []
-    flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
-    module.main(flags.split())
-    (run,) = tmp_path.glob(f"{module.__name__}/{SPARSE}/*/seed0")
+    run = ran(module, tmp_path, f"--env {SPARSE} --data {files[SPARSE]} --steps 2 --eval-every 2")
     _, args, world, agent = online.load_run(run)
 
     def context_of(rows, split, args):
@@ -310,8 +290,7 @@ def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
 
 def test_the_third_episode_is_scored_on_a_context_of_the_first_two(monkeypatch, tmp_path, files):
     online = script("online")
-    focal.main(f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split())
-    (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
+    run = ran(focal, tmp_path, f"--env {WIND} --data {files[WIND]} --steps 2 --eval-every 2")
     _, args, world, agent = online.load_run(run)
     episodes, taken, play, experience = [], [], online.play, online.experience
 
@@ -378,9 +357,8 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     folder = tmp_path / "datasets" / name / ("40+10-seed0" if name == WIND else "80+20-seed0")
     for quality, shift in (("mixed", 0), ("random", 1)):
         changed(files[name], folder / f"{quality}.npz", name, returns=np.full(6, -9.0 - shift))
-    flags = f"--env {name} --small --data-dir {tmp_path / 'datasets'} --steps 2 --eval-every 2 --run-dir {tmp_path}"
-    module.main([*flags.split(), *(["--model-steps", "2", "--adapt-steps", "3"] if module is merpo else [])])
-    (run,) = tmp_path.glob(f"{module.__name__}/{name}/*/seed0")
+    more = "--model-steps 2 --adapt-steps 3" if module is merpo else ""
+    run = ran(module, tmp_path, f"--env {name} --data-dir {tmp_path / 'datasets'} --steps 2 --eval-every 2 {more}")
     settings = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(settings | {"device": "cuda"}))  # as if trained there; this is the CPU
     retest.main([str(run)])
@@ -412,19 +390,15 @@ def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp
     other = load_arrays(files[name])
     other["rewards"] += 1
     data.save(folder / "mixed.npz", other, {"env": name})
-    with one_line(capsys, "its data have changed"):
-        retest.main([str(run)])
+    ended(capsys, retest, [str(run)], "its data have changed")
     (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
-    with one_line(capsys, "a damaged run"):
-        retest.main([str(run)])
+    ended(capsys, retest, [str(run)], "a damaged run")
 
 
 def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files, capsys):
-    words = f"--env {WIND} --small --data {files[WIND]} --steps 2 --eval-every 2 --run-dir {tmp_path}".split()
-    focal.main(words)
-    (run,) = tmp_path.glob(f"focal/{WIND}/*/seed0")
-    with one_line(capsys, "--test-quality: .* has its data from --data"):
-        script("retest").main([str(run), "--test-quality", "random"])
+    run = ran(focal, tmp_path, f"--env {WIND} --data {files[WIND]} --steps 2 --eval-every 2")
+    argv = [str(run), "--test-quality", "random"]
+    ended(capsys, script("retest"), argv, f"--test-quality: {run} has its data from --data")
 
 
 def watch_settling(monkeypatch):
@@ -443,9 +417,7 @@ def watch_settling(monkeypatch):
 def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys, files, short_trajectories):
     retest = script("retest")
     monkeypatch.setattr(merpo, "FITS", 20)
-    flags = f"--env {WIND} --small --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1 --run-dir {tmp_path}"
-    merpo.main(flags.split())
-    (run,) = tmp_path.glob(f"merpo/{WIND}/*/seed0")
+    run = ran(merpo, tmp_path, f"--env {WIND} --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1")
     settled, evaluate, steps = watch_settling(monkeypatch), merpo.evaluate, []
     monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
     retest.main([str(run), "--test-trajectories", "2", "--test-start", "behaviour", "--adapt-steps", "2"])
@@ -454,16 +426,14 @@ def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys
     (path,) = (run / "retest").iterdir()
     assert path.name == "adapt-steps=2,test-start=behaviour,test-trajectories=2.json"
     assert list(json.loads(path.read_text())["returns"]) == ["2"]  # it does not start from the meta-policy, which is 0
-    with pytest.raises(SystemExit) as end:
-        retest.main([str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"])
-    assert end.value.code == 3 and capsys.readouterr().err.startswith(f"retest.py: diverged: {run}: ")
+    argv = [str(run), "--adapt-steps", "50", "--adapt-lr", "1e30"]
+    ended(capsys, retest, argv, f"retest.py: diverged: {run}: ", code=3)
 
 
 def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
     retest = script("retest")
-    flags = f"--env {WIND} --small --data {files[WIND]} --data-size 60 --data-until 60 --context-data 60 --steps 4"
-    smac.main([*f"{flags} --online-steps 0 --eval-episodes 2 --run-dir {tmp_path}".split()])
-    (run,) = tmp_path.glob(f"smac/{WIND}/*/seed0")
+    words = f"--env {WIND} --data {files[WIND]} --data-size 60 --data-until 60 --context-data 60 --steps 4"
+    run = ran(smac, tmp_path, f"{words} --online-steps 0 --eval-episodes 2")
     with open(run / "metrics.csv") as file:
         (last,) = csv.DictReader(file)
     retest.main([str(run)])
@@ -479,9 +449,7 @@ def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
 def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
     """Whose rewards are dense, as its data's are."""
     online = script("online")
-    flags = f"--env {env} --small --data {files[env]} --steps 1 --model-steps 1 --adapt-steps 2 --run-dir {tmp_path}"
-    merpo.main(flags.split())
-    (run,) = tmp_path.glob(f"merpo/{env}/*/seed0")
+    run = ran(merpo, tmp_path, f"--env {env} --data {files[env]} --steps 1 --model-steps 1 --adapt-steps 2")
     _, args, world, agent = online.load_run(run, ["MerPO"])
     theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
     own, first = online.evaluate_merpo(merpo, args, agent, world)
@@ -521,13 +489,11 @@ def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
 def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message, capsys):
     if saved is not None:
         (tmp_path / "args.json").write_text(json.dumps(saved))
-    with one_line(capsys, re.escape(message)):
-        script("retest").main([str(tmp_path), *words.split()])
+    ended(capsys, script("retest"), [str(tmp_path), *words.split()], message)
 
 
 def test_no_run_is_no_command(capsys):
-    with one_line(capsys, "expected the folder of a run"):
-        script("retest").main(["--test-quality", "random"])
+    ended(capsys, script("retest"), ["--test-quality", "random"], "expected the folder of a run")
 
 
 FEW = "--small --steps 2 --eval-every 2 --eval-episodes 1 --hidden 8 --encoder-hidden 8 --context-size 8"
@@ -541,8 +507,7 @@ def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, file
     Path("runs").symlink_to(tmp_path / "another" / "disk")
     Path("mine.py").write_text((ROOT / "focal.py").read_text())
     Path("mine.npz").write_bytes(files[SPARSE].read_bytes())
-    script("mine", tmp_path)
-    sys.modules["mine"].main(f"--env {SPARSE} --data mine.npz {FEW}".split())
+    script("mine", tmp_path).main(f"--env {SPARSE} --data mine.npz {FEW}".split())
     del sys.modules["mine"]
     (run,) = tmp_path.glob(f"runs/mine/{SPARSE}/*/seed0")
     decode, returned = script("decode"), json.loads((run / "final.json").read_text())["return_mean"]
@@ -648,9 +613,7 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
     assert linear > 2 * seen
     (seen, *_), (test, *_), linear, guess = decode.errors(noise(60, 1), noise(60, 1), noise(10, 1), tasks, unseen)
     assert seen > 2 and linear > 2 and test > 0.8 * guess  # noise says nothing
-    flags = f"--env {SPARSE} --small --data {files[SPARSE]} --steps 2 --eval-every 2 --run-dir {tmp_path}"
-    focal.main(flags.split())
-    (run,) = tmp_path.glob(f"focal/{SPARSE}/*/seed0")
+    run = ran(focal, tmp_path, f"--env {SPARSE} --data {files[SPARSE]} --steps 2 --eval-every 2")
     dataset, given = data.load(files[SPARSE]), []
     answer = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.7, 0.8
     monkeypatch.setattr(decode, "errors", lambda *args: given.append(args) or answer)
@@ -673,8 +636,7 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     for key in ("tasks", "observations", "actions", "rewards", "next_observations", "terminals", "returns"):
         np.testing.assert_array_equal(getattr(mine, key), getattr(whole, key)[[4, 2]])
     assert list(mine.train_tasks) == list(mine.test_tasks) == [0, 1]
-    focal.main(f"--env {WALKER} --small --data {out} --steps 1 --eval-episodes 1 --run-dir {tmp_path}".split())
-    with one_line(capsys, re.escape("single.py: --tasks: expected numbers from 0 to 5, found [6]")):
-        single.main(f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split())
-    with one_line(capsys, "expected --env or --data"):
-        single.main(f"--tasks 6 --out {out}".split())
+    ran(focal, tmp_path, f"--env {WALKER} --data {out} --steps 1 --eval-episodes 1")
+    argv = f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split()
+    ended(capsys, single, argv, "--tasks: expected numbers from 0 to 5, found [6]")
+    ended(capsys, single, f"--tasks 6 --out {out}".split(), "expected --env or --data")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import ended
 from test_speed import NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -566,6 +566,7 @@ def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
         ("mixed", {"envs": 500}, "--sac-steps: with 400 nothing would be learned"),
         ("mixed", {"envs": 150, "start": 350}, "--sac-steps: with 400 nothing would be learned"),
         ("mixed", {"envs": 4, "nstep": 101}, "--sac-steps: with 400 nothing would be learned"),
+        ("mixed", {"checkpoints": 1}, "--checkpoints: expected at least 2"),
         ("mixed", {"trajectories": 1}, "--trajectories: mixed data are of several policies"),
         ("replay", {"envs": 8, "replay": 7}, "--replay 7: expected 8 or more"),
     ],
@@ -610,13 +611,6 @@ def test_agents_that_are_there_are_used_unless_a_flag_asks_for_others(copied):
 def test_an_unknown_family_is_told_in_one_line(files):
     with pytest.raises(data.DataError, match="bogus"):
         data.load(files[WIND], env="bogus")
-
-
-def test_settings_that_would_teach_nothing_are_refused():
-    for changes, flag in (({"steps": 399, "start": 400}, "--start"), ({"checkpoints": 1}, "--checkpoints")):
-        with pytest.raises(data.DataError, match=flag):
-            data.settings_for(WIND, CPU, **changes)
-    assert data.settings_for(WIND, CPU, steps=400, start=400).start == 400
 
 
 def test_settings_on_cuda():
@@ -705,25 +699,12 @@ def test_a_behaviour_that_cannot_be_read_is_not_called_damaged(error, copied, mo
         prepare(copied.parent.parent)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match="file"):
-        prepare(tmp_path / "file")
-
-
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(data.DataError, match="'best'.*mixed"):
         prepare(tmp_path, quality="best")
     with pytest.raises(data.DataError, match="unknown family 'cheetah'; expected one of "):
         prepare(tmp_path, env="cheetah")
     assert names(tmp_path) == set()
-
-
-def test_settings_are_a_familys_with_changes_on_top():
-    usual = data.settings_for(WIND, CPU)
-    changed = data.settings_for(WIND, CPU, hidden=7, lr=None, discount=0.5)
-    assert (changed.hidden, changed.discount) == (7, 0.5)
-    assert changed == dataclasses.replace(usual, hidden=7, discount=0.5)
 
 
 @pytest.mark.skipif(data.fcntl is None, reason="needs file locks")
@@ -1200,15 +1181,9 @@ BAD = {
     "seed of words": (["--env", WIND, "--seed", "one"], ["--seed", "one"]),
     "negative count": (["--env", WIND, "--train", "-3"], ["--train", "-3"]),
     "unknown flag": (["--env", WIND, "--colour", "red"], ["--colour"]),
+    "no such device": (["--env", WIND, "--device", "cuda"], ["--device cuda: no CUDA device was found"]),
     "file for a folder": (["--env", WIND, "--data-dir", "file"], ["file"]),
 }
-
-
-def exit_of(capsys, *arguments):
-    """Exit code, standard output and error of main."""
-    with pytest.raises(SystemExit) as error:
-        data.main(list(arguments))
-    return error.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("way", BAD)
@@ -1216,33 +1191,16 @@ def test_bad_arguments_end_with_one_line(way, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.chdir(tmp_path)
     arguments, words = BAD[way]
-    code, _, line = exit_of(capsys, *arguments)
-    assert code == 2 and line.count("\n") == 1 and line.endswith("\n")
-    assert all(word in line for word in words), line
+    ended(capsys, data, arguments, *words)
     assert names(tmp_path) == {"file"}
 
 
-def test_command_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, ROOT / "data.py", "--env", "cheetah"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and "cheetah" in result.stderr and "Traceback" not in result.stderr
-    assert names(tmp_path) == set()
-
-
 def test_help(capsys):
-    code, out, err = exit_of(capsys, "--help")
-    assert code == 0 and err == ""
+    with pytest.raises(SystemExit) as end:
+        data.main(["--help"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and err == ""
     assert all(word in out for word in ("--env", "--quality", "--data-dir", *envs.FAMILIES, *data.QUALITIES))
-
-
-def test_interruption_is_one_line(capsys, tmp_path, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "prepare", interrupt)
-    code, _, line = exit_of(capsys, "--env", WIND)
-    assert code == 130 and line.count("\n") == 1
 
 
 def test_command_builds_and_describes(capsys, tmp_path):
@@ -1311,7 +1269,7 @@ def test_sparse_contexts_keep_half_and_leave_rewards_alone(tmp_path):
 
 
 def test_families_with_fixed_tasks_train_and_test_on_all_of_them(tmp_path):
-    path = prepare(tmp_path, env="cheetah-fwd-back", train=None, test=None, steps=40, start=20, episode=10)
+    path = prepare(tmp_path, env="cheetah-fwd-back", train=None, test=None, steps=40, start=40, episode=10)
     dataset = data.load(path, "cheetah-fwd-back")
     assert dataset.tasks.tolist() == [[-1], [1]]
     assert dataset.train_tasks.tolist() == dataset.test_tasks.tolist() == [0, 1]
@@ -1361,8 +1319,7 @@ def test_your_own_data_have_a_picture(picture, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'own.png'}\n"
     assert (tmp_path / "own.png").stat().st_size > 5_000
     for words in (["nothing.npz"], [str(tmp_path / "own.npz"), "--film", str(tmp_path / "x.gif")]):
-        with one_line(capsys, r"^picture\.py: "):
-            picture.main(words)
+        ended(capsys, picture, words)
 
 
 def test_films_of_behaviour(folder, picture, tmp_path, monkeypatch):

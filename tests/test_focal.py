@@ -3,13 +3,12 @@
 import copy
 import csv
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect
+from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 import data
@@ -871,7 +870,7 @@ def test_sparse_contexts_are_made_once(files, tmp_path, capsys):
     data.save(tmp_path / "d.npz", load_arrays(files[SPARSE]), {"env": SPARSE, "quality": "relabelled"})
     own = [*flags(SPARSE, tmp_path / "d.npz", "--sparse"), "--run-dir", str(tmp_path)]
     for argv in (["--env", SPARSE, "--sparse", "--quality", "relabelled"], own):
-        refused(capsys, argv, "--sparse: ", "contexts of relabelled data are sparse by themselves")
+        ended(capsys, focal, argv, "--sparse: ", "contexts of relabelled data are sparse by themselves")
 
 
 def test_the_shortest_run_has_a_step_of_the_encoder(files):
@@ -939,29 +938,32 @@ def test_evaluations_do_not_disturb_learning(files, tmp_path, no_plots, more):
     assert len(metrics(often)) == 6 and len(metrics(once)) == 1
 
 
-@pytest.mark.parametrize("name, more, where", [(WIND, "", "evaluate"), (WALKER, REGULARISED, "save")])
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plots, monkeypatch, name, more, where):
-    more += " --steps 9 --encoder-steps 5"
-    place = (focal, "evaluate") if where == "evaluate" else (data.Run, "_save")
-    whole, calls, real = run(tmp_path / "whole", name, files[name], more), [], getattr(*place)
+def check_resumed(monkeypatch, run, kills, folder, name, file, more=""):
+    """That a run which is killed after its nth save, for n of `kills`, and resumed ends as if it had never stopped."""
+    whole, save = run(folder / "whole", name, file, more), data.Run._save
+    for nth in kills:
+        saved, killed = [], folder / f"killed{nth}"
 
-    def killed(*args):
-        calls.append(0)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
+        def save_and_die(*args):
+            save(*args)
+            saved.append(0)
+            if len(saved) == nth:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(*place, killed)
-        run(tmp_path / "killed", name, files[name], more)
-    (path,) = (tmp_path / "killed").glob("focal/*/*/seed*")
-    assert checkpoint(path)["step"] == 3 and not (path / "final.json").exists()
-    torch.manual_seed(99)
-    assert run(tmp_path / "killed", name, files[name], f"{more} --resume") == path
-    assert metrics(path) == metrics(whole) and len(metrics(path)) == 3
-    a, b = checkpoint(path), checkpoint(whole)
-    for key in ("step", "agent", "optimisers", "random"):
-        assert_equal(a[key], b[key])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(data.Run, "_save", save_and_die)
+            run(killed, name, file, more)
+        assert end.value.code == 130
+        torch.manual_seed(99)
+        resumed = run(killed, name, file, f"{more} --resume")
+        assert metrics(resumed) == metrics(whole) and len(metrics(whole)) > nth
+        for key in ("step", "agent", "optimisers", "random"):
+            assert_equal(checkpoint(resumed)[key], checkpoint(whole)[key])
+
+
+@pytest.mark.parametrize("name, more", [(WIND, ""), (WALKER, REGULARISED)])
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, no_plots, monkeypatch, name, more):
+    check_resumed(monkeypatch, run, (1, 2), tmp_path, name, files[name], f"{more} --steps 9 --encoder-steps 5")
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -988,40 +990,6 @@ def test_in_a_longer_run_a_coupled_encoder_learns_on(files, tmp_path, no_plots):
     (path,) = (x for x in tmp_path.glob("focal/*/*/seed0") if x != short)
     assert {"encoder", "critic"} <= moved(*(checkpoint(x)["agent"] for x in (short, path)))
     assert [row["encoder_loss"] is None for row in metrics(path)] == [False, False]
-
-
-def refused(capsys, argv, *words, code=2):
-    """Ends with this code and one line on stderr that holds these words."""
-    with pytest.raises(SystemExit) as stop:
-        focal.main(argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == code and len(lines) == 1 and lines[0].startswith("focal.py: "), lines
-    assert all(word in lines[0] for word in words), lines
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    "network, loss", [("encoder", "encoder_loss"), ("critic", "critic_loss"), ("actor", ""), ("discriminator", "")]
-)
-def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(
-    files, tmp_path, no_plots, monkeypatch, capsys, network, loss
-):
-    real, stored = data.Run._save, []
-
-    def save_then_break(run, seconds):
-        real(run, seconds)
-        stored.append((run.folder, weights(run.agent)))
-        next(getattr(run.agent, network).parameters()).data.fill_(math.nan)
-
-    monkeypatch.setattr(data.Run, "_save", save_then_break)
-    line = refused(capsys, [*flags(WALKER, files[WALKER]), "--run-dir", str(tmp_path)], f"diverged: {loss}", code=3)
-    name, step = re.search(r"diverged: (\w+) is not finite since step (\d+)", line).groups()
-    assert name in focal.Agent.METRICS and step == "4"
-    ((path, good),) = stored
-    assert str(path) in line and checkpoint(path)["step"] == 3 and len(metrics(path)) == 1
-    assert all(
-        torch.equal(checkpoint(path)["agent"][key], value) and value.isfinite().all() for key, value in good.items()
-    )
 
 
 def test_data_of_your_own_needs_no_description(files, tmp_path, no_plots):
@@ -1056,21 +1024,6 @@ def test_the_papers_settings(name):
     assert set(focal.TABLE) > set(TABLE_4) and args.test_quality == args.quality
     assert args.quality == ("expert" if name in EXPERT else "mixed")
     assert {key: getattr(args, key) for key in SIZES} == SIZES
-    given = "--latent 7 --alpha 3 --discount 0.5 --value-penalty --beta 4 --meta-batch-size 2 --reward-scale 9"
-    for text in (f"--env {name} {given}", f"{given} --small --env {name}"):
-        args = focal.parse_args(text.split())
-        assert tuple(getattr(args, key) for key in NAMES) == (9, 4, 3, True, 2, 7, 0.5)
-
-
-@pytest.mark.parametrize("name", list(focal.TABLE))
-def test_small_changes_only_what_it_says(name):
-    read = lambda more: vars(focal.parse_args(f"--env {name} {more}".split()))
-    paper, small = read("--no-small --letter"), read("--small")
-    expected = paper | focal.SMALL[name] | {"small": True, "letter": False, "variant": small["variant"]}
-    if "encoder_steps" not in focal.SMALL[name]:
-        expected["encoder_steps"] = small["steps"] // 5
-    assert small == expected and set(focal.SMALL[name]) <= set(paper)
-    assert vars(focal.parse_args(["--env", name, "--small", "--hidden", "33"]))["hidden"] == 33
 
 
 # ------------------------------------------------------------------------------------------------------------ CUDA

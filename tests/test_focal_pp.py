@@ -8,9 +8,8 @@ import test_focal
 import torch
 import torch.nn.functional as F
 from conftest import SPARSE, WALKER, WIND
-from test_focal import checkpoint, cuda, metrics, moved, weights
+from test_focal import checkpoint, cuda, moved, weights
 
-import data
 import focal
 import focal_pp
 
@@ -230,22 +229,7 @@ def test_rewards_do_not_reach_the_encoder(files):
 
 
 def test_a_killed_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkeypatch):
-    whole = run(tmp_path / "a", WALKER, files[WALKER])
-    save, count = data.Run._save, []
-
-    def killed(*args):
-        save(*args)
-        count.append(1)
-        if len(count) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data.Run, "_save", killed)
-        run(tmp_path / "b", WALKER, files[WALKER])
-    resumed = run(tmp_path / "b", WALKER, files[WALKER], "--resume")
-    assert metrics(whole) == metrics(resumed)
-    a, b = (checkpoint(path)["agent"] for path in (whole, resumed))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    test_focal.check_resumed(monkeypatch, run, [1], tmp_path, WALKER, files[WALKER])
 
 
 TABLE_6 = {"blocks": 3, "encoder_hidden": 128, "dropout": 0.1, "attention": "both", "encoder_loss": "contrast"}

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WIND
+from conftest import WIND, script
 from test_focal import load_arrays
 
 import data
@@ -21,22 +20,14 @@ import focal
 ROOT = Path(focal.__file__).resolve().parent
 
 
-def script(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmark" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def report():
+    return script("report")
 
 
 @pytest.fixture
-def report(monkeypatch):
-    return script("report", monkeypatch)
-
-
-@pytest.fixture
-def run(monkeypatch):
-    return script("run", monkeypatch)
+def run():
+    return script("run")
 
 
 def arguments(run, monkeypatch, words=""):
@@ -115,7 +106,7 @@ def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeyp
 
 
 def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
-    datasets, path = script("datasets", monkeypatch), tmp_path / "datasets.csv"
+    datasets, path = script("datasets"), tmp_path / "datasets.csv"
     found = {"medium": 5.0, "tasks": 2, "megabytes": 3, "settings": ""}
     monkeypatch.setattr(
         datasets, "describe", lambda env, folder: {"env": env} | (found if "7+7" in str(folder) else {})
@@ -132,8 +123,8 @@ def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
     assert [row["random"] for row in datasets_of(path)] == ["", "", "1.5"]
 
 
-def test_the_table_of_datasets_names_settings_that_are_not_the_defaults(files, monkeypatch, tmp_path):
-    datasets = script("datasets", monkeypatch)
+def test_the_table_of_datasets_names_settings_that_are_not_the_defaults(files, tmp_path):
+    datasets = script("datasets")
     arrays = load_arrays(files[WIND]) | {"returns": np.zeros(6)}
     own = dataclasses.asdict(data.settings_for(WIND, torch.device("cpu")))
     for changes, expected in (

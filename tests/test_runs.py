@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER, WIND
+from conftest import SPARSE, WALKER, WIND, ended
 from matplotlib.axes import Axes
 from test_focal import assert_equal, changed, checkpoint, load_arrays, metrics
 from torch import nn
@@ -32,6 +32,7 @@ import envs
 import pictures
 
 ROOT = Path(data.__file__).resolve().parent
+HERE = sys.modules[__name__]
 FUZZ = int(os.environ.get("FUZZ", 100))
 
 
@@ -119,17 +120,6 @@ def run(files, folder, more=""):
     return data.Run(parse_args(words(files, folder, more)), Path(__file__)).folder
 
 
-def ended(capsys, argv, code=2, *says):
-    """The one line on stderr with which the toy ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    err = capsys.readouterr().err
-    assert end.value.code == code and err.count("\n") == 1 and err.startswith("test_runs.py: "), err
-    assert all(word in err for word in says), err
-    return err
-
-
 @pytest.fixture(autouse=True)
 def _no_curves(request, monkeypatch):
     if not any(word in request.node.name for word in ("curve", "full_disk", "embeddings", "paths")):
@@ -205,7 +195,7 @@ BAD += ["--seed 4294967296", "--seed -1", "--seed x", "--device tpu", "--bias=no
 def test_bad_flags_end_in_one_line_that_names_them(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     flag, *value = re.split("[ =]", text, maxsplit=1)
-    ended(capsys, text.split(" "), 2, flag, *(value if "=" not in text else []))
+    ended(capsys, HERE, text.split(" "), flag, *(value if "=" not in text else []))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,15 +205,15 @@ SLIPS += [("--env walker-param", WALKER), ("--law sqare", "square"), ("--quality
 
 @pytest.mark.parametrize(("text", "meant"), SLIPS)
 def test_a_slip_is_answered_with_what_was_meant(capsys, text, meant):
-    line = ended(capsys, text.split(), 2)
+    line = ended(capsys, HERE, text.split())
     assert line.rstrip("\n").endswith(f"did you mean {meant}?") if meant else "mean" not in line
     assert not meant.startswith("--") or "unrecognized arguments: --" in line
 
 
 def test_flags_that_do_not_go_together(files, capsys):
     for flag in ("--quality expert", "--test-quality expert", "--data-seed 1"):
-        ended(capsys, words(files, "nowhere", flag), 2, flag, "--data has the data of all tasks")
-    ended(capsys, words(files, "nowhere", "--resume --overwrite"), 2, "--resume", "--overwrite", "one of them")
+        ended(capsys, HERE, words(files, "nowhere", flag), flag, "--data has the data of all tasks")
+    ended(capsys, HERE, words(files, "nowhere", "--resume --overwrite"), "--resume", "--overwrite", "one of them")
 
 
 def test_help_needs_no_docstrings():
@@ -392,7 +382,7 @@ def unfinished(files, folder, monkeypatch, capsys, more=""):
     """The folder of a run that was interrupted after its first checkpoint, of step 3."""
     with monkeypatch.context() as patch:
         interrupt(patch, "_save", 2)
-        ended(capsys, words(files, folder, more), 130)
+        ended(capsys, HERE, words(files, folder, more), code=130)
     (path,) = folder.glob("*/*/*/*/checkpoint.pt")
     return path.parent
 
@@ -401,13 +391,13 @@ def test_a_finished_run_of_other_settings_is_not_called_finished(files, tmp_path
     """As where a script's table was edited: the folder's name is the same."""
     run(files, tmp_path)
     monkeypatch.setitem(SMALL, WIND, SMALL[WIND] | {"lr": 0.4})
-    ended(capsys, words(files, tmp_path), 2, "made with --lr 0.1, asked for [0.4]", "--overwrite")
+    ended(capsys, HERE, words(files, tmp_path), "made with --lr 0.1, asked for [0.4]", "--overwrite")
 
 
 def test_two_runs_in_one_folder_are_refused(files, tmp_path, capsys):
     path = run(files, tmp_path)
     with data.locked(path):
-        ended(capsys, words(files, tmp_path, "--overwrite"), 2, f"{path}: a run is under way there")
+        ended(capsys, HERE, words(files, tmp_path, "--overwrite"), f"{path}: a run is under way there")
     (path / ".checkpoint.pt.999.tmp").write_text("of one that was killed")
     run(files, tmp_path, "--overwrite")
     assert not list(path.glob(".*.tmp"))
@@ -428,7 +418,7 @@ def test_an_unfinished_run_is_neither_replaced_nor_gone_on_with_unasked(files, t
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     before = contents(path)
     either = f"{path / 'checkpoint.pt'}: --resume goes on from there, --overwrite begins anew"
-    ended(capsys, words(files, tmp_path), 2, either)
+    ended(capsys, HERE, words(files, tmp_path), either)
     assert contents(path) == before
 
 
@@ -489,14 +479,13 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
     assert metrics(path) == metrics(whole)
     assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
     (path / "args.json").write_text("{")
-    ended(capsys, words(files, tmp_path, "--steps 13 --resume"), 2, "damaged args.json in a run there")
+    ended(capsys, HERE, words(files, tmp_path, "--steps 13 --resume"), "damaged args.json in a run there")
 
 
 def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):
     run(files, tmp_path)
-    ended(
-        capsys, words(files, tmp_path, "--steps 3 --resume"), 2, "made with --steps 6", "asked for [3, ", "--overwrite"
-    )
+    argv = words(files, tmp_path, "--steps 3 --resume")
+    ended(capsys, HERE, argv, "made with --steps 6", "asked for [3, ", "--overwrite")
     assert len(list(tmp_path.rglob("metrics.csv"))) == 1
 
 
@@ -509,7 +498,7 @@ def test_a_setting_that_the_checkpoint_does_not_know_had_its_default(files, tmp_
     (path.parent.with_name("small,tau=0.3") / "seed0").mkdir(parents=True)
     run(files, tmp_path, "--resume")
     torch.save(stored | {"args": stored["args"] | {"tau": 0.25}}, path / "checkpoint.pt")
-    ended(capsys, words(files, tmp_path, "--resume"), 2, "checkpoint.pt: made with --tau 0.25, asked for [0.5]")
+    ended(capsys, HERE, words(files, tmp_path, "--resume"), "checkpoint.pt: made with --tau 0.25, asked for [0.5]")
 
 
 def test_settings_of_the_checkpoint_must_be_those_of_the_run(files, tmp_path, monkeypatch, capsys):
@@ -518,12 +507,12 @@ def test_settings_of_the_checkpoint_must_be_those_of_the_run(files, tmp_path, mo
     for key, then, now in (("lr", 0.5, 0.1), ("width", 9, 3), ("law", "linear", "square"), ("half", 4, 3)):
         torch.save(stored | {"args": stored["args"] | {key: then}}, path / "checkpoint.pt")
         says = f"made with --{key} {then}, asked for {[now]}"
-        ended(capsys, words(files, tmp_path, "--resume"), 2, says)
+        ended(capsys, HERE, words(files, tmp_path, "--resume"), says)
     for key, then in (("run_dir", "x"), ("device", "cuda"), ("threads", 4), ("data", "elsewhere.npz")):
         torch.save(stored | {"args": stored["args"] | {key: then}}, path / "checkpoint.pt")
         with monkeypatch.context() as patch:
             interrupt(patch, "steps")
-            ended(capsys, words(files, tmp_path, "--resume"), 130, "checkpoint of step 3")
+            ended(capsys, HERE, words(files, tmp_path, "--resume"), "checkpoint of step 3", code=130)
 
 
 def test_the_same_data_by_another_path_are_the_same_run(files, tmp_path, monkeypatch, capsys):
@@ -542,11 +531,11 @@ def test_a_run_on_other_data_never_replaces_one(files, tmp_path, monkeypatch, ca
     argv = lambda name, more="": [*words(files, tmp_path / "runs", more)[2:], "--data-dir", str(tmp_path / name)]
     with monkeypatch.context() as patch:
         interrupt(patch, "end" if done else "_save", 9 if done else 2)
-        main(argv("A")) if done else ended(capsys, argv("A"), 130)
+        main(argv("A")) if done else ended(capsys, HERE, argv("A"), code=130)
     (path,) = tmp_path.glob("runs/*/*/*/seed0")
     before = contents(path)
-    ended(capsys, argv("B"), 2, str(path), "--overwrite", *(["other data"] if done else []))
-    ended(capsys, argv("B", "--resume"), 2, "made with other data", "--overwrite")
+    ended(capsys, HERE, argv("B"), str(path), "--overwrite", *(["other data"] if done else []))
+    ended(capsys, HERE, argv("B", "--resume"), "made with other data", "--overwrite")
     assert contents(path) == before
     main(argv("B", "--overwrite"))
     assert contents(path) != before
@@ -556,24 +545,25 @@ def test_a_run_on_other_data_never_replaces_one(files, tmp_path, monkeypatch, ca
 def test_ctrl_c_says_what_is_kept(files, tmp_path, monkeypatch, capsys):
     argv = words(files, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "parse_args", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
-        ended(capsys, argv, 130, "interrupted; nothing was begun")
+        patch.setattr(HERE, "parse_args", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
+        ended(capsys, HERE, argv, "interrupted; nothing was begun", code=130)
     with monkeypatch.context() as patch:
         interrupt(patch, "begin")
-        ended(capsys, argv, 130, "at step 0 there is no checkpoint yet; what is built of the data is kept")
+        ended(capsys, HERE, argv, "at step 0 there is no checkpoint yet; what is built of the data is kept", code=130)
     with monkeypatch.context() as patch:
         interrupt(patch, "due")
-        ended(capsys, argv, 130, "there is no checkpoint yet")
+        ended(capsys, HERE, argv, "there is no checkpoint yet", code=130)
     with monkeypatch.context() as patch:
         interrupt(patch, "_save")
-        ended(capsys, argv, 130, "there is no checkpoint yet")
+        ended(capsys, HERE, argv, "there is no checkpoint yet", code=130)
     path = unfinished(files, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         interrupt(patch, "due")
-        ended(capsys, [*argv, "--resume"], 130, f"the checkpoint of step 3 is kept in {path}; --resume goes on")
+        says = f"the checkpoint of step 3 is kept in {path}; --resume goes on"
+        ended(capsys, HERE, [*argv, "--resume"], says, code=130)
     with monkeypatch.context() as patch:
         interrupt(patch, "_save")  # of step 6
-        ended(capsys, [*argv, "--resume"], 130, "the checkpoint of step 3 is kept")
+        ended(capsys, HERE, [*argv, "--resume"], "the checkpoint of step 3 is kept", code=130)
 
 
 NO_MEMORY = [MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float))]
@@ -584,7 +574,7 @@ NO_MEMORY += [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 Gi
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
 def test_running_out_of_memory_ends_in_one_line(files, tmp_path, monkeypatch, capsys, error):
     interrupt(monkeypatch, "begin", 1, error)
-    ended(capsys, words(files, tmp_path), 2, "out of memory", "expected smaller sizes")
+    ended(capsys, HERE, words(files, tmp_path), "out of memory", "expected smaller sizes")
 
 
 def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkeypatch):
@@ -598,14 +588,13 @@ def test_a_mistake_in_a_script_is_no_failure_of_its_user(files, tmp_path, monkey
 def test_a_folder_that_cannot_be_written(files, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file" / "runs", "/proc/nowhere", tmp_path / ("x" * 300)):
-        ended(capsys, words(files, folder), 2, str(folder)[:100])
-    ended(
-        capsys, ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "file")], 2, str(tmp_path / "file")
-    )
+        ended(capsys, HERE, words(files, folder), str(folder)[:100])
+    argv = ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "file")]
+    ended(capsys, HERE, argv, str(tmp_path / "file"))
 
 
 def test_cuda_is_refused_where_there_is_none(files, tmp_path, capsys):
-    ended(capsys, words(files, tmp_path, "--device cuda"), 2, "--device cuda: no CUDA device was found")
+    ended(capsys, HERE, words(files, tmp_path, "--device cuda"), "--device cuda: no CUDA device was found")
 
 
 @pytest.mark.parametrize("how", ["missing", "cut short", "noise", "other environment", "not a number"])
@@ -620,7 +609,7 @@ def test_data_that_are_refused(files, tmp_path, capsys, how):
         rewards[3, 7] = np.nan
         changed(files[WIND], path, WIND, rewards=rewards)
     word = {"other environment": "made for sparse-point-robot", "not a number": "rewards", "missing": "No such file"}
-    ended(capsys, words({WIND: path}, tmp_path / "runs"), 2, str(path), word.get(how, "not a readable"))
+    ended(capsys, HERE, words({WIND: path}, tmp_path / "runs"), str(path), word.get(how, "not a readable"))
 
 
 def test_a_terminal_that_cannot_show_a_path_is_no_reason_to_end(tmp_path):
@@ -655,30 +644,6 @@ def test_weights_are_looked_at_too():
         toy.check()
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_run_that_diverges_keeps_the_last_good_checkpoint(files, tmp_path, monkeypatch, capsys, after):
-    """The learning rate explodes after so many saves."""
-    log, kept = data.Run.log, []
-
-    def explode(run, *args):
-        log(run, *args)
-        kept.append(contents(run.folder))
-        if len(kept) == after:
-            run.agent.optimisers["net"].param_groups[0]["lr"].fill_(1e30)
-
-    monkeypatch.setattr(data.Run, "log", explode)
-    argv = words(files, tmp_path, "--steps 15" if after else "--steps 15 --lr 1e30")
-    says = f"checkpoint of step {3 * after} is kept in {tmp_path}" if after else "there is no checkpoint yet"
-    line = ended(capsys, argv, 3, "diverged: ", says)
-    assert 3 * after < int(re.search(r"step (\d+)", line)[1]) <= 3 * after + 3
-    (path,) = tmp_path.glob("*/*/*/*")
-    assert not (path / "final.json").exists() and (not after or contents(path) == kept[-1])
-    monkeypatch.setattr(data.Run, "log", log)
-    if after:
-        main([*argv, "--resume"])  # from the good checkpoint, with its own rates
-        assert (path / "final.json").exists()
-
-
 # ----------------------------------------------------------------------------------------------------------- full disk
 @pytest.mark.parametrize("name", ["args.json", "source.py", "metrics.csv", "curve.png", "checkpoint.pt", "final.json"])
 def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_path, capsys, monkeypatch, name):
@@ -692,7 +657,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_
         write(path, save)
 
     monkeypatch.setattr(data, "write", watch)
-    line = ended(capsys, words(files, tmp_path), 2, "File too large")
+    line = ended(capsys, HERE, words(files, tmp_path), "File too large")
     (path,) = tmp_path.glob("*/*/*/*")
     assert str(path / name) in line
     assert contents(path) == seen[-1]  # what stood there before still does, and no temporary file
@@ -700,13 +665,6 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_
     full("")
     run(files, tmp_path, "--resume")
     assert (path / "final.json").exists()
-
-
-def test_a_run_is_not_disturbed_by_what_a_killed_one_left(files, tmp_path):
-    path = data.Run(parse_args(words(files, tmp_path)), Path(__file__)).folder
-    for name in ("checkpoint.pt", "metrics.csv"):
-        (path / f".{name}.1.tmp").write_bytes(b"half")
-    assert run(files, tmp_path, "--resume") == path and checkpoint(path)["step"] == 6
 
 
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
@@ -792,14 +750,14 @@ def test_a_checkpoint_that_is_damaged_is_refused_in_words(files, tmp_path, monke
     other = stored | {"agent": stored["agent"] | {"net.bias": torch.zeros(2)}}
     for what, says in ((b"half", "not a checkpoint"), ({}, "not a checkpoint"), (other, "not a checkpoint")):
         path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
-        ended(capsys, words(files, tmp_path, "--resume"), 2, f"{path}: {says}", "--overwrite begins anew")
+        ended(capsys, HERE, words(files, tmp_path, "--resume"), f"{path}: {says}", "--overwrite begins anew")
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", "{}", '{"a": NaN}', "é\xff"])
 def test_a_final_json_that_is_damaged_is_refused_in_words(files, tmp_path, capsys, text):
     path = run(files, tmp_path)
     (path / "final.json").write_bytes(text.encode("latin-1"))
-    ended(capsys, words(files, tmp_path), 2, f"{path / 'final.json'}: damaged", "--overwrite begins anew")
+    ended(capsys, HERE, words(files, tmp_path), f"{path / 'final.json'}: damaged", "--overwrite begins anew")
 
 
 # --------------------------------------------------------------------------------------------------------- the learner

@@ -5,7 +5,6 @@ device, or bring data from the host, or mix the two, fails there as it would und
 """
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import test_focal
 import torch
-from conftest import WALKER, WIND
+from conftest import WALKER, WIND, script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -205,14 +204,6 @@ def test_what_is_compiled_learns_what_single_operations_do(monkeypatch, capsys):
     assert ends[1]["step"] == 10 and ends[1]["lr"].item() == pytest.approx(0.01)
 
 
-def test_data_py_refuses_a_device_that_is_not_there(tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit) as end:
-        data.main(["--env", WIND, "--device", "cuda", "--data-dir", str(tmp_path)])
-    assert end.value.code == 2 and "no CUDA device was found" in capsys.readouterr().err
-
-
 def go_on(path, files, more):
     """The folder of a longer run, from the checkpoint of the one at `path`, beside it."""
     argv = [*test_focal.flags(WIND, files[WIND], more), "--run-dir", str(path.parents[3]), "--resume"]
@@ -294,14 +285,6 @@ def test_sac_on_cuda_learns_beside_its_environments(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark/
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_speed_table(tmp_path, capsys):
     speed, out = script("speed"), tmp_path / "speed.csv"
     flags = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1"

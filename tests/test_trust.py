@@ -21,12 +21,12 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import WIND
+from conftest import WIND, ended
 from test_data import TINY as BEHAVIOUR
 from test_data import names, run_here, sample
 from test_data import prepare as prepare_tiny
 from test_focal import metrics
-from test_runs import FUZZ, MakesAFolder, contents, mangled
+from test_runs import FUZZ, contents, mangled
 
 import data
 import envs
@@ -61,16 +61,6 @@ def folder_of(script, argv):
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(data, "_run_jobs", run_here)
-
-
-def ended(script, argv, capsys, code):
-    """The one line on stderr with which a run ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        script.main(argv)
-    err = capsys.readouterr().err
-    assert end.value.code == code and err.count("\n") == 1 and err.startswith(f"{script.__name__}.py: "), err
-    return err
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -155,7 +145,7 @@ RATES = {focal: "--lr 1e30", focal_pp: "--lr 1e30", smac: "--lr 1e30", merpo: "-
 @SCRIPTS
 def test_a_run_that_diverges_names_loss_and_step_within_an_interval(files, tmp_path, no_plots, capsys, script):
     argv = flags(script, files, tmp_path, RATES[script])
-    line = ended(script, argv, capsys, 3)
+    line = ended(capsys, script, argv, code=3)
     name, step = re.search(r"diverged: (?:the weights )?([\w.]+) .*?step (\d+)", line).groups()
     start = 3 if script is merpo else 1  # its first stage has a rate of its own
     assert name in (*script.Agent.METRICS, "actions") or "." in name, line
@@ -164,8 +154,8 @@ def test_a_run_that_diverges_names_loss_and_step_within_an_interval(files, tmp_p
 
 
 def test_the_first_stage_diverges_too(files, tmp_path, no_plots, capsys):
-    line = ended(merpo, flags(merpo, files, tmp_path, "--model-task-lr 1e30"), capsys, 3)
-    assert re.search(r"diverged: model_loss .*step [12]\b", line) and "no checkpoint yet" in line
+    line = ended(capsys, merpo, flags(merpo, files, tmp_path, "--model-task-lr 1e30"), "no checkpoint yet", code=3)
+    assert re.search(r"diverged: model_loss .*step [12]\b", line)
 
 
 @SCRIPTS
@@ -184,9 +174,9 @@ def test_the_last_good_checkpoint_is_kept(files, tmp_path, no_plots, capsys, mon
     monkeypatch.setattr(data.Run, "log", spoil)
     more = "--encoder-steps 9 --steps 15" if script in (focal, focal_pp) else "--steps 8"
     argv = flags(script, files, tmp_path, more)
-    line, run = ended(script, argv, capsys, 3), folder_of(script, argv)
+    line, run = ended(capsys, script, argv, code=3), folder_of(script, argv)
     step, stored = kept[-1]
-    assert str(run) in line and contents(run) == stored
+    assert f"checkpoint of step {step} is kept in {run}" in line and contents(run) == stored
     assert step < int(re.search(r"step (\d+)", line)[1]) <= step + 3
     monkeypatch.setattr(data.Run, "log", log)
     script.main([*argv, "--resume"])
@@ -195,7 +185,7 @@ def test_the_last_good_checkpoint_is_kept(files, tmp_path, no_plots, capsys, mon
 
 def test_an_adaptation_that_diverges_is_not_scored(files, tmp_path, no_plots, capsys):
     """Weights are finite, then RAC on the test tasks' data explodes inside an evaluation."""
-    line = ended(merpo, flags(merpo, files, tmp_path, "--adapt-lr 1e30"), capsys, 3)
+    line = ended(capsys, merpo, flags(merpo, files, tmp_path, "--adapt-lr 1e30"), code=3)
     assert re.search(r"actions are not finite.*step 4\b", line)
 
 
@@ -229,10 +219,7 @@ def test_a_behaviour_driven_to_nan_ends_in_one_line(here, tmp_path, capsys, step
     """With a huge learning rate, and one whose only gradient steps are its last."""
     argv = f"--env {WIND} --train 2 --test 1 --device cpu --data-dir {tmp_path} --sac-lr 1e9 --sac-steps {steps}"
     argv += " --sac-envs 4 --episode 40 --updates 1 --start 88 --sac-hidden 8 --sac-batch 8 --checkpoints 3"
-    with pytest.raises(SystemExit) as end:
-        data.main(argv.split())
-    err = capsys.readouterr().err
-    assert end.value.code == 3 and err.count("\n") == 1 and "data.py: diverged: " in err
+    ended(capsys, data, argv.split(), "data.py: diverged: ", code=3)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz")]
 
 
@@ -365,28 +352,18 @@ def test_episodes_may_be_numbered_in_any_way(tmp_path):
             assert np.array_equal(x, y)
 
 
-def test_nothing_in_a_behaviour_is_run(here, tmp_path):
-    there = tmp_path / WIND / "3+2-seed3" / "behaviour.pt"
-    there.parent.mkdir(parents=True)
-    for trap in (MakesAFolder(tmp_path / "trodden"), {"args": MakesAFolder(tmp_path / "trodden")}):
-        torch.save(trap, there)
-        with pytest.raises(data.DataError, match="damaged"):
-            prepare_tiny(tmp_path)
-    assert not (tmp_path / "trodden").exists()
-
-
 OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--awac-lambda 0", "--updates 0"]}
 OWN[smac] += ["--updates 1e300", *(f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3"))]
-OWN[merpo] = ["--meta-policy runs", "--real-ratio 0.3 --no-model", "--rollouts 4", "--rollouts 20000"]
-OWN[merpo] += [
-    "--rollouts 6000 --rollout-length 2",
-    "--rollouts 20 --no-model",
-    "--alpha-lr 1",
-    "--actor-entropy --ent 0",
-]
-OWN[merpo] += ["--threshold 3 --beta-lr 0", "--target-divergence 1 --lambda-lr 0"]
-OWN[merpo] += ["--lambda-initial 2 --env halfcheetah --single combo"]
+OWN[smac] += ["--steps 0 --online-rewards oracle --online-steps 0", "--updates 2 --online-steps 0", "--steps 0"]
+OWN[smac] += [f"--{flag} --online-rewards none" for flag in ("steps 0", "online-steps 20", "online-envs 2")]
+OWN[smac] += ["--pearl-weight 2 --online-rewards none", "--awac-lambda 2 --actor bc", "--actor td3"]
+OWN[merpo] = ["--meta-policy runs", "--real-ratio 0.3 --no-model", "--rollouts 4", "--rollouts 10001"]
+OWN[merpo] += ["--rollouts 5001 --rollout-length 2", "--rollouts 20 --no-model", "--alpha-lr 1", "--alpha 1.5"]
+OWN[merpo] += ["--actor-entropy --ent 0", "--threshold 3 --beta-lr 0", "--target-divergence 1 --lambda-lr 0"]
+OWN[merpo] += ["--lambda-initial 2 --env halfcheetah --single combo", "--alpha 0.7 --env hopper --single combo-3"]
+OWN[merpo] += ["--single rac", "--env hopper", "--test-start nowhere", "--adapt-steps 0"]
 SINGLE = "outer-lr 1", "adapt-lr 1", "adapt-steps 9", "test-quality random", "test-trajectories 3"
+SINGLE += "adaptive", "model-lr 0.5", "test-start behaviour"
 OWN[merpo] += [f"--{flag} --env halfcheetah --single combo" for flag in SINGLE]
 
 
