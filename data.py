@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import errno
 import gc
 import hashlib
@@ -53,7 +52,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -1244,10 +1243,7 @@ def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = No
     over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
     """
     parser, flags = flags_of(cls, list(table), sys.modules[cls.__module__].__doc__)
-    space, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise DataError(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0], map(option, flags))}")
-    given = vars(space)
+    given = vars(parser.parse_args(argv))
     env, show_help, sized = given.get("env", cls.env), given.pop("help", False), given.get("small")
     if sized is None:
         sized = given.get("device") == "cpu" or not torch.cuda.is_available()
@@ -1276,7 +1272,7 @@ def flags_of(
     cls: type, families: list[str], doc: str | None, name_of: Callable[[str], str] = option
 ) -> tuple[argparse.ArgumentParser, dict[str, argparse.Action]]:
     """A parser with a flag for every field of the dataclass, in groups, and --help; and the flags. Those that are not
-    given are not in its result. `doc` begins the help, its example ends it; there is none under python -OO."""
+    given are not in its result. `doc` begins the help, its example ends it."""
     how = {"usage": "%(prog)s [flags]", "add_help": False, "argument_default": argparse.SUPPRESS}
     lines = (doc or "").splitlines() or [""]
     example = next((line.partition("#")[0].strip() for line in lines if line.startswith("    python ")), None)
@@ -1294,8 +1290,8 @@ def flags_of(
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.name == "env" or get_origin(kind) is Literal:
-            known = {str(value): value for value in (families if field.name == "env" else get_args(kind))}
-            how = {"type": partial(one_of, known), "metavar": "{" + ",".join(known) + "}"}
+            known = families if field.name == "env" else get_args(kind)
+            how = {"type": type(known[0]), "choices": known}
         add = groups.get(group, groups["algorithm"]).add_argument
         flags[field.name] = add(name_of(field.name), dest=field.name, help=text.replace("%", "%%"), **how)
     return parser, flags
@@ -1324,19 +1320,6 @@ def parse_value(kind: Any, text: str) -> Any:
         if text.isascii() and "_" not in text and good(number(text)):
             return number(text)
     raise argparse.ArgumentTypeError(f"expected {words}, found {text!r}")
-
-
-def one_of(known: dict[str, Any], text: str) -> Any:
-    """The value of a flag that has one of these, by their names."""
-    if text not in known:
-        words = f"expected one of {', '.join(known)}, found {text!r}{did_you_mean(text, known)}"
-        raise argparse.ArgumentTypeError(words)
-    return known[text]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.partition("=")[0], list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def variant(args: Args, changed: dict[str, Any]) -> str:
@@ -1528,7 +1511,8 @@ class Run:
         row = {"step": self.step, "seconds": round(seconds, 1)} | means | row
         self.rows.append({key: value if isinstance(value, int) else float(value) for key, value in row.items()})
         self.agent.metrics.zero_()
-        self._write_metrics()
+        lines = [",".join(self.rows[0])] + [",".join(map(repr, row.values())) for row in self.rows]
+        write(self.folder / "metrics.csv", "\n".join([*lines, ""]).encode())
         plot(self, "curve")
         plot(self, "paths")
         self._save(seconds)
@@ -1539,13 +1523,8 @@ class Run:
         shown = f"test return {row['return_mean']:8.2f} ({known})" if math.isfinite(row["return_mean"]) else ""
         self.bar.say(f"step {self.step:>7}/{self.total}  {shown}  {note}  {left}")
 
-    def _write_metrics(self) -> None:
-        lines = [",".join(self.rows[0])] + [",".join(map(repr, row.values())) for row in self.rows]
-        write(self.folder / "metrics.csv", "\n".join([*lines, ""]).encode())
-
     def end(self) -> None:
         """Writes final.json: the last row, settings, versions, seconds and what the data gave."""
-        self._write_metrics()  # a run that was resumed at its end may have lost it
         world, seconds = self.world, round(time.time() - self.began, 1)
         final = self.rows[-1] | {
             "args": plain(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,

@@ -4,13 +4,9 @@ python benchmark/animate.py runs/focal/walker-params/small/seed0       # film.gi
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import FLAGS, load_run, main_of, whole
 
 import data

@@ -9,16 +9,12 @@ decides whether a task can be told from another.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from report import write
+from report import ROOT, write
 from retest import load_run, main_of
 
 import data

@@ -5,13 +5,9 @@ python benchmark/compare.py runs/smac/*/small --columns return_mean offline_retu
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
 import paper
 from retest import main_of
 

@@ -3,49 +3,32 @@
 for env in cheetah-vel ant-dir; do time python data.py --env $env --quality random medium expert mixed; done
 python benchmark/datasets.py            # a table of what is under datasets/, added to results/datasets.csv
 
-What the table held of other datasets, which need not be on this machine, it keeps. Settings of SAC that are not
-the small defaults are in its last column: data.py makes such data with these flags only.
+What the table held of other datasets, which need not be on this machine, it keeps.
 """
 
 import argparse
-import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import report
 
-import data
 import envs
 
 QUALITIES = ("random", "medium", "expert", "mixed")
-COLUMNS = ["env", "tasks", "transitions", *QUALITIES, "megabytes", "settings"]
+COLUMNS = ["env", "tasks", "transitions", *QUALITIES, "megabytes"]
 
 
 def describe(env, folder):
-    """Mean over all tasks of the mean return over the family's horizon; and what else it takes to make the data."""
+    """Mean over all tasks of the mean return over the family's horizon; and their size."""
     row = {"env": env}
     for quality in QUALITIES:
         path = folder / f"{quality}.npz"
         if path.exists():
             with np.load(path) as file:
-                returns, shape, meta = file["returns"], file["rewards"].shape, json.loads(str(file["meta"]))
+                returns, shape = file["returns"], file["rewards"].shape
             row |= {quality: round(float(returns.mean()), 1), "tasks": shape[0], "transitions": shape[1]}
             row["megabytes"] = round(path.stat().st_size / 1e6)
-            row["settings"] = flags_of(env, meta.get("settings") or {})
     return row
-
-
-def flags_of(env, settings):
-    """The flags of data.py that stand for these settings of SAC, "" if they are the small defaults."""
-    default = dataclasses.asdict(data.settings_for(env, torch.device("cpu")))
-    other = [key for key in settings.keys() & default.keys() - {"core_minutes"} if settings[key] != default[key]]
-    return " ".join(f"{data.flag(key)} {settings[key]}" for key in sorted(other))
 
 
 def collect(root, path):
@@ -55,9 +38,7 @@ def collect(root, path):
         for folder in sorted((root / env).glob("*-seed0")):
             row = describe(env, folder)
             if len(row) > 1:
-                before = rows.get((env, row["tasks"]), {})  # of other settings nothing stays
-                kept = before if (before.get("settings") or "") == row["settings"] else {}
-                rows[env, row["tasks"]] = kept | row
+                rows[env, row["tasks"]] = rows.get((env, row["tasks"]), {}) | row
     rows = dict(sorted(rows.items(), key=lambda item: list(envs.FAMILIES).index(item[0][0])))
     report.write(path, list(rows.values()), COLUMNS)
     return rows
@@ -65,8 +46,8 @@ def collect(root, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets", help="where the datasets are")
-    rows = collect(parser.parse_args().data_dir, ROOT / "results" / "datasets.csv").values()
+    parser.add_argument("--data-dir", type=Path, default=report.ROOT / "datasets", help="where the datasets are")
+    rows = collect(parser.parse_args().data_dir, report.ROOT / "results" / "datasets.csv").values()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for row in rows:
         print("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")

@@ -10,13 +10,9 @@ where z bends, and of always guessing the training tasks' mean.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import load_run, main_of
 
 import focal

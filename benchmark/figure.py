@@ -5,17 +5,13 @@ python benchmark/figure.py runs/focal/sparse-point-robot/small/seed0
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
-from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import paper
-from retest import load_run, main_of
+from matplotlib.figure import Figure
+from retest import ROOT, load_run, main_of
 
 import data
 import pictures

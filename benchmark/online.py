@@ -11,15 +11,11 @@ with contexts, or data, of others' making. Writes online.json into each run's fo
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import adapting, load_run, main_of
 
 import data

@@ -16,17 +16,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import bcq
+import numpy as np
 import report
 import retest
+from matplotlib.figure import Figure
 
 import data
 import envs
@@ -35,6 +31,7 @@ import focal_pp
 import merpo
 import smac
 
+ROOT = report.ROOT
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 # figure: (environments, flags of every run, {variant: its flags}, columns of metrics.csv to draw); a variant may begin
 # with the name of another script; flags behind | are those of retest.py
@@ -479,11 +476,7 @@ def main():
         draw(args.script, figure, env, mine, places, suffix, rows)
         for variant in FIGURES[args.script][figure][2]:
             each = [row for row in rows if row["variant"] == variant]
-            keys = [
-                key
-                for key in dict.fromkeys(key for row in each for key in row)
-                if key in SHOWN or key.endswith("phase")
-            ]
+            keys = dict.fromkeys(key for row in each for key in row if key in SHOWN or key.endswith("phase"))
             show = {key: np.array([row.get(key, np.nan) for row in each], float) for key in keys}
             text = "  ".join(f"{key} {value.mean():.6g} ({value.std():.4g})" for key, value in show.items())
             print(f"{figure} {env:<18} {variant:<26} {text}  diverged {sum(row['diverged'] for row in each)}")

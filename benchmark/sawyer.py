@@ -1,6 +1,6 @@
-"""The Sawyer tasks: what the script and random actions achieve in 200 of them, a picture of eight, a film of four.
+"""The Sawyer tasks: what the script and random actions achieve in 200 of them, a picture of eight.
 
-python benchmark/sawyer.py              # prints a table; writes results/sawyer-tasks.png and results/sawyer.gif
+python benchmark/sawyer.py              # prints a table; writes results/sawyer-tasks.png
 """
 
 import argparse
@@ -69,10 +69,6 @@ def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     table()
     picture()
-    tasks = choose(envs.sample_tasks("sawyer", 60, 0), (1, 2, 1))
-    env = envs.make("sawyer", tasks, render_mode="rgb_array")
-    envs.film(env, partial(SCRIPT.act, tasks), RESULTS / "sawyer.gif")
-    env.close()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,11 @@ plane, the paths of exploration and of the policy on both contexts, a colour for
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from retest import load_run, main_of
 
 import data

@@ -9,8 +9,7 @@ A row is one kind of update: while FOCAL's encoder learns and once it stands sti
 MerPO's stage 1 and one inner step of its stage 2, one gradient step of SAC for all tasks that data.py trains at once.
 `ops` is how many operations PyTorch dispatches for it, without views. The floor is the time of the update's matrix
 products (counted by PyTorch's FLOP counter) at the rate that one large product reaches on the same device just before
-and after. On the CPU a second table has the share of each network: the time from the step of the optimiser before it to
-its own. `--profile` writes instead how many kernels a step has (on the CPU: operations), how long they take and which
+and after. `--profile` writes instead how many kernels a step has (on the CPU: operations), how long they take and which
 twelve take longest. Data are random numbers: speed does not depend on them.
 """
 
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -83,11 +81,11 @@ def build_sac(env, size, device):
     trainer = data.Trainer(env, tasks, 0, settings, device, threads=1)
     trainer.replay.uniform_()
     trainer.filled.fill_(trainer.replay.shape[1] * settings.envs)
-    return {"all tasks": (settings.updates, trainer.learn_eagerly, lambda _: trainer.learn, {"all": trainer.optimiser})}
+    return {"all tasks": (settings.updates, trainer.learn_eagerly, lambda _: trainer.learn)}
 
 
 def build(script, env, size, device, path, more=()):
-    """{name of an update: (how many steps it is, the update, what captures it, optimisers)}"""
+    """{name of an update: (how many steps it is, the update, what captures it)}"""
     if script == "sac":
         return build_sac(env, size, device)
     words = ["--env", env, "--data", str(path), *(["--small"] if size == "small" else ["--no-small", "--letter"])]
@@ -96,7 +94,7 @@ def build(script, env, size, device, path, more=()):
     run = trained.Rehearsal(SCRIPTS[script], args, device)
     steps = {"inner step": getattr(args, "inner_steps", 1)}
     kinds = dict(zip(UPDATES[script], run.updates, strict=True))
-    return {name: (steps.get(name, 1), fn, data.capture, run.agent.optimisers) for name, fn in kinds.items()}
+    return {name: (steps.get(name, 1), fn, data.capture) for name, fn in kinds.items()}
 
 
 def seconds_of(call, device, limit, rounds=5):
@@ -125,24 +123,6 @@ def matmul_rate(device):
     return 2 * n**3 / seconds_of(lambda: a @ b, device, 0.5)
 
 
-def shares(call, optimisers, count):
-    """Share of each network in the time of an update; "rest" is what follows the last step."""
-    spent, last = Counter(), clock()
-
-    def mark(name):
-        nonlocal last
-        now = clock()
-        spent[name], last = spent[name] + now - last, now
-
-    hooks = [o.register_step_post_hook(lambda *_, name=name: mark(name)) for name, o in optimisers.items()]
-    for _ in range(count):
-        call()
-        mark("rest")
-    for hook in hooks:
-        hook.remove()
-    return {name: value / sum(spent.values()) for name, value in spent.most_common()}
-
-
 def graph_of(update, capture):
     """The update as one CUDA graph, captured."""
     replay = capture(update)
@@ -152,8 +132,8 @@ def graph_of(update, capture):
 
 
 def measure(script, name, size, device, kind, limit, compiled=False):
-    """One row of the table, and the shares of the networks."""
-    steps, update, capture, optimisers = kind
+    """One row of the table."""
+    steps, update, capture = kind
     rate = matmul_rate(device)
     if device.type == "cuda":  # from here on, so without that product's own matrices and other rows' workspaces
         torch._C._cuda_clearCublasWorkspaces()
@@ -176,13 +156,12 @@ def measure(script, name, size, device, kind, limit, compiled=False):
             replay = graph_of(update, partial(data.capture, compiled=True))
             row |= {"compile_s": clock() - began, "compiled_per_s": steps / seconds_of(replay, device, limit)}
     floor = flop / ((rate + matmul_rate(device)) / 2)
-    row |= {"floor_ms": 1e3 * floor, "fraction_of_floor": floor / best}
-    return row, shares(update, optimisers, 2) if device.type == "cpu" else {}
+    return row | {"floor_ms": 1e3 * floor, "fraction_of_floor": floor / best}
 
 
 def profile(script, name, size, device, kind, calls=10, most=12):
     """Lines of text: what a step runs on the device, on CUDA as one graph."""
-    steps, update, capture, _ = kind
+    steps, update, capture = kind
     cuda = device.type == "cuda"
     call, activity = (graph_of(update, capture), ProfilerActivity.CUDA) if cuda else (update, ProfilerActivity.CPU)
     call()
@@ -234,23 +213,18 @@ def table(args, device, write=lambda row: None):
     """Prints and returns all rows; `write` gets each as it comes."""
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
-    rows, split = [], []
+    rows = []
 
     def work(script, name, size, device, kind):
         for threads in args.threads or [torch.get_num_threads()]:
             torch.set_num_threads(threads)
-            row, parts = measure(script, name, size, device, kind, args.seconds, args.compile)
+            row = measure(script, name, size, device, kind, args.seconds, args.compile)
             rows.append(row)
-            text = ", ".join(f"{part} {value:.0%}" for part, value in parts.items())
-            split.append(f"{script}, {name}, {size}, {threads} threads: {text}")
             show(row)
             write(row)
 
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
-    try:
-        each(args, device, work)
-    finally:
-        print(*(split if device.type == "cpu" else []), sep="\n")
+    each(args, device, work)
     return rows
 
 

@@ -76,17 +76,6 @@ def test_only_the_network_with_a_learning_rate_moves(files, name):
     assert all(p.grad is None for p in k.agent.target.parameters())
 
 
-def test_rewards_reach_the_encoder_through_the_bellman_error_only(files):
-    for more, expected in (("", False), (BELLMAN, True)):
-        after = []
-        for scale in (5, 50):
-            k = build(WALKER, files[WALKER], f"{more} --reward-scale {scale}")
-            for _ in range(3):
-                k.update()
-            after.append(weights(k.agent))
-        assert moved(*after) == {"critic", "target", "actor"} | ({"encoder"} if expected else set())
-
-
 def test_slow_networks_begin_as_the_fast_ones(files):
     agent = build(WIND, files[WIND]).agent
     for slow, fast in ((agent.target, agent.critic), (agent.actor.slow_shift, agent.actor.shift)):

@@ -407,27 +407,6 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
     check_update(build(WIND, files[WIND], f"{NAIVE} {more}"), monkeypatch)
 
 
-def test_the_gradient_penalty_is_taken_between_the_policys_and_the_datas_actions(files, monkeypatch):
-    k = build(WALKER, files[WALKER], "--alpha 5 --discriminator-steps 2 --batch-size 20")
-    seen, inputs, slopes, loss, slope = [], [], [], focal.discriminator_loss, focal.slope
-    k.agent.discriminator.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    monkeypatch.setattr(focal, "slope", lambda net, x, m: inputs.append(x) or slope(net, x, m))
-    monkeypatch.setattr(focal, "discriminator_loss", lambda d, grad: slopes.append(grad.detach()) or loss(d, grad))
-    k.optimisers["discriminator"].param_groups[0]["lr"].zero_()
-    k.update()
-    pairs, m = [x for x in seen if x.dim() == 3], k.world.split[1]
-    assert len(inputs) == len(slopes) == len(pairs) == 2 and not torch.equal(inputs[0], inputs[1])
-    for x, pair, gradient in zip(inputs, pairs, slopes, strict=True):
-        a_pi, a = pair[..., -m:]  # of the policy and of the data
-        assert torch.equal(pair[0, :, :-m], pair[1, :, :-m]) and torch.equal(x[:, :-m], pair[0, :, :-m])
-        t = (x[:, -m:] - a_pi) / (a - a_pi)
-        assert (t - t.median(1, keepdim=True).values).abs().max() < 1e-2 and t.std(0).min() > 0.2
-        assert t.min() > -1e-2 and t.max() < 1 + 1e-2
-        point = x.detach().clone().requires_grad_(True)
-        expected = torch.autograd.grad(k.agent.discriminator(point).sum(), point)[0]
-        torch.testing.assert_close(expected[:, -m:], gradient)
-
-
 def test_the_slope_of_a_network_and_how_it_depends_on_the_weights():
     net, (x,) = focal.mlp(5, 16, 1).double(), random_tensors((9, 5))
     penalty = lambda grad: (grad.norm(dim=-1) - 1).square().mean()
@@ -473,37 +452,10 @@ def test_rewards_reach_the_encoder_only_if_coupled(files, more):
     assert moved(plain, scaled) >= {"critic", "actor"}
 
 
-def test_the_bellman_errors_gradient_reaches_the_encoder_only_if_coupled(files):
-    for more, expected in (("", False), ("--coupled", True)):
-        k = build(WIND, files[WIND], f"{more} --meta-batch-size 1")
-        k.batches.draw = lambda t, n, k=k: k.world.train_rows[t, :1].expand(-1, n, -1)
-        k.update()  # twice the same context of one task: the distance loss has no gradient
-        assert any(p.grad.abs().max() > 0 for p in k.agent.encoder.parameters()) == expected
-
-
 def test_the_slow_target_begins_as_the_critic(files):
     agent = build(WIND, files[WIND]).agent
     for p, q in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def test_the_slow_target_moves_by_tau(files):
-    def prepare(k):
-        for p in k.agent.target.parameters():
-            p.data += 0.1
-
-    before, after, k = after_updates(files, "--tau 0.25", prepare=prepare)
-    for key, p in k.agent.critic.state_dict().items():
-        torch.testing.assert_close(after[f"target.{key}"], 0.75 * before[f"target.{key}"] + 0.25 * p)
-    assert all(p.grad is None for p in k.agent.target.parameters())
-
-
-def test_alpha_zero_means_no_discriminator(files):
-    before, after, k = after_updates(files, "--alpha 0")
-    assert k.agent.discriminator is None and "discriminator" not in k.optimisers
-    assert moved(before, after) == {"encoder", "critic", "actor", "target"}
-    before, after, _ = after_updates(files, "--alpha 50")
-    assert moved(before, after) == {"encoder", "critic", "actor", "target", "discriminator"}
 
 
 def test_what_clones_has_no_discriminator_and_no_use_for_q(files):
@@ -539,28 +491,6 @@ def test_alpha_seeks_its_target(files, first, more):
     assert k.agent.discriminator is not None
     fixed = after_updates(files, f"--alpha {first}")[2]
     assert fixed.agent.alpha.item() == fixed.args.alpha != k.agent.alpha.item() or first == 0
-
-
-def test_the_value_penalty_uses_next_actions_of_the_same_episode_only(files):
-    def change(where):
-        def prepare(k):
-            rows = k.batches.rows
-            chosen = torch.ones_like(rows[..., -1:]) if where is None else (rows[..., -1:] == where).float()
-            rows[..., -1 - k.world.split[1] : -1] *= 1 - 0.5 * chosen
-
-        return prepare
-
-    def no_next(k):
-        k.batches.rows[..., -1] = 0
-
-    critic = lambda *args, **kw: [p for key, p in after_updates(files, *args, **kw)[1].items() if "critic" in key]
-    plain, penalised = critic("--alpha 50"), critic("--alpha 50 --value-penalty")
-    unequal = lambda a, b: not all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert unequal(plain, penalised)
-    assert not unequal(plain, critic("--alpha 50", prepare=change(None)))
-    assert not unequal(penalised, critic("--alpha 50 --value-penalty", prepare=change(0)))
-    assert unequal(penalised, critic("--alpha 50 --value-penalty", prepare=change(1)))
-    assert not unequal(plain, critic("--alpha 50 --value-penalty", prepare=no_next))
 
 
 def encoder_rates(k, *steps):
@@ -657,15 +587,6 @@ def test_packed_rows(files, name):
                 if has_next:
                     assert (a2.numpy() == arrays["actions"][task, n + 1]).all()
     assert seen == {(False, False), (False, True)} | ({(True, False)} if name == WALKER else set())
-
-
-@pytest.mark.parametrize("more", ["", "--no-next-obs"])
-def test_contexts_hold_state_action_next_state_and_reward(files, more):
-    k = build(SPARSE, files[SPARSE], more)
-    rows = torch.arange(2 * 12.0).view(2, 12)
-    s, a, r_context, s2 = rows[:, :2], rows[:, 2:4], rows[:, 4:5], rows[:, 5:7]
-    expected = torch.cat([s, a, r_context] if more else [s, a, s2, r_context], 1)
-    assert torch.equal(focal.context_of(rows, k.world.split, k.args), expected)
 
 
 @pytest.mark.parametrize("name", [SPARSE, WALKER])

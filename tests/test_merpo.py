@@ -614,30 +614,6 @@ def test_the_imagined_buffer_forgets_the_oldest(files):
     assert set(k.tasks.imagined(torch.tensor([1]), 300).flatten().tolist()) == {7.0}  # none of what is still empty
 
 
-@pytest.mark.parametrize(
-    ("more", "real"), [("", 4), ("--real-ratio 1", 8), ("--real-ratio 0.25", 2), ("--no-model", 8)]
-)
-def test_share_of_real_data_in_the_backup(files, monkeypatch, more, real):
-    k = started(files, WIND, more)
-    k.tasks.rows[..., 4] = 1000.0 + torch.arange(k.tasks.rows.shape[1])  # no model makes such rewards
-    seen, target = [], merpo.critic_target
-    monkeypatch.setattr(merpo, "critic_target", lambda r, *args: seen.append(r) or target(r, *args))
-    step(k)
-    assert ((seen[0] >= 1000).sum(1) == real).all()
-    assert real < 8 or not torch.equal(seen[0][:, :4], seen[0][:, 4:])
-    assert (k.tasks.model_count.max() > 0) == (more != "--no-model")
-
-
-@pytest.mark.parametrize(("threshold", "sign"), [(1e9, -1), (0, None)])
-def test_beta_moves_towards_the_threshold(files, threshold, sign):
-    k = started(files, WIND, f"--threshold {threshold} --beta-lr 0.1")
-    if sign is None:
-        k.args.threshold, sign = -1e9, 1
-    before = k.tasks.log_beta.clone()
-    step(k)
-    torch.testing.assert_close(k.tasks.log_beta - before, 0.1 * sign * torch.tensor([1.0, 0.0, 1.0, 1.0]))
-
-
 def test_lambda_rises_with_the_divergence_and_stays_in_range(files):
     k = started(files, WIND, "--lambda-initial 2 --lambda-lr 3 --alpha 0.25 --actor-lr 0")
     merpo.start_from(k.agent.meta_policy, k.rac.behaviour, k.adam["actor"])  # all policies are one: no divergence

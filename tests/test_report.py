@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import json
 import re
 import sys
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import WIND, script
-from test_focal import load_arrays
+from conftest import script
 
 import data
 import focal
@@ -107,33 +104,16 @@ def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeyp
 
 def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
     datasets, path = script("datasets"), tmp_path / "datasets.csv"
-    found = {"medium": 5.0, "tasks": 2, "megabytes": 3, "settings": ""}
+    found = {"medium": 5.0, "tasks": 2, "megabytes": 3}
     monkeypatch.setattr(
         datasets, "describe", lambda env, folder: {"env": env} | (found if "7+7" in str(folder) else {})
     )
     path.write_text("env,tasks,random,medium\nhopper,1,1.5,2.5\nant-dir,2,1.0,\n")
-    monkeypatch.setattr(datasets, "flags_of", lambda *_: "")
     for folder in ("ant-dir/7+7-seed0", "cheetah-vel/3+3-seed0", "cheetah-vel/7+7-seed0"):
         (tmp_path / folder).mkdir(parents=True)
     datasets.collect(tmp_path, path)
     seen = [(row["env"], row["tasks"], row["random"], row["medium"]) for row in datasets_of(path)]
     assert seen == [("cheetah-vel", "2", "", "5.0"), ("ant-dir", "2", "1.0", "5.0"), ("hopper", "1", "1.5", "2.5")]
-    found["settings"] = "--sac-steps 7"  # other agents: the random data of before are not beside theirs
-    datasets.collect(tmp_path, path)
-    assert [row["random"] for row in datasets_of(path)] == ["", "", "1.5"]
-
-
-def test_the_table_of_datasets_names_settings_that_are_not_the_defaults(files, tmp_path):
-    datasets = script("datasets")
-    arrays = load_arrays(files[WIND]) | {"returns": np.zeros(6)}
-    own = dataclasses.asdict(data.settings_for(WIND, torch.device("cpu")))
-    for changes, expected in (
-        ({}, ""),
-        ({"core_minutes": 9.0}, ""),
-        ({"steps": 7, "lr": 0.5}, "--sac-lr 0.5 --sac-steps 7"),
-    ):
-        data.save(tmp_path / "mixed.npz", arrays, {"env": WIND, "settings": own | changes})
-        assert datasets.describe(WIND, tmp_path)["settings"] == expected
 
 
 def datasets_of(path):

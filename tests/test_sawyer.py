@@ -198,16 +198,6 @@ def test_the_button_opens_the_bottom_drawer_and_it_stays_open(side):
     assert obs[0, 7] < 0.002 and obs[0, 6] == pytest.approx(opened, abs=0.02) and abs(obs[0, 5]) < 1e-3
 
 
-def test_an_open_drawer_can_be_pushed_shut():
-    env = build(task(1, scene=[1, 1, 1, 0, 0, 1, 0, 0]), horizon=100)
-    env.reset()
-    env._full[0, 6] = 0.1
-    env._full[0, 1:4] = 0.2, 0.03, 0.13
-    for _ in range(10):
-        obs = env.step(np.array([[0, 1, 0, 1]]))[0]
-    assert obs[0, 5] < 0.02
-
-
 def placed(thing, hand, top=0.0, steps=0, action=(0, 0, 0, 0), scene=(1, 1, 1, 0, 1, 1, 0, 0)):
     """Where the object is, (steps, 3), from a state with the object, the hand and the top drawer at these places."""
     env = build(task(0, scene=scene), horizon=200)

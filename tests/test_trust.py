@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import WIND, ended
-from test_data import TINY as BEHAVIOUR
 from test_data import names, run_here, sample
 from test_data import prepare as prepare_tiny
 from test_focal import metrics
@@ -430,25 +429,6 @@ def test_fuzz_command_lines(script, capsys, tmp_path, monkeypatch):
         except data.DataError as error:
             assert re.match(r"argument |unrecog|ambiguous|-", str(error)), (words, error)
     assert capsys.readouterr() == ("", "") and 0 < good < FUZZ and not list(tmp_path.iterdir())
-
-
-def test_fuzz_command_lines_of_data_building(capsys, tmp_path, monkeypatch, here):
-    """Builds nothing: what is asked for is there already, or is refused in one line."""
-    monkeypatch.setattr(data, "locked", None)  # reached only after everything has been checked
-    fields = [data.flag(name) for name in BEHAVIOUR if name not in ("core_minutes", "shard")]
-    fields += ["--seed", "--train", "--test", "--workers", "--device", "--quality", "--data-dir"]
-    rng, passed = np.random.default_rng(6), 0
-    for _ in range(FUZZ):
-        words = ["--env", WIND, *random_words([(name, {}) for name in fields], rng)]
-        monkeypatch.chdir(tmp_path)
-        try:
-            data.main(words)
-        except SystemExit as end:
-            shown = capsys.readouterr()
-            assert end.code == 2 and shown.err.count("\n") == 1, (words, shown.err)
-        except TypeError:  # `locked`
-            passed += 1
-    assert 0 < passed < FUZZ and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- environments, played
