@@ -240,6 +240,14 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
 
+def anneal(optimisers: dict, rates: dict[str, float], final: float, done: torch.Tensor) -> None:
+    """Learning rates fall linearly from `rates` to the share `final` of them; `done` () of the steps are taken."""
+    if final != 1:
+        share = 1 - (1 - final) * done.clamp_max(1)
+        for name in rates.keys() & optimisers.keys():
+            set_rate(optimisers[name], rates[name] * share)
+
+
 def gradients(optimisers: list[torch.optim.Optimizer], loss: torch.Tensor) -> None:
     """The gradients of a loss by the optimisers' own parameters; no other network gets any."""
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
@@ -1364,10 +1372,21 @@ def standardisation(observations: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return flat.mean(0).float(), flat.std(0).clamp_min(1e-3).float()
 
 
-def known_return(dataset: Dataset) -> float | None:
-    """Mean return of the test tasks' data, where the file tells it."""
-    returns = dataset.returns[dataset.test_tasks]
-    return float(returns.mean()) if np.isfinite(returns).all() else None
+class World:
+    """What a run has besides its agent. A script's own adds `mean` and `std` (d,) of observations and rows of the data;
+    for pictures and loading `env` and `test_rows`."""
+
+    def know(self, train: Dataset, test: Dataset) -> None:
+        """What a run reports: the data's checksums and, where known, the mean return of the test tasks' data
+        (`behaviour`) and the best that is possible there (`optimum`)."""
+        row, returns, tasks = envs.family(test.meta["env"]), test.returns[test.test_tasks], test.tasks[test.test_tasks]
+        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
+        self.behaviour = float(returns.mean()) if np.isfinite(returns).all() else None
+        self.optimum = float(row.optimum(tasks, row.horizon).mean()) if row.optimum else None
+
+    def scaled(self, obs: Any) -> torch.Tensor:
+        """Observations (..., d) in standard deviations from the training tasks' mean."""
+        return (torch.as_tensor(obs, dtype=torch.float32).to(self.mean.device) - self.mean) / self.std
 
 
 # ------------------------------------------------------------------------------------------------- runs: the learner
@@ -1430,12 +1449,8 @@ class Run:
             sizes = "no CUDA device: small sizes; --no-small for the papers'"
         print(f"{script.name} on {args.env}, {self.device} ({sizes}): {self.folder}", flush=True)
 
-    def begin(self, agent: Learner, world: Any) -> None:
-        """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished.
-
-        `world` has `checksum` (of both datasets), `behaviour` and `optimum` (returns or None), `mean` and `std` of
-        observations (d,); for pictures and loading `env` and `test_rows`.
-        """
+    def begin(self, agent: Learner, world: World) -> None:
+        """Takes the learner up, and with --resume where its checkpoint left it; ends here if the run is finished."""
         args, self.agent, self.world = self.args, agent, world
         torch.set_num_threads(min(args.threads, 1024) or envs.cores())
         checkpoint, final, self.began = self._checkpoint(), self.folder / "final.json", time.time()

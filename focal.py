@@ -62,16 +62,16 @@ class Args(data.Args):
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # in which it learns; unless given: a table's, or steps / 5 (all if Q trains it)
-    beta: Number = 1.0  # of Eq. 13's negative pairs, times the weight that LAWS has from FOCAL's Table 5b
+    encoder_steps: Count | None = None  # the encoder's; unless given: a table's, or steps / 5 (all if Q trains it)
+    beta: Number = 1.0  # weight of Eq. 13's negative pairs, times that which LAWS has from FOCAL's Table 5b
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
     value_penalty: bool = False  # D in the target (FOCAL's Eq. 7)
     discriminator_lr: Number = 1e-4  # learning rate of the discriminator g
-    discriminator_steps: Count = 3  # its gradient steps in an update
+    discriminator_steps: Count = 3  # gradient steps of the discriminator in an update
     tune_alpha: bool = False  # let alpha seek the target divergence (FOCAL++)
-    alpha_lr: Number = 1.0  # with --tune-alpha, its plain step
-    alpha_max: Number = 2e3  # with --tune-alpha, its bound
+    alpha_lr: Number = 1.0  # with --tune-alpha, the size of alpha's plain gradient step
+    alpha_max: Number = 2e3  # with --tune-alpha, the largest alpha
     target_divergence: Number = 0.05  # with --tune-alpha, above which alpha rises
     # ablations
     actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z; Q learns, unused
@@ -179,7 +179,7 @@ class Actor(nn.Module):
 
 
 def sample_tanh_gaussian(mean, log_std):
-    """tanh(u) (..., m), u ~ N(mean, std), by reparameterisation, and its log density (...)."""
+    """tanh(u) (..., m), u ~ N(mean, std^2), by reparameterisation, and its log density (...)."""
     noise = torch.randn_like(mean)
     u = mean + log_std.exp() * noise
     log_pi = log_density(u, noise, log_std)
@@ -230,7 +230,7 @@ class ProbabilisticEncoder(Encoder):
     def forward(self, context, generator=None):
         mean, spread = self.net(context).chunk(2, -1)
         precision = 1 / F.softplus(spread).clamp_min(1e-7)
-        variance = 1 / precision.sum(1)
+        variance = 1 / precision.sum(1)  # of the product of N(mean_n, 1 / precision_n)
         mean = variance * (precision * mean).sum(1)
         z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator, device=mean.device)
         return z, 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
@@ -355,13 +355,10 @@ class Agent(data.Learner):
 
     def set_rates(self, encoder_learns):
         """Learning rates fall linearly, the encoder's to 0: it stands still from then on."""
-        args, step = self.args, self.step
+        args, step, rates = self.args, self.step, {"critic": self.args.lr, "actor": self.args.lr}
+        data.anneal(self.optimisers, rates, args.final_lr, step / args.steps)
         if encoder_learns:
-            data.set_rate(self.optimisers["encoder"], args.encoder_lr * (1 - step / args.encoder_steps).clamp_min(0))
-        if args.final_lr != 1:
-            rate = args.lr * (1 - (1 - args.final_lr) * (step / args.steps).clamp_max(1))
-            data.set_rate(self.optimisers["critic"], rate)
-            data.set_rate(self.optimisers["actor"], rate)
+            data.anneal(self.optimisers, {"encoder": args.encoder_lr}, 0, step / args.encoder_steps)
 
     def embed(self, task):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""
@@ -414,7 +411,7 @@ class Agent(data.Learner):
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # FOCAL's Eq. 28
         loss = clone_loss(*policy, a) if args.actor == "clone" else loss
         data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
-        if args.tune_alpha:
+        if args.tune_alpha:  # FOCAL++: alpha <- alpha + lr (mean D - target), from 0 to alpha_max
             with torch.no_grad():
                 self.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
                 self.alpha.clamp_(0, args.alpha_max)
@@ -490,7 +487,7 @@ def pack(dataset, tasks, mean, std):
     return torch.cat([s, a, r_context, s2, r, done, a.roll(-1, 1), has_next], -1)
 
 
-class World:
+class World(data.World):
     """The data of every task as packed rows, and one sub-environment for each task and evaluation episode."""
 
     def __init__(self, args, device):
@@ -502,15 +499,9 @@ class World:
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks])
         self.train_rows = pack(train, train.train_tasks, self.mean, self.std)
         self.test_rows = pack(test, test.test_tasks, self.mean, self.std)
-        test_tasks = test.tasks[test.test_tasks]
-        self.tasks = np.concatenate([train.tasks[train.train_tasks], test_tasks])
+        self.tasks = np.concatenate([train.tasks[train.train_tasks], test.tasks[test.test_tasks]])
         self.env = envs.make(args.env, self.tasks.repeat(args.eval_episodes, axis=0), seed=args.seed)
-        self.behaviour = data.known_return(test)
-        self.optimum = float(row.optimum(test_tasks, row.horizon).mean()) if row.optimum else None
-        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
-
-    def scaled(self, obs):
-        return (torch.as_tensor(obs, dtype=torch.float32).to(self.mean.device) - self.mean) / self.std
+        self.know(train, test)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """MerPO: model-based offline meta-RL with regularised policy optimisation (Lin et al.; ICLR 2022; arXiv:2202.02929).
 
 Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the paper's equations):
-    stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi|^2 from phi
-        (3, but for the sign of its log T); phi <- phi - xi (phi - mean theta_n)      the meta-model
-    adapt every task's models from phi (4); the best 5 of 7 by held-out error are kept
-    stage 2, repeat: draw tasks; policies start from pi_c, critics from Q_meta, slow targets from its; J times RAC:
+    stage 1, repeat: draw tasks; theta_n <- h steps on -log T_theta(s', r | s, a) + eta |theta_n - phi_m|^2 from
+        phi_m (3, but for the sign of its log T); phi_m <- phi_m - xi_1 (phi_m - mean theta_n)     the meta-model
+    adapt every task's models from phi_m (4); the best 5 of 7 by held-out error are kept
+    stage 2, repeat: draw tasks; policies start from pi_c, critics from Q_meta, slow targets from Q_meta's; J times RAC:
         roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
         Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
         pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
@@ -62,8 +62,7 @@ class Args(data.Args):
     steps: Count = 2_000  # meta-iterations of stage 2; the paper does not say how many
     eval_every: Count = 100  # iterations between evaluations
     # data
-    trajectories: Count | None = None  # how many of each training task, spread over its data; unless given: all
-    test_trajectories: Count | None = None  # how many of each test task (Figure 10); unless given: all
+    test_trajectories: Count | None = None  # of each test task, spread over its data (Figure 10); unless given: all
     # algorithm
     hidden: Count = 300  # width of policies and critics
     layers: Count = 5  # hidden layers of policies and critics
@@ -77,7 +76,7 @@ class Args(data.Args):
     meta_q_lr: Share = 1.0  # xi_q, the plain outer step of meta-Q
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
-    adapt_batch_size: Count = 256  # transitions of a test task in each
+    adapt_batch_size: Count = 256  # transitions of a test task in each of --adapt-steps
     adapt_lr: Number | None = None  # rate of a test task's critic and policy; unless given: --lr, --actor-lr
     tau: Share = 0.005  # rate of the slow target (the paper's tau is --threshold)
     discount: Share = 0.99  # discount factor
@@ -99,7 +98,7 @@ class Args(data.Args):
     model_hidden: Count = 256  # width of the dynamics models
     model_layers: Count = 4  # hidden layers of the models
     model_steps: Count = 2_000  # iterations of stage 1; the paper does not say; unless given at most --steps
-    model_lr: Number = 5e-2  # xi, the plain outer step of the meta-model
+    model_lr: Number = 5e-2  # xi_1, the plain outer step of the meta-model
     model_task_lr: Number = 1e-4  # learning rate of a task's models
     model_adapt_steps: Count = 25  # h, gradient steps of a task's models in an adaptation
     eta: Number = 0.1  # weight of the proximal term in Eqs. 3 and 4
@@ -116,10 +115,10 @@ class Args(data.Args):
 
     def complete(self, given):
         super().complete(given)
-        kind = "one task" if envs.family(self.env).differs == "nothing" else "many tasks"
-        if (kind == "one task") != bool(self.single):
-            found = f"has {kind}, found --single {self.single}"
-            raise DataError(f"--env {self.env}: {found}; expected --single with one task, and only there")
+        one_task, most = envs.family(self.env).differs == "nothing", self.rollout_buffer // self.rollout_length
+        pair = f"--env {self.env} --single {self.single}: expected --single with a family of one task, and only there"
+        sizes = f"--rollouts {self.rollouts}: expected {KEPT} (one for each model) to {most} (D_model's size)"
+        data.refuse((one_task != bool(self.single), pair), (self.model and not KEPT <= self.rollouts <= most, sizes))
         idle = partial(data.refuse_idle, given)
         idle(f"{self.MANY} {self.NEW}", bool(self.single), f"--single {self.single}")
         idle("alpha", self.single in ("combo", "combo-3"), f"--single {self.single}")
@@ -130,10 +129,6 @@ class Args(data.Args):
         idle("actor_entropy", self.ent == 0, "--ent 0")
         idle("threshold", self.beta_lr == 0, "--beta-lr 0")
         idle("target_divergence", self.lambda_lr == 0, "--lambda-lr 0")
-        most = self.rollout_buffer // self.rollout_length
-        if self.model and not KEPT <= self.rollouts <= most:
-            expected = f"{KEPT} (one for each model) to {most} (D_model's size)"
-            raise DataError(f"--rollouts {self.rollouts}: expected {expected}")
         if "model_steps" not in given:  # without rollouts nothing asks the models
             self.model_steps = min(self.model_steps, self.steps) if self.model else 0
         self.alpha = 0.0 if self.single == "combo-3" else self.alpha
@@ -204,7 +199,7 @@ class Policy(nn.Module):
         self.net = mlp(n, obs_dim, hidden, layers, 2 * act_dim)
 
     def forward(self, s):
-        """Mean and log std (..., m) before tanh, at s (..., d), whose rows are n equal runs, one for each policy."""
+        """Mean and log std (..., m) before tanh, at s (..., d), read as n blocks of rows, one for each policy."""
         rows = self.net(s.reshape(self.n, -1, s.shape[-1]))
         mean, log_std = rows.view(*s.shape[:-1], -1).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)
@@ -215,13 +210,13 @@ class Policy(nn.Module):
 
 
 def sample_tanh_gaussian(mean, log_std):
-    """tanh(u), u ~ N(mean, std), by reparameterisation, and its log density."""
+    """tanh(u), u ~ N(mean, std^2), by reparameterisation, and its log density."""
     u = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(u), tanh_normal(u, mean, log_std)
 
 
 def tanh_normal(u, mean, log_std):
-    """Log density of tanh(u), u ~ N(mean, std)."""
+    """Log density of tanh(u), u ~ N(mean, std^2)."""
     log_normal = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
     log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return (log_normal - log_det).sum(-1)
@@ -242,7 +237,7 @@ class Critic(nn.Module):
 # ================================================================================================= 3. task encoder
 # MerPO has none: what tells tasks apart are their dynamics models, adapted from one meta-model.
 MODELS, KEPT = 7, 5  # of a task: those that learn, and the best of them
-FITS = 500  # gradient steps on a behaviour
+BEHAVIOUR_STEPS = 500  # gradient steps on a behaviour
 
 
 class Models(nn.Module):
@@ -261,7 +256,8 @@ class Models(nn.Module):
 
 # ======================================================================================================= 4. losses
 def model_loss(mean, log_var, target):
-    """-log T of Eqs. 3 and 4 but for a constant, sum over dimensions, mean over rows: (n, B, k) -> (n,)."""
+    """-log T of Eqs. 3 and 4 but for a constant, sum over dimensions, mean over rows: (n, B, k) -> (n,).
+    `Tasks.fit_models` adds the proximal term."""
     return 0.5 * ((target - mean).square() * (-log_var).exp() + log_var).sum(-1).mean(-1)
 
 
@@ -299,7 +295,7 @@ def meta_policy_loss(kl_meta, lam, alpha):
 
 
 # ======================================================================================================= 5. update
-# Networks of M tasks lie in one batch, a task's own side by side: models M x 7, critics M x 2 twins, policies M.
+# Networks of M tasks lie in one batch, a task's own side by side: models M x 7 (M x 5 kept), critics M x 2, policies M.
 def by_task(networks, meta):
     """Pairs of weights: of all tasks' networks, with an axis for the tasks, and of the meta-network."""
     for own, shared in zip(networks.parameters(), meta.parameters(), strict=True):
@@ -328,10 +324,9 @@ def pick(target, source, index):
 
 
 def anneal(args, optimisers, done):
-    """Learning rates fall linearly to --final-lr of their initial values; `done` is the share of the steps taken."""
-    initial = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
-    for name in initial.keys() & optimisers.keys():
-        data.set_rate(optimisers[name], initial[name] * (1 - (1 - args.final_lr) * done))
+    """Rates fall to --final-lr of what they were; `done` () is the share of the steps taken."""
+    rates = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
+    data.anneal(optimisers, rates, args.final_lr, done)
 
 
 class Tasks(nn.Module):
@@ -407,13 +402,13 @@ class Tasks(nn.Module):
         pick(self.models, theta, (after.argsort(1)[:, :KEPT] + index[:, None] * MODELS).flatten())
         self.errors.copy_(torch.stack([before.mean(), after.mean()]))
         optimiser = data.adam(self.behaviour, 1e-3)
-        for _ in range(FITS):
+        for _ in range(BEHAVIOUR_STEPS):
             s, a = self.draw(index, args.batch_size).split(self.world.split, -1)[:2]
             data.descend(optimiser, -self.behaviour.log_density(s, a).mean(-1).sum())
 
 
 class RAC(nn.Module):
-    """Algorithm 1 for T of the tasks at once: their policies, critics and slow targets."""
+    """Algorithm 1 for M tasks at once: their policies, critics and slow targets."""
 
     def __init__(self, args, world, tasks, count, free):
         super().__init__()
@@ -538,7 +533,7 @@ class Agent(data.Learner):
         self.rac = RAC(args, world, train_tasks, count, args.single == "combo")
         self.to(device)
         self.optimisers = self.rac.optimisers | {"meta_policy": data.adam(self.meta_policy, args.outer_lr)}
-        # of one task theta is phi itself; else it begins anew in every iteration, and no checkpoint holds a tuple
+        # of one task theta is phi_m itself; of many it begins anew in every iteration: a tuple is in no checkpoint
         theta = self.meta_model if args.single else Models(count * MODELS, *world.model_sizes).to(device)
         self.task_models = theta, data.adam(theta, args.model_task_lr)
         self.optimisers |= {"meta_model": self.task_models[1]} if args.single else {}
@@ -554,7 +549,7 @@ class Agent(data.Learner):
         if not self.args.single:
             start_from(self.meta_model, theta, optimiser)
         loss = self.rac.tasks.fit_models(theta, optimiser, index)  # line 4: Eq. 3
-        outer_step(self.meta_model, theta, self.args.model_lr)  # line 6: phi <- phi - xi_1 (phi - mean theta_n)
+        outer_step(self.meta_model, theta, self.args.model_lr)  # line 6: phi_m <- phi_m - xi_1 (phi_m - mean theta_n)
         self.note(model_loss=loss.mean())
         self.record()
 
@@ -574,7 +569,7 @@ class Agent(data.Learner):
         self.record()
 
     def learn_meta(self):
-        """Line 17 of Algorithm 2: Eq. 10 for pi_c, the outer step of Q_meta; with --adaptive, Eq. 11 before them."""
+        """Line 17 of Algorithm 2: Eq. 10 for pi_c; then Q_meta's outer step (A.2.2). With --adaptive Eq. 11 before."""
         args, rac, tasks, index = self.args, self.rac, self.rac.tasks, self.rac.index
         for i in range(args.outer_steps):
             draw = tasks.imagined if args.model else tasks.draw
@@ -606,15 +601,13 @@ def choose_rows(dataset, trajectories, row):
     if trajectories is not None:
         if len(rows) % length or len(rows) < trajectories * length:
             found = f"{trajectories} of {length} steps each, of the {len(rows)} rows of a task"
-            raise DataError(f"--trajectories, --test-trajectories: expected whole ones that are there, found {found}")
+            raise DataError(f"--test-trajectories: expected whole ones that are there, found {found}")
         parts = rows.unflatten(0, (-1, length))  # the middle one of as many equal stretches: data begin with the worst
         rows = parts[((torch.arange(trajectories) + 0.5) * len(parts) / trajectories).long()].flatten()
-    if len(rows) < 2:
-        raise DataError("--trajectories, --test-trajectories: one transition of a task; expected at least two")
     return rows
 
 
-class World:
+class World(data.World):
     """The data of every task as packed rows, their statistics, and sub-environments for the evaluation."""
 
     def __init__(self, args, device):
@@ -625,21 +618,14 @@ class World:
         d, m, self.row = row.obs_dim, row.act_dim, row
         self.split = [d, m, 1, d, 1]
         self.sizes, self.model_sizes = (d, m, args.hidden, args.layers), (d, m, args.model_hidden, args.model_layers)
-        rows = choose_rows(train, args.trajectories, row)
-        test_rows = rows if args.single else choose_rows(test, args.test_trajectories, row)
+        rows, test_rows = choose_rows(train, None, row), choose_rows(test, args.test_trajectories, row)
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks][:, rows])
         self.train_rows = pack(train, train.train_tasks, rows, self.mean, self.std)
         self.test_rows = pack(test, test.test_tasks, test_rows, self.mean, self.std)
         s, _, r, s2, _ = self.train_rows.split(self.split, -1)
         self.change_mean, self.change_std = data.standardisation(torch.cat([s2 - s, r], -1))
-        tasks = test.tasks[test.test_tasks]
-        self.env = envs.make(args.env, tasks.repeat(e, axis=0), seed=args.seed)
-        self.behaviour = data.known_return(test)
-        self.optimum = float(self.row.optimum(tasks, self.row.horizon).mean()) if self.row.optimum else None
-        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
-
-    def scaled(self, obs):
-        return (torch.as_tensor(obs, dtype=torch.float32).to(self.mean.device) - self.mean) / self.std
+        self.env = envs.make(args.env, test.tasks[test.test_tasks].repeat(e, axis=0), seed=args.seed)
+        self.know(train, test)
 
     def model_data(self, rows):
         """Inputs (.., d + m) and standardised targets (.., d + 1) of the models, from rows (.., D)."""
@@ -704,19 +690,16 @@ def summarise(agent, returns):
 def load_policy(args, policy, world):
     """The last policy of another run with --single is the meta-policy. If that learned from other data, its first layer
     is made to take observations that are standardised as here."""
-    try:
+    wrong = f"not a run of {args.env} with --single and the same sizes"
+    with data.believing(args.meta_policy, wrong, "--meta-policy: expected one"), torch.no_grad():
         checkpoint = data.read(args.meta_policy / "checkpoint.pt", world.mean.device)
         policy.load_state_dict({key: checkpoint["agent"][f"rac.actor.{key}"] for key in policy.state_dict()})
         mean, std = checkpoint["standardisation"]
         if checkpoint["args"]["env"] != args.env or not torch.stack([mean, std, world.mean]).isfinite().all():
             raise ValueError
-        first = policy.net[0]
-        with torch.no_grad():  # what it saw: (world.std s + world.mean - mean) / std
-            first.bias += (world.mean - mean) / std @ first.weight
-            first.weight *= (world.std / std)[:, None]
-    except Exception as error:
-        expected = f"expected a run of {args.env} with --single and the same sizes ({type(error).__name__})"
-        raise DataError(f"--meta-policy {args.meta_policy}: {expected}") from None
+        first = policy.net[0]  # what it saw: (world.std s + world.mean - mean) / std
+        first.bias += (world.mean - mean) / std @ first.weight
+        first.weight *= (world.std / std)[:, None]
 
 
 def train(args, run):

@@ -68,7 +68,7 @@ class Args(data.Args):
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 64  # transitions in a context
     lr: Number = 3e-4  # learning rate of every network
-    final_lr: Share = 1.0  # its share that is left at the last step of both phases; it falls linearly
+    final_lr: Share = 1.0  # share of --lr that is left at the last step of both phases; it falls linearly
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -173,10 +173,6 @@ class Actor(nn.Module):
         mean, log_std = self.net(torch.cat([s, z], -1)).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)
 
-    def sample(self, s, z):
-        """An action (..., m) that carries gradients, and its log density (...)."""
-        return sample_tanh_gaussian(*self(s, z))
-
 
 def sample_tanh_gaussian(mean, log_std):
     """tanh(u), u ~ N(mean, std^2), by reparameterisation, and its log density."""
@@ -247,7 +243,7 @@ def sample(mean, variance):
 
 # ======================================================================================================= 4. losses
 def reward_loss(r, decoded):
-    """The sum of Eq. 3 as a mean: (r - r_phi(s, a, z))^2, r and decoded (N,)."""
+    """The sum of Eq. 3 as a mean: (r - r_phi_d(s, a, z))^2, r and decoded (N,)."""
     return (r - decoded).square().mean()
 
 
@@ -309,8 +305,8 @@ class Replay(nn.Module):
         return s, a, r[:, 0], s2, d[:, 0]
 
     def histories(self, task, size, offline=False):
-        """(M, size, D) rows of tasks (M,), h of Algorithm 1: drawn from the paper's buffer of the encoder, which is the
-        last offline rows and what was collected, or from its `offline` part, where there is one."""
+        """(M, size, D) rows of tasks (M,), h of Algorithm 1: drawn from the paper's encoder buffer, which is the last
+        offline rows and what was collected, or from its `offline` part, where there is one."""
         last = torch.where(self.offline > 0, self.offline, self.filled) if offline else self.filled
         return self._draw(task, size, (self.offline - self.context_data).clamp_min(0), last)
 
@@ -337,10 +333,9 @@ class Agent(data.Learner):
         self.actor, self.critic = Actor(*sizes, args.hidden), Critic(*sizes, args.hidden)
         self.target = Critic(*sizes, args.hidden).requires_grad_(False)
         self.target.load_state_dict(self.critic.state_dict())
-        # the encoder at the end of the offline phase labels, even where the encoder goes on learning (Figure 7); the
-        # actor of then is for comparison (benchmark/shift.py)
+        # the encoder of the end of the offline phase labels, even where the encoder goes on learning (Figure 7)
         self.labeller = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.offline_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.offline_actor = copy.deepcopy(self.actor).requires_grad_(False)  # for benchmark/shift.py to compare with
         self.replay = Replay(args, world)
         self.to(world.train_rows.device)
         learning = {"phi": nn.ModuleList([self.encoder, self.decoder]), "critic": self.critic, "actor": self.actor}
@@ -350,7 +345,8 @@ class Agent(data.Learner):
         """One gradient step of every network that learns. It never waits for the device."""
         args, optimisers, replay = self.args, self.optimisers, self.replay
         self.step += 1
-        self.set_rates()
+        rates = dict.fromkeys(optimisers, args.lr)
+        data.anneal(optimisers, rates, args.final_lr, self.step / self.total)  # over both phases
         taught = not online or args.online_rewards == "oracle"  # true rewards train encoder and decoder
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)
@@ -361,7 +357,7 @@ class Agent(data.Learner):
         kl = gaussian_kl(mean, variance).mean()
         z = sample(mean, variance).repeat_interleave(args.batch_size, 0)  # (M x B, l)
         with torch.no_grad():
-            q2 = self.target(s2, z, self.actor.sample(s2, z)[0])
+            q2 = self.target(s2, z, sample_tanh_gaussian(*self.actor(s2, z))[0])
             y = critic_target(r, d, q2, args.reward_scale, args.discount)
         q = self.critic(s, z if by_q else z.detach(), a)  # the Bellman error trains the encoder only in ablations
         bellman = critic_loss(q, y)  # Eq. 1
@@ -379,12 +375,6 @@ class Agent(data.Learner):
         data.follow(self.target, self.critic, args.tau)
         self.note(encoder_kl=kl, critic_loss=bellman, q_mean=q.mean())
         self.record()
-
-    def set_rates(self):
-        """Learning rates fall linearly over both phases."""
-        share = 1 - (1 - self.args.final_lr) * (self.step / self.total).clamp_max(1)
-        for optimiser in self.optimisers.values():
-            data.set_rate(optimiser, self.args.lr * share)
 
     def learn_actor(self, s, a, z, q, online):
         """Eq. 2, in the online phase PEARL's loss too; q (2, N) are the values of the data's actions."""
@@ -409,7 +399,7 @@ class Agent(data.Learner):
     def label(self, task, rows):
         """Rewards (E, H) for trajectories (E, H, D) of tasks (E,), whose own column of rewards is ignored (Eq. 4).
 
-        r = r_phi(s, a, z), z ~ q_phi(z | h), h from the offline rows of the task's buffer, one z for a trajectory.
+        r = r_phi_d(s, a, z), z ~ q_phi_e(z | h), h from the offline rows of the task's buffer, one z for a trajectory.
         """
         z = sample(*self.labeller(self.replay.histories(task, self.args.context_size, offline=True)))
         s, a, *_ = rows.split(self.split, -1)
@@ -417,7 +407,8 @@ class Agent(data.Learner):
 
     def act(self, s, z, sampled=False):
         """The action (N, m): a sample, or tanh of the Gaussian's mean."""
-        return self.actor.sample(s, z)[0] if sampled else torch.tanh(self.actor(s, z)[0])
+        policy = self.actor(s, z)
+        return sample_tanh_gaussian(*policy)[0] if sampled else torch.tanh(policy[0])
 
 
 # ========================================================================================== 6. data and evaluation
@@ -447,7 +438,7 @@ def data_return(dataset, tasks, part):
     return float(total[seen].mean()) if seen.any() else None
 
 
-class World:
+class World(data.World):
     """The tasks, their offline data as packed rows, and a sub-environment for each meta-episode of an evaluation."""
 
     CONTEXTS = {"train_": "training tasks, online context", "": "online context", "offline_": "offline context"}
@@ -463,9 +454,8 @@ class World:
         self.seen = min(n, k)  # so many of the training tasks are evaluated
         self.tasks = np.concatenate([self.train_tasks[: self.seen], self.test_tasks])
         self.env = envs.make(args.env, self.tasks.repeat(args.eval_episodes, axis=0), seed=args.seed)
-        self.optimum = float(row.optimum(self.test_tasks, row.horizon).mean()) if row.optimum else None
-        # online: the tasks (R rounds, E, P) where trajectories are collected, and the buffers (R, E) that they join: a
-        # test task's one of a training task, but with true rewards its own
+        # of every online round (R): the tasks (R, E, P) to roll out in, and the buffers (R, E) that the trajectories
+        # join; in test tasks those of random training tasks or, with true rewards, buffers of their own
         self.buffers, chosen = schedule(args, n, 0), schedule(args, k, 1)
         self.online_tasks = self.test_tasks[chosen] if args.online_tasks == "test" else self.train_tasks[self.buffers]
         if args.online_tasks == "test" and args.online_rewards == "oracle":
@@ -479,13 +469,12 @@ class World:
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks, part])
         self.train_rows = pack(train, train.train_tasks, self.scaled, part)
         self.test_rows = pack(test, test.test_tasks, self.scaled, test_part)
+        self.know(train, test)
         self.behaviour = data_return(test, test.test_tasks, test_part)
-        self.checksum = [train.meta["checksum"], test.meta["checksum"]]
 
     def scaled(self, obs):
         """Observations (..., d) in standard deviations from the training tasks' mean, kept within --obs-bound."""
-        obs = (torch.as_tensor(obs, dtype=torch.float32).to(self.mean.device) - self.mean) / self.std
-        return obs.clamp(-self.bound, self.bound)
+        return super().scaled(obs).clamp(-self.bound, self.bound)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ class World(smac.World):
         self.train_tasks, self.test_tasks = tasks[:n], tasks[-k:]
         self.mean, self.std = torch.zeros(row.obs_dim, device=device), torch.ones(row.obs_dim, device=device)
         self.train_rows, self.test_rows = (torch.zeros(m, 0, sum(self.split), device=device) for m in (n, k))
-        self.behaviour, self.checksum = None, []
+        self.behaviour, self.optimum, self.checksum = None, None, []
 
 
 @torch.no_grad()

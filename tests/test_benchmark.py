@@ -238,7 +238,7 @@ def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
     words = f"--env hopper --single rac --data {tmp_path / 'd.npz'} --steps 1 --model-steps 1 --hidden 8"
     with monkeypatch.context() as patch:  # an episode has a thousand steps in the simulator
         patch.setattr(merpo, "play", lambda *args: np.zeros((1, 1)))
-        patch.setattr(merpo, "FITS", 1)
+        patch.setattr(merpo, "BEHAVIOUR_STEPS", 1)
         run, seen = ran(merpo, tmp_path, words), []
     monkeypatch.setattr(envs, "film", lambda vector, act, path: seen.append((obs, act(obs))) or path.touch())
     obs = np.random.default_rng(0).normal(size=(1, 11))
@@ -353,7 +353,7 @@ def test_an_online_context_ends_where_the_episode_does(files):
 @pytest.mark.parametrize("module", [focal, focal_pp, merpo])
 def test_a_trained_agent_is_tested_again_under_other_conditions(monkeypatch, tmp_path, files, module, capsys):
     retest, name = script("retest"), WIND if module is merpo else SPARSE
-    monkeypatch.setattr(merpo, "FITS", 20)
+    monkeypatch.setattr(merpo, "BEHAVIOUR_STEPS", 20)
     folder = tmp_path / "datasets" / name / ("40+10-seed0" if name == WIND else "80+20-seed0")
     for quality, shift in (("mixed", 0), ("random", 1)):
         changed(files[name], folder / f"{quality}.npz", name, returns=np.full(6, -9.0 - shift))
@@ -416,7 +416,7 @@ def watch_settling(monkeypatch):
 
 def test_a_test_task_of_merpo_learns_from_its_data(monkeypatch, tmp_path, capsys, files, short_trajectories):
     retest = script("retest")
-    monkeypatch.setattr(merpo, "FITS", 20)
+    monkeypatch.setattr(merpo, "BEHAVIOUR_STEPS", 20)
     run = ran(merpo, tmp_path, f"--env {WIND} --data {files[WIND]} --steps 1 --model-steps 1 --adapt-steps 1")
     settled, evaluate, steps = watch_settling(monkeypatch), merpo.evaluate, []
     monkeypatch.setattr(merpo, "evaluate", lambda args, *rest: steps.append(args.test_start) or evaluate(args, *rest))
