@@ -240,10 +240,10 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: torch.Tensor) -> None:
     optimiser.param_groups[0]["lr"].copy_(lr)
 
 
-def anneal(optimisers: dict, rates: dict[str, float], final: float, done: torch.Tensor) -> None:
-    """Learning rates fall linearly from `rates` to the share `final` of them; `done` () of the steps are taken."""
+def anneal(optimisers: dict, rates: dict[str, float], final: float, step: torch.Tensor, total: int) -> None:
+    """Learning rates fall linearly from `rates`, at step 0, to the share `final` of them at step `total`."""
     if final != 1:
-        share = 1 - (1 - final) * done.clamp_max(1)
+        share = 1 - (1 - final) * (step / total).clamp_max(1)
         for name in rates.keys() & optimisers.keys():
             set_rate(optimisers[name], rates[name] * share)
 

@@ -405,9 +405,9 @@ class Agent(data.Learner):
     def set_rates(self, encoder_learns):
         """Learning rates fall linearly, the encoder's to 0: it stands still from then on."""
         args, step, rates = self.args, self.step, {"critic": self.args.lr, "actor": self.args.lr}
-        data.anneal(self.optimisers, rates, args.final_lr, step / args.steps)
+        data.anneal(self.optimisers, rates, args.final_lr, step, args.steps)
         if encoder_learns:
-            data.anneal(self.optimisers, {"encoder": args.encoder_lr}, 0, step / args.encoder_steps)
+            data.anneal(self.optimisers, {"encoder": args.encoder_lr}, 0, step, args.encoder_steps)
 
     def embed(self, task):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""

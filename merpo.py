@@ -323,10 +323,10 @@ def pick(target, source, index):
         a.data.copy_(b.detach().index_select(0, index))
 
 
-def anneal(args, optimisers, done):
-    """Rates fall to --final-lr of what they were; `done` () is the share of the steps taken."""
+def anneal(args, optimisers, step, total):
+    """Rates fall to --final-lr of what they were."""
     rates = {"actor": args.actor_lr, "critic": args.lr, "meta_policy": args.outer_lr}
-    data.anneal(optimisers, rates, args.final_lr, done)
+    data.anneal(optimisers, rates, args.final_lr, step, total)
 
 
 class Tasks(nn.Module):
@@ -557,7 +557,7 @@ class Agent(data.Learner):
         """A meta-iteration of stage 2 (lines 10 to 17 of Algorithm 2), all tasks at once."""
         args, rac = self.args, self.rac
         self.step += 1
-        anneal(args, self.optimisers, (self.step - args.model_steps) / args.steps)
+        anneal(args, self.optimisers, self.step - args.model_steps, args.steps)
         rac.take_up(self.draw_tasks())
         if not args.single:
             rac.start(self.meta_policy, self.meta_q, self.meta_target)
@@ -653,7 +653,7 @@ def evaluate(args, agent, world):
         torch.manual_seed(args.seed)
         rac = begin_test(args, agent, world)
         for step in range(1, args.adapt_steps + 1):
-            anneal(rac.args, rac.optimisers, torch.tensor(step / args.adapt_steps, device=device))
+            anneal(rac.args, rac.optimisers, torch.tensor(step, device=device), args.adapt_steps)
             rac.step(agent.meta_policy)
         return returns | {args.adapt_steps: play(args, rac.actor, world)}
 

@@ -346,7 +346,7 @@ class Agent(data.Learner):
         args, optimisers, replay = self.args, self.optimisers, self.replay
         self.step += 1
         rates = dict.fromkeys(optimisers, args.lr)
-        data.anneal(optimisers, rates, args.final_lr, self.step / self.total)  # over both phases
+        data.anneal(optimisers, rates, args.final_lr, self.step, self.total)  # over both phases
         taught = not online or args.online_rewards == "oracle"  # true rewards train encoder and decoder
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)

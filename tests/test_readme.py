@@ -103,14 +103,13 @@ def test_benchmarks_take_their_flags(command, monkeypatch):
         raise Parsed
 
     words = shlex.split(command, comments=True)
-    parse = argparse.ArgumentParser.parse_args
-    if words[0] not in ("benchmark/paper.py", "benchmark/run.py"):  # these check more than argparse does
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *rest: parse(*rest) and stop())
-    monkeypatch.setattr(sys, "argv", words)
-    module = script(Path(words[0]).stem)
+    module, parse = script(Path(words[0]).stem), argparse.ArgumentParser.parse_args
     if hasattr(module, "parse_args"):  # a script like those at the top
         assert module.parse_args(words[1:]).small == ("--no-small" not in words)
         return
+    if words[0] not in ("benchmark/paper.py", "benchmark/run.py"):  # these check more than argparse does
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *rest: parse(*rest) and stop())
+    monkeypatch.setattr(sys, "argv", words)
     with contextlib.suppress(Parsed):
         (module.arguments if words[0] in ("benchmark/paper.py", "benchmark/run.py") else module.main)()
 

@@ -49,7 +49,7 @@ class Args(data.Args):
     eps: data.Positive = 0.1  # not used
     half: data.Count | None = None  # not used; unless given: steps / 2
     # ablations
-    law: Literal["square", "linear", 2] = "square"  # of the loss
+    law: Literal["square", "linear"] = "square"  # of the loss
     bias: bool = True  # whether the network has one
 
     GROWS = ("steps", "half")
@@ -136,8 +136,8 @@ def test_what_is_given_wins_over_sizes_over_the_environment_over_defaults():
     assert read(f"--env {WIND}")["width"] == 3 and read(f"--env {WIND} --no-small")["width"] == 8
     assert read(f"--env {WALKER}")["width"] == 4 and read(f"--env {SPARSE} --no-small")["law"] == "linear"
     assert read(f"--width 5 --env {WIND}")["width"] == read(f"--env {WIND} --no-small --width 5")["width"] == 5
-    values = read("--lr 1 --no-bias --law 2 --run-dir a/b --half 7 --seed 4294967295 --tau 0")
-    assert values | {"lr": 1.0, "bias": False, "law": 2, "run_dir": Path("a/b"), "half": 7, "tau": 0} == values
+    values = read("--lr 1 --no-bias --law linear --run-dir a/b --half 7 --seed 4294967295 --tau 0")
+    assert values | {"lr": 1.0, "bias": False, "law": "linear", "run_dir": Path("a/b"), "half": 7, "tau": 0} == values
     assert type(values["lr"]) is float and values["seed"] == 2**32 - 1
     assert (read("")["half"], read("--steps 9")["half"]) == (3, 4)
     for more, width in (("--no-small", 6), ("--no-small --letter", 4), ("--small", 4), ("--no-small --width 5", 5)):
@@ -178,7 +178,7 @@ def test_help_is_in_groups_with_the_defaults_of_the_environment_and_the_size(cap
         assert set(found) - {"help"} == set(flags.split()), name
     flat = " ".join(text.split())
     assert __doc__.splitlines()[0] in flat and "--bias, --no-bias whether the network has one (True)" in flat
-    assert "--law {square,linear,2} of the loss (square)" in flat and "where runs are kept (runs)" in flat
+    assert "--law {square,linear} of the loss (square)" in flat and "where runs are kept (runs)" in flat
     assert "unless given: steps / 2 --" in flat + " --" or "unless given: steps / 2 ablations:" in flat  # no default
     for more, width in ((f"--env {WIND}", 3), (f"--env {WIND} --no-small", 8), (f"--env {WALKER}", 4)):
         assert f"inputs of the network ({width})" in " ".join(shown(more).split())
@@ -762,8 +762,10 @@ def test_the_curve(files, tmp_path, monkeypatch):
     path = run(files, tmp_path, "--steps 4 --eval-every 2")
     assert (path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     returns = [row["return_mean"] for row in metrics(path)]
-    known = json.loads((path / "final.json").read_text())["behaviour_return"]
-    assert drawn == {"training tasks": (2, 4, 0, 0), "test tasks": (2, 4, *returns), "the test tasks' data": (known,)}
+    final = json.loads((path / "final.json").read_text())
+    known = {"the test tasks' data": final["behaviour_return"], "the test tasks' optimum": final["optimal_return"]}
+    curves = {"training tasks": (2, 4, 0, 0), "test tasks": (2, 4, *returns)}
+    assert drawn == curves | {label: (value,) for label, value in known.items()}
 
 
 def test_the_band_of_a_curve_is_where_most_tasks_are(tmp_path, monkeypatch):
