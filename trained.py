@@ -103,9 +103,12 @@ def load_run(
     if "context" in changes:
         about = {"env": args.env, "sparse": hasattr(args, "sparse")}  # FOCAL's and FOCAL++'s
         args.known = partial(with_context, context=changes.pop("context"), **about)
+    moved = not elsewhere and folder.parts[-4 - len(runs.parts) : -4] != runs.parts  # so `root` is not where it was
+    lost = moved and not args.data and not args.data_dir.is_dir()
     strange = ", ".join(changes.keys() - vars(args).keys())
     quality = saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]
     data.refuse(
+        (lost, f"{folder}: made in {runs}, and there is no {args.data_dir} for its data; expected it where it was"),
         (strange, f"{name} has no argument {strange}"),
         (quality, f"--test-quality: {folder} has its data from --data {saved['data']}"),
     )

@@ -552,6 +552,20 @@ def test_a_family_of_ones_own_is_registered_by_what_was_started(monkeypatch, tmp
     del envs.FAMILIES["gusts"], focal.TABLE["gusts"]
 
 
+def test_a_run_that_was_moved_does_not_have_its_data_built_anew(monkeypatch, tmp_path, files):
+    monkeypatch.chdir(tmp_path)
+    focal.main(f"--env {WIND} --data {files[WIND]} --run-dir runs/deep {FEW}".split())
+    (made,) = Path("runs/deep/focal").glob("*/*/seed0")
+    args = json.loads((made / "args.json").read_text())
+    (made / "args.json").write_text(json.dumps(args | {"data": None}))
+    moved = Path("runs/focal", *made.parts[3:])
+    moved.parent.mkdir(parents=True)
+    made.rename(moved)
+    monkeypatch.setattr(data, "prepare", lambda *_, **__: 1 / 0)
+    with pytest.raises(data.DataError, match="made in runs/deep, and there is no .*datasets for its data"):
+        trained.load_run(moved)
+
+
 def test_runs_that_are_evaluated_once_become_bars(paper, monkeypatch, tmp_path):
     """Also if one diverged before that."""
     args, runs = plan(paper, monkeypatch, "merpo figure6 --env point-robot-wind --seeds 2")
