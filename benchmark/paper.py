@@ -143,6 +143,7 @@ SHARES = {0: "--single combo-3"} | {alpha: f"--single rac --alpha {alpha}" for a
 TRAJECTORIES = 1, 5, 20, 50
 ADAPTED = ["return_mean", "meta_return_mean", "q_mean"]
 FAMILIES = ["point-robot-wind", "walker-params", "cheetah-fwd-back", "ant-fwd-back"]
+# nothing of how test tasks begin reaches training: figures that compare such ways share the runs of figure7a
 MERPO = {
     "figure4": (
         ["halfcheetah", "hopper", "walker2d"],
@@ -171,7 +172,7 @@ MERPO = {
     "figure7b": (FAMILIES[:2], "", {"with model": "", "without": "--no-model"}, ADAPTED),
     "figure7c": (
         FAMILIES[:2],
-        "",
+        "--test-start meta",
         {
             f"{name}, {quality} test data": f"| --test-start {start} --test-quality {quality}"
             for name, start in (("with meta", "meta"), ("behaviour only", "behaviour-init"))
@@ -182,7 +183,7 @@ MERPO = {
     "figure9a": (FAMILIES[:1], "", {f"real ratio {f}": f"--real-ratio {f}" for f in (0.2, 0.5, 0.8)}, ADAPTED),
     "figure9b": (
         FAMILIES[:2],
-        "",
+        "--test-start meta",
         {start: f"| --test-start {start}" for start in merpo.STARTS},
         ADAPTED,
     ),
@@ -205,7 +206,7 @@ LABELS |= {"meta_return_mean": "return of the meta-policy itself"}
 LABELS |= {"train_variance": "variance of a task's embedding", "variance": "variance of a test task's embedding"}
 
 
-def arguments():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("script", choices=list(FIGURES))
     parser.add_argument("figures", nargs="+", choices=[name for figures in FIGURES.values() for name in figures])
@@ -214,7 +215,7 @@ def arguments():
     parser.add_argument("--steps", type=retest.whole, help="gradient steps of each run")
     parser.add_argument("--jobs", type=retest.whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for figure in set(args.figures) - set(FIGURES[args.script]):
         parser.error(f"{args.script} has no {figure}; expected {', '.join(FIGURES[args.script])}")
     for figure in args.figures:
@@ -262,14 +263,15 @@ def path_of(script, words):
 
 
 def is_done(script, words):
-    """Whether a run is finished. Ends the program if it was made with what are other defaults by now."""
+    """Whether a run is finished; DataError if it was made with what are other defaults by now."""
     folder, args = path_of(script, words), SCRIPTS[script].parse_args(words)
     if not (folder / "final.json").exists():
         return False
     then = json.loads((folder / "final.json").read_text())["args"]
     for key, now in json.loads(json.dumps(data.plain(args))).items():
         if key not in (*args.ELSEWHERE, "variant") and then.get(key, now) != now:
-            raise SystemExit(f"{folder}: made with {data.option(key)} {then[key]}, now {now}; delete it to run it anew")
+            message = f"made with {data.option(key)} {then[key]}, now {now}; delete it to run it anew"
+            raise data.DataError(f"{folder}: {message}")
     return True
 
 
@@ -454,9 +456,10 @@ def draw_tests(path, title, groups):
     picture.savefig(path, dpi=110)
 
 
-def main():
+@retest.main_of
+def main(argv):
     os.chdir(ROOT)
-    args = arguments()
+    args = arguments(argv)
     runs = plan(args)
     build_data([SCRIPTS[run.script].parse_args(run.words + run.tested) for run in runs])
     folders = [path_of(run.script, run.words) for run in runs]

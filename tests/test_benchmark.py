@@ -167,6 +167,9 @@ def test_a_run_is_done_once_it_has_ended_and_goes_on_from_its_own_checkpoint_onl
     (folder / "final.json").write_text(json.dumps({"step": 4, "args": settings}))
     paper.execute("focal", words)
     assert len(started) == 3 and paper.is_done("focal", words)
+    (folder / "final.json").write_text(json.dumps({"step": 4, "args": settings | {"lr": 1.0}}))
+    with pytest.raises(data.DataError, match="made with --lr 1.0, now"):
+        paper.execute("focal", words)
 
 
 def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch, tmp_path):
