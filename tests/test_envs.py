@@ -412,16 +412,6 @@ def test_point_robot_by_hand():
     np.testing.assert_allclose(reward, [-1.05, -((0.7569 + 0.0196) ** 0.5)], atol=1e-12)
 
 
-def test_point_robot_walks_into_the_goal():
-    env = envs.make("sparse-point-robot", np.array([[0.0, 1.0]]))
-    env.reset()
-    _, reward, terminated, _, infos = play(env, np.tile([0.0, 1.0], (10, 1, 1)))
-    np.testing.assert_allclose(reward[:, 0], np.linspace(-0.9, 0, 10), atol=1e-12)
-    sparse = np.array([info["sparse_reward"][0] for info in infos])
-    np.testing.assert_allclose(np.delete(sparse, 7), [0] * 7 + [0.9, 1], atol=1e-12)  # the eighth step ends on the rim
-    assert not terminated.any()
-
-
 def test_sparse_reward_around_the_radius():
     distances = [0, 0.1, 0.2, np.nextafter(0.2, 1), 0.5]
     at = np.array([[0.0, d] for d in distances])
@@ -452,14 +442,6 @@ def test_optimum_is_what_greedy_play_earns(name, horizon):
         returns = returns + info.get("sparse_reward", reward)
     assert truncated.all()
     np.testing.assert_allclose(env.family.optimum(tasks, horizon), returns, atol=1e-9)
-
-
-def test_mean_optima():
-    angle = np.linspace(0, np.pi, 100)
-    goals = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    assert envs.family("sparse-point-robot").optimum(goals, 20).mean() == pytest.approx(13.36, abs=0.01)
-    best = envs.family("point-robot-wind").optimum(envs.sample_tasks("point-robot-wind", 500, 0), 20)
-    assert best.mean() == pytest.approx(-5.0, abs=0.3) and best.std() == pytest.approx(1.8, abs=0.3)
 
 
 # ------------------------------------------------------------------------------------------- families of one's own
@@ -503,19 +485,6 @@ def test_a_drift_and_no_goal_in_space(monkeypatch):
     env.reset()
     np.testing.assert_allclose(env.step(np.ones((2, 3)))[0], [[0.12, 0.1, 0.08], [0.1, 0.14, 0.1]], atol=1e-12)
     assert env.render()[0].std() > 0
-
-
-def test_a_body_of_gymnasiums_with_a_reward_of_ones_own(monkeypatch):
-    backwards = lambda task, state, action, after, dt: (state[:, 0] - after[:, 0]) / dt
-    row = envs.Family(
-        papers="none", **envs.ANT, **envs.EPISODE | {"horizon": 12}, train=3, test=1, differs="nothing",
-        sample=lambda rng, n: rng.normal(size=(n, 1)), reward=backwards,
-    )  # fmt: skip
-    monkeypatch.setitem(envs.FAMILIES, "ant-back", row)
-    tasks = envs.sample_tasks("ant-back", 2, 0)
-    env = envs.make("ant-back", tasks, threads=1)
-    assert env.reset()[0].shape == (2, 27) and env.step(np.ones((2, 8)))[1].shape == (2,)
-    assert np.isfinite(env.returns(lambda obs: np.ones((2, 8)), seed=1)).all()
 
 
 SLIDER = """

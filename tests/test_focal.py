@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
-from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 import data
 import envs
@@ -110,32 +110,9 @@ def eq13(z_i, z_j, task, beta, law="inverse-square"):
     return total / m**2
 
 
-def softplus(x):
-    return math.log1p(math.exp(x))
-
-
 def random_tensors(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
-
-
-def assert_gradients(loss, oracle, inputs):
-    """Equal values, and equal gradients for every input."""
-    inputs = [x.requires_grad_(True) for x in inputs]
-    ours, theirs = loss(), oracle()
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    for x, y in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        assert y.abs().max() > 0
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.parametrize("law", list(LAWS))
-@pytest.mark.parametrize("task", [[0, 1, 2, 3], [2, 0, 2, 1, 2], [1, 1, 1]])
-def test_distance_metric_loss(task, law):
-    task, (z_i, z_j) = torch.tensor(task), random_tensors((len(task), 3), (len(task), 3))
-    z_i, z_j, same = z_i.tanh(), z_j.tanh(), task[:, None] == task[None]
-    ours = lambda: focal.dml_loss(z_i, z_j, same, 3.0, law, 0.1)
-    assert_gradients(ours, lambda: eq13(z_i, z_j, task, 3.0, law), [z_i, z_j])
 
 
 @pytest.mark.parametrize("law, cost", [("inverse-square", 10), ("inverse", 20), ("linear", 0), ("square", 0)])
@@ -146,61 +123,11 @@ def test_distance_metric_loss_where_embeddings_coincide(law, cost):
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
-def test_critic_target_and_loss():
-    r, log_pi, divergence, q_next, q = random_tensors(9, 9, 9, (2, 9), (2, 9))
-    d = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)
-    y = focal.critic_target(r, d, q_next, log_pi, divergence, 5, 0.9, 7)
-    for n in range(9):
-        value = min(q_next[0, n], q_next[1, n]) - log_pi[n] - 7 * divergence[n]
-        assert y[n].item() == pytest.approx((5 * r[n] + (0 if d[n] else 0.9 * value)).item(), abs=1e-12)
-    without = focal.critic_target(r, d, q_next, log_pi, 0, 5, 0.9, 7)
-    torch.testing.assert_close(without, y + 0.9 * (1 - d) * 7 * divergence)
-    oracle = lambda: sum((y[n] - q[k, n]) ** 2 for k in range(2) for n in range(9)) / 9
-    assert_gradients(lambda: focal.critic_loss(q, y), oracle, [q])
-
-
-def test_actor_loss():
-    log_pi, divergence, q = random_tensors(7, 7, (2, 7))
-    oracle = lambda: sum(log_pi[n] - min(q[0, n], q[1, n]) + 3 * divergence[n] for n in range(7)) / 7
-    assert_gradients(lambda: focal.actor_loss(log_pi, q, divergence, 3), oracle, [log_pi, divergence, q])
-
-
-def test_dual_kl():
-    pi, behaviour = (4 * x for x in random_tensors(20, 20))
-    expected = [
-        math.log(softplus(x) + 1e-8) + 1 - softplus(y) for x, y in zip(pi.tolist(), behaviour.tolist(), strict=True)
-    ]
-    np.testing.assert_allclose(focal.kl_dual(pi, behaviour), expected, rtol=1e-12)
+def test_dual_kl_where_the_discriminator_is_sure():
     assert focal.kl_dual(torch.tensor([-500.0]), torch.tensor([0.0])).isfinite().all()  # g = 0
 
 
-def test_discriminator_loss():
-    divergence, grad = random_tensors(8, (8, 3))
-    norms = grad.norm(dim=1)
-    assert norms.min() < 1 < norms.max()
-
-    def oracle():
-        penalty = sum(max(sum(g**2 for g in row).sqrt() - 1, 0) ** 2 for row in grad)
-        return -sum(divergence) / 8 + 5 * penalty / 8
-
-    assert_gradients(lambda: focal.discriminator_loss(divergence, grad), oracle, [divergence, grad])
-    assert grad.grad is None and (torch.autograd.grad(oracle(), grad)[0][norms < 1] == 0).all()
-
-
 # ------------------------------------------------------------------------------------------------------- networks
-def test_density_of_the_actors_actions():
-    torch.manual_seed(0)
-    actor = focal.Actor(3, 2, 2, 8).double()
-    s, z = torch.randn(3000, 3, dtype=torch.float64), torch.randn(3000, 2, dtype=torch.float64)
-    mean, log_std = actor(s, z)
-    action, log_density = focal.sample_tanh_gaussian(mean, log_std)
-    policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
-    torch.testing.assert_close(log_density, policy.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
-    noise = (torch.atanh(action) - mean) / log_std.exp()
-    assert noise.mean().item() == pytest.approx(0, abs=0.05) and noise.std().item() == pytest.approx(1, abs=0.05)
-    assert log_density.shape == (3000,) and action.requires_grad and log_density.requires_grad
-
-
 def test_the_actors_spread_is_bounded():
     actor = focal.Actor(3, 2, 2, 8)
     s, z = torch.randn(50, 3), torch.randn(50, 2)
@@ -210,22 +137,14 @@ def test_the_actors_spread_is_bounded():
         assert (policy[1] == bound).all() and focal.sample_tanh_gaussian(*policy)[1].isfinite().all()
 
 
-def test_cloning_raises_the_density_of_the_datas_actions():
-    mean, log_std, a = random_tensors((7, 2), (7, 2), (7, 2))
-    a = a.tanh().clamp(-0.99, 0.99)
-    policy = lambda: TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
-    oracle = lambda: -policy().log_prob(a).sum() / 7
-    assert_gradients(lambda: focal.clone_loss(mean, log_std, a), oracle, [mean, log_std])
-    assert focal.clone_loss(mean, log_std, a.sign()).isfinite()  # on the rim a tanh-Gaussian has no density
-
-
 # ------------------------------------------------------------------- one update against a loop over single transitions
 RATE, NOISE = 0.25, 0.3
 CASES = ["--alpha 0", "--alpha 2", "--alpha 2 --coupled", "--alpha 2 --value-penalty", "--alpha 2 --no-next-obs"]
 CASES += ["--alpha 2 --tune-alpha --alpha-lr 3 --dml inverse", "--alpha 2 --value-penalty --coupled --tune-alpha"]
 PEARL = "--encoder probabilistic --encoder-loss bellman"
 CASES += ["--alpha 2 --encoder probabilistic --kl-weight 0.3", f"--alpha 0 {PEARL}", f"--alpha 2 {PEARL}"]
-CASES += ["--alpha 0 --dml linear", "--alpha 0 --dml square", "--alpha 2 --final-lr 0.5"]
+CASES += ["--alpha 2 --tune-alpha --alpha-max 1 --alpha-lr 0.1", "--alpha 2 --tune-alpha --target-divergence 1e3"]
+CASES += ["--alpha 0 --dml linear --beta 3", "--alpha 0 --dml square", "--alpha 2 --final-lr 0.5"]
 CASES += ["--actor clone", "--actor clone --coupled"]
 
 
@@ -284,15 +203,17 @@ def naive_actor(args, agent, batch, z, rate):
     steps = args.discriminator_steps
     noise, mix = fixed(steps, len(batch), agent.actor.net[-1].out_features // 2), shares(steps, len(batch), 1)
     for k in range(steps if agent.discriminator else 0):
-        losses = []
+        losses, norms = [], []
         for n, (i, (s, a, *_)) in enumerate(batch):
             a_pi = policy(agent, s, z[i], noise[k, n])[0].detach()
             between = (mix[k, n] * a + (1 - mix[k, n]) * a_pi).requires_grad_(True)
             logit = agent.discriminator(torch.cat([s, z[i], between]))
             norm = torch.autograd.grad(logit, between, create_graph=True)[0].norm()
             losses += [-naive_divergence(agent, s, z[i], a_pi, a) + (5 * (norm - 1) ** 2 if norm > 1 else 0)]
+            norms += [norm.item()]
+        assert max(norms) > 1 and (min(norms) < 1 or args.encoder == "probabilistic")
         discriminator = mean(losses)
-        descend(agent.discriminator, discriminator)
+        descend(agent.discriminator, discriminator, RATE / 1000)
 
     losses, divergences, alpha = [], [], agent.alpha.item()
     for i, (s, a, *_) in batch:
@@ -365,9 +286,11 @@ def check_update(k, monkeypatch, next_value=naive_value, learn_actor=naive_actor
         for p in agent.parameters():
             if not p.requires_grad:  # slow networks are not the fast ones
                 p += 0.4 * torch.randn_like(p)
-        for network in (agent.encoder, agent.discriminator or torch.nn.Identity()):
-            for p in network.parameters():
-                p *= 2.5  # embeddings far apart, slopes of logits on both sides of 1
+        for p in agent.encoder.parameters():
+            p *= 2.5  # embeddings far apart
+        if agent.discriminator is not None:  # slopes of logits on both sides of 1
+            x = torch.randn(99, agent.discriminator[0].in_features, dtype=torch.float64)
+            agent.discriminator[-1].weight *= 1.5 / focal.slope(agent.discriminator, x, 2).norm(dim=1).median()
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, NOISE))
     monkeypatch.setattr(torch, "randn", fixed)
     monkeypatch.setattr(torch, "rand", shares)
@@ -375,9 +298,9 @@ def check_update(k, monkeypatch, next_value=naive_value, learn_actor=naive_actor
     batches.tasks = lambda: tasks.append(focal.Batches.tasks(batches)) or tasks[-1]
     batches.draw = lambda t, n: draws[n].append((t, focal.Batches.draw(batches, t, n))) or draws[n][-1][1]
     expected = copy.deepcopy(agent)
-    rate = lambda: torch.tensor(RATE, dtype=torch.float64)
+    rate = lambda name: torch.tensor(RATE / 1000 if name == "discriminator" else RATE, dtype=torch.float64)
     agent.optimisers = {
-        name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate()) for name in agent.optimisers
+        name: torch.optim.SGD(getattr(agent, name).parameters(), lr=rate(name)) for name in agent.optimisers
     }
     agent.batches = batches
     agent.update()
@@ -405,21 +328,6 @@ NAIVE += f" --encoder-steps 2 --encoder-lr {RATE} --lr {RATE} --reward-scale 2 -
 @pytest.mark.parametrize("more", CASES)
 def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, more):
     check_update(build(WIND, files[WIND], f"{NAIVE} {more}"), monkeypatch)
-
-
-def test_the_slope_of_a_network_and_how_it_depends_on_the_weights():
-    net, (x,) = focal.mlp(5, 16, 1).double(), random_tensors((9, 5))
-    penalty = lambda grad: (grad.norm(dim=-1) - 1).square().mean()
-    x.requires_grad_(True)
-    theirs = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
-    ours = focal.slope(net, x, 5)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(focal.slope(net, x, 2), theirs[:, 3:], rtol=1e-9, atol=1e-12)
-    weights = [p for name, p in net.named_parameters() if "weight" in name]
-    expected = torch.autograd.grad(penalty(theirs), weights)
-    for a, b in zip(torch.autograd.grad(penalty(ours), weights), expected, strict=True):
-        assert b.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ who trains whom
@@ -479,18 +387,6 @@ def test_without_an_encoder_nothing_is_known_of_a_task(files):
     k.agent.settle()
     _, _, *z = focal.evaluate(k.args, k.agent, k.world)
     assert not any(x.any() for x in (*z, k.agent.settled))
-
-
-@pytest.mark.parametrize("more", ["", "--alpha-lr 1e6", "--alpha-max 3"])
-@pytest.mark.parametrize("first", [0, 1, 50])
-def test_alpha_seeks_its_target(files, first, more):
-    _, _, k = after_updates(files, f"--tune-alpha --target-divergence 0.5 --alpha {first} {more}")
-    divergence = k.agent.metrics[0, METRICS.index("divergence")].item()
-    alpha = k.args.alpha + k.args.alpha_lr * (divergence - 0.5)
-    assert k.agent.alpha.item() == pytest.approx(min(max(alpha, 0), k.args.alpha_max), rel=1e-5)
-    assert k.agent.discriminator is not None
-    fixed = after_updates(files, f"--alpha {first}")[2]
-    assert fixed.agent.alpha.item() == fixed.args.alpha != k.agent.alpha.item() or first == 0
 
 
 def encoder_rates(k, *steps):

@@ -432,18 +432,6 @@ def test_overwrite_begins_anew(files, tmp_path, monkeypatch, capsys, done):
     run(files, tmp_path / "empty", "--overwrite")  # where nothing stands
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_never_stopped(files, tmp_path, monkeypatch, capsys):
-    path = unfinished(files, tmp_path, monkeypatch, capsys, "--steps 9")
-    torch.manual_seed(99)
-    run(files, tmp_path, "--steps 9 --resume")
-    assert f"going on from step 3 of {path / 'checkpoint.pt'}" in capsys.readouterr().out
-    whole = run(files, tmp_path / "whole", "--steps 9")
-    assert metrics(path) == metrics(whole) and len(metrics(path)) == 3
-    a, b = checkpoint(path), checkpoint(whole)
-    for key in ("step", "agent", "optimisers", "random"):
-        assert_equal(a[key], b[key])
-
-
 def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
     """From the longest that is no longer than it, and not from one of other settings, seed or script."""
     for more in ("--steps 15", "", "--steps 3", "--steps 9 --lr 0.2", "--steps 8 --seed 1", "--steps 7 --half 5"):
@@ -731,28 +719,6 @@ def test_a_final_json_that_is_damaged_is_refused_in_words(files, tmp_path, capsy
 
 
 # --------------------------------------------------------------------------------------------------------- the learner
-def test_a_loss_teaches_the_optimiser_s_own_weights_only():
-    toy, other = Toy(parse_args([])), nn.Linear(1, 1)
-    before = toy.net.weight.clone()
-    loss = lambda: other(toy.net(torch.ones(1, 3))).square().sum()
-    first = loss()
-    data.descend(toy.optimisers["net"], first)
-    assert loss() < first and not torch.equal(toy.net.weight, before)
-    assert all(p.grad is None for p in other.parameters())
-    stood = toy.net.weight.clone()
-    data.set_rate(toy.optimisers["net"], torch.tensor(0.0))
-    data.descend(toy.optimisers["net"], loss())
-    assert torch.equal(toy.net.weight, stood)
-
-
-def test_a_slow_network_follows():
-    slow, fast = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
-    expected = [0.75 * p + 0.25 * q for p, q in zip(slow.parameters(), fast.parameters(), strict=True)]
-    data.follow(slow, fast, 0.25)
-    for p, q in zip(slow.parameters(), expected, strict=True):
-        torch.testing.assert_close(p, q.detach())
-
-
 # ------------------------------------------------------------------------------------------------------------ pictures
 def test_the_curve(files, tmp_path, monkeypatch):
     drawn, plot, line = {}, Axes.plot, Axes.axhline

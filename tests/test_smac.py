@@ -15,8 +15,8 @@ import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
 from matplotlib.figure import Figure
-from test_focal import assert_gradients, checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
-from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
+from test_focal import checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
+from torch.distributions import Normal, kl_divergence
 
 import data
 import envs
@@ -55,28 +55,6 @@ def run(folder, name, file, more="", script=smac):
 
 
 # ------------------------------------------------------------------------------------------ losses, from the page
-def test_the_posterior_ignores_order_and_padding():
-    encoder = smac.Encoder(4, 16, 2).double()
-    (h,) = random_tensors((3, 6, 4))
-    expected = encoder(h)
-    for x, y in zip(encoder(h[:, torch.randperm(6)]), expected, strict=True):
-        torch.testing.assert_close(x, y)
-    counted = torch.tensor([1.0, 0, 1, 1, 0, 1]).double().expand(3, -1)
-    padded = torch.where(counted[..., None] > 0, h, 1e3)
-    for x, y, z in zip(encoder(padded, counted), encoder(h[:, [0, 2, 3, 5]]), expected, strict=True):
-        torch.testing.assert_close(x, y)
-        assert not torch.allclose(x, z)
-
-
-def test_kl_and_density():
-    mean, spread, noise = random_tensors((6, 3), (6, 3), (6, 3))
-    variance, log_std = spread.exp(), 0.3 * spread
-    expected = kl_divergence(Normal(mean, variance.sqrt()), Normal(torch.zeros(3), torch.ones(3))).sum(-1)
-    torch.testing.assert_close(smac.gaussian_kl(mean, variance), expected)
-    policy, u = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform()), mean + log_std.exp() * noise
-    torch.testing.assert_close(smac.log_density(u, noise, log_std), policy.log_prob(u.tanh()).sum(-1))
-
-
 def test_log_std_is_bounded():
     actor = smac.Actor(2, 3, 1, 8)
     for bias, bound in ((1e3, 2), (-1e3, -5), (1.0, 1)):
@@ -84,36 +62,9 @@ def test_log_std_is_bounded():
         assert actor(torch.randn(4, 2), torch.randn(4, 3))[1].tolist() == [[bound]] * 4
 
 
-def test_reward_critic_and_pearl_losses():
-    r, decoded, d, q_next, q, log_pi = random_tensors((4,), (4,), (4,), (2, 4), (2, 4), (4,))
-    d = (d > 0).double()
-    loop = lambda: sum((r[i] - decoded[i]) ** 2 for i in range(4)) / 4
-    assert_gradients(lambda: smac.reward_loss(r, decoded), loop, [r, decoded])
-    y = smac.critic_target(r, d, q_next, 5.0, 0.9)
-    for i in range(4):
-        expected = 5 * r[i] + (0.9 * min(q_next[0, i], q_next[1, i]) if d[i] == 0 else 0)
-        torch.testing.assert_close(y[i], expected)
-    y = y.detach()
-    loop = lambda: sum((q[k, i] - y[i]) ** 2 for k in range(2) for i in range(4)) / 4
-    assert_gradients(lambda: smac.critic_loss(q, y), loop, [q])
-    loop = lambda: sum(log_pi[i] - min(q[0, i], q[1, i]) for i in range(4)) / 4
-    assert_gradients(lambda: smac.pearl_loss(log_pi, q), loop, [log_pi, q])
-
-
-@pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_awac_loss(scale):
+def test_weights_of_large_advantages_are_finite():
     log_pi, q_data, q_pi = random_tensors((5,), (2, 5), (2, 5))
-    q_data, q_pi = scale * q_data, scale * q_pi
-    advantage = [min(q_data[0, i], q_data[1, i]).item() - min(q_pi[0, i], q_pi[1, i]).item() for i in range(5)]
-    top = max(advantage)
-    power = [math.exp((x - top) / 0.7) for x in advantage]
-    weight = [5 * x / sum(power) for x in power]
-    loop = lambda: -sum(w * log_pi[i] for i, w in enumerate(weight)) / 5
-    assert_gradients(lambda: smac.awac_loss(log_pi, q_data, q_pi, 0.7), loop, [log_pi])
-    q_data.requires_grad_(True)
-    q_pi.requires_grad_(True)
-    grads = torch.autograd.grad(smac.awac_loss(log_pi, q_data, q_pi, 0.7), [q_data, q_pi], allow_unused=True)
-    assert grads == (None, None)  # no gradient passes the weights
+    assert smac.awac_loss(log_pi, 3e4 * q_data, 3e4 * q_pi, 0.7).isfinite()
 
 
 # ------------------------------------------------------------------- one update against a loop over single transitions
@@ -443,14 +394,6 @@ def test_no_true_reward_reaches_the_online_phase(files, tmp_path, no_plots, monk
         assert all(x[key] == y[key] for key in smac.Agent.METRICS)
 
 
-def test_the_oracle_sees_true_rewards(files, tmp_path, no_plots, monkeypatch):
-    honest = run(tmp_path / "a", WIND, files[WIND], "--online-rewards oracle")
-    row = envs.FAMILIES[WIND]
-    monkeypatch.setitem(envs.FAMILIES, WIND, dataclasses.replace(row, reward=lambda task, *_: np.ones(len(task))))
-    lying = run(tmp_path / "b", WIND, files[WIND], "--online-rewards oracle")
-    assert moved(*(checkpoint(x)["agent"] for x in (honest, lying))) >= ALL
-
-
 def test_encoder_and_decoder_stand_still_online(files, tmp_path, no_plots):
     offline = run(tmp_path / "a", WIND, files[WIND], "--online-rewards none")
     whole = run(tmp_path / "b", WIND, files[WIND])
@@ -561,13 +504,6 @@ def test_exploration_draws_z_from_the_prior(files, monkeypatch):
     (z, more), (z_1, _), (z_2, _) = seen
     assert more == {"sampled": True, "anew": "step"} and len(z.unique(dim=0)) == 40 and 0.7 < z.std() < 1.3
     assert len(torch.cat([z_1, z_2]).unique(dim=0)) == 2 * k.world.env.num_envs
-
-
-def test_the_same_seed_plays_the_same_episodes(files):
-    k = build(WALKER, files[WALKER])
-    z = torch.zeros(k.world.env.num_envs, 3)
-    a, b, c = (smac.play(k.agent, k.world, k.world.env, z, seed)[0] for seed in (5, 5, 6))
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(None, "once"), ("episode", "after falls"), ("step", "always")])

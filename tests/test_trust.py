@@ -73,18 +73,10 @@ def test_killed_at_random_moments_nothing_is_lost():
     assert sum("killed at" in line for line in lines) >= 3  # the others had ended before
 
 
-def test_a_build_is_not_disturbed_by_what_was_left_behind(tmp_path, here):
-    there = tmp_path / WIND / "3+2-seed3"
-    there.mkdir(parents=True)
-    for name in ("behaviour-part0.pt", "behaviour.pt", "mixed.npz"):
-        (there / f".{name}.1.tmp").write_bytes(b"half")
-    assert data.load(prepare_tiny(tmp_path), WIND).rewards.shape == (5, 1000)
-    assert names(there) == {"behaviour.pt", "mixed.npz"}
-
-
-def test_parts_that_a_kill_left_beside_a_whole_behaviour_are_removed(here, tmp_path):
+def test_what_a_kill_left_beside_a_whole_behaviour_is_removed(here, tmp_path):
     folder = prepare_tiny(tmp_path).parent
-    (folder / "behaviour-part0.pt").write_bytes(b"anything")
+    for name in ("behaviour-part0.pt", ".behaviour-part0.pt.1.tmp", ".behaviour.pt.1.tmp", ".mixed.npz.1.tmp"):
+        (folder / name).write_bytes(b"anything")
     prepare_tiny(tmp_path, quality="expert")
     assert names(folder) == {"behaviour.pt", "mixed.npz", "expert.npz"}
 
