@@ -23,13 +23,7 @@ import data
 BEGIN, END = "<!-- report: made by benchmark/report.py -->", "<!-- report: end -->"
 PROTOCOLS = ("offline", "online")
 TABLES = ("runs", "datasets", "runs-same-data")
-# returns that the papers print, FOCAL++'s Table 1 (the cheetahs and the ant with sparse contexts); others show curves
-PAPER = {
-    "focal": {"sparse-point-robot": 11.84, "point-robot-wind": -5.61, "cheetah-fwd-back": 1351, "ant-fwd-back": 430,
-              "cheetah-vel": -183, "walker-params": 303},
-    "focal_pp": {"sparse-point-robot": 12.96, "point-robot-wind": -5.39, "cheetah-fwd-back": 1471, "ant-fwd-back": 720,
-                 "cheetah-vel": -137, "walker-params": 391},
-}  # fmt: skip
+SCRIPTS = {"focal": "FOCAL", "focal_pp": "FOCAL++", "merpo": "MerPO"}  # the columns before SMAC's
 
 
 def read(path):
@@ -67,34 +61,22 @@ def with_spread(values, form):
     return f"{values.mean():{form}}{spread}"
 
 
-def same_data(groups, smac, scale):
-    """Markdown: the scripts side by side on data of the same quality, FOCAL's named; `smac`, its groups on those."""
-    lines = ["| family | contexts | FOCAL | FOCAL++ | SMAC | MerPO | the data |", "|---" * 7 + "|"]
-    for (_, env, protocol), mine in smac.items():
-        rows = [groups.get((script, env, protocol), []) for script in ("focal", "focal_pp")]
-        rows += [mine, groups.get(("merpo", env, protocol), [])]
-        values = [np.array([float(row[f"{protocol}_last"]) for row in each]) for each in rows]
-        form = digits([*np.concatenate(values), *(x for x in scale.get(env, ()) if x is not None)])
-        cells = [with_spread(each, form) if len(each) else "" for each in values]
-        known = (rows[0] or mine)[0]["data_return"]  # SMAC counts the episodes after a fall as well
-        lines.append(f"| `{env}` | {protocol} | {' | '.join(cells)} | {float(known):{form}} |")
-    return "\n".join(lines)
-
-
-def table(groups, scale):
-    """Markdown: a line for each script and family."""
-    lines = ["| script | family | offline | best | online | its data | paper | seeds | minutes |", "|---" * 9 + "|"]
-    for script, env in dict.fromkeys(key[:2] for key in groups):
-        rows, cells = next(groups[script, env, kind] for kind in PROTOCOLS if (script, env, kind) in groups), []
-        number = lambda key, rows=rows: np.array([float(row[key] or "nan") for row in rows])
-        known, best = number("data_return")[0], number("offline_best").mean()
-        last = {kind: number(f"{kind}_last") for kind in PROTOCOLS}
-        form = digits([x for x in (*last["offline"], *last["online"], *scale.get(env, ())) if x is not None and x == x])
-        cells = ["" if np.isnan(x).all() else with_spread(x[~np.isnan(x)], form) for x in last.values()]
-        best, known = ("" if x != x else f"{x:{form}}" for x in (best, known))
-        minutes = f"{np.nanmean(number('minutes')):.0f}"
-        cells = [f"`{script}.py`", f"`{env}`", cells[0], best, cells[1], known]
-        lines.append(f"| {' | '.join([*cells, str(PAPER.get(script, {}).get(env, '')), str(len(rows)), minutes])} |")
+def table(groups, same, scale):
+    """Markdown: a line for each family, a cell for each script: its returns on contexts of the data and, behind a
+    semicolon, on its own; `same` has SMAC's on the data that the others learn from."""
+    names = ["family", "data", *SCRIPTS.values(), "SMAC's data", "SMAC", "SMAC on the others' data"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    numbers = lambda rows, key: np.array([float(row[key]) for row in rows if row[key]])
+    for env in dict.fromkeys(env for _, env, _ in groups):
+        found = [*((groups, script) for script in SCRIPTS), (groups, "smac"), (same, "smac")]
+        found = [[source.get((script, env, kind), []) for kind in PROTOCOLS] for source, script in found]
+        values = [[numbers(rows, f"{kind}_last") for rows, kind in zip(each, PROTOCOLS, strict=True)] for each in found]
+        known = [numbers(next(filter(None, each), []), "data_return")[:1] for each in found]
+        ends = [x for x in scale.get(env, ()) if x is not None]
+        form = digits(np.concatenate([*(x for each in values for x in each), ends]))
+        cells = ["; ".join(with_spread(x, form) for x in each if len(x)) for each in values]
+        data_return, smac_data = (f"{x[0]:{form}}" if len(x) else "" for x in (np.concatenate(known[:3])[:1], known[3]))
+        lines.append(f"| `{env}` | {' | '.join([data_return, *cells[:3], smac_data, *cells[3:]])} |")
     return "\n".join(lines)
 
 
@@ -155,14 +137,12 @@ def report(runs, datasets, same=()):
         families = normalised(groups, ends, script, protocol)
         if families:
             scores[script, protocol] = (families, *interval(families))
-    lines = ["| script | contexts | interquartile mean | 95% interval | families |", "|---|---|---|---|---|"]
-    for (script, protocol), (families, mean, low, high) in scores.items():
-        lines.append(f"| `{script}.py` | {protocol} | {mean:.2f} | {low:.2f} to {high:.2f} | {len(families)} |")
-    parts = [table(groups, ends), "\n".join(lines)]
-    if same:
-        parts += ["SMAC learning from the data that the others learn from (`python benchmark/run.py --same-data`):"]
-        parts += [same_data(groups, grouped(same), ends)]
-    return "\n\n".join(parts), scores
+    lines = ["| script | contexts of the data | its own | families |", "|---|---|---|---|"]
+    for script in dict.fromkeys(script for script, _ in scores):
+        each = [scores.get((script, protocol)) for protocol in PROTOCOLS]
+        cells = [f"{x[1]:.2f} ({x[2]:.2f} to {x[3]:.2f})" if x else "" for x in each]
+        lines.append(f"| `{script}.py` | {' | '.join(cells)} | {max(len(x[0]) for x in each if x)} |")
+    return f"{table(groups, grouped(same), ends)}\n\n" + "\n".join(lines), scores
 
 
 def main(root=ROOT):

@@ -14,13 +14,12 @@ collected itself (online): SMAC's own evaluations; the others' by online.py, on 
 
 import argparse
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import paper
 from paper import FIGURES, ROOT, SCRIPTS, envs, focal, focal_pp, merpo
 from report import read, write
-from retest import whole
+from retest import main_of, whole
 
 COLUMNS = ["script", "env", "seed", "steps", "offline_last", "offline_best", "online_last", "online_best"]
 COLUMNS += ["data_return", "optimum", "minutes"]
@@ -28,7 +27,7 @@ COLUMNS += ["data_return", "optimum", "minutes"]
 SAME_DATA = ["--quality", "mixed", "--data-size", "10000", "--data-until", "10000", "--context-data", "10000"]
 
 
-def arguments():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", choices=list(FIGURES), default=list(FIGURES))
     parser.add_argument("--envs", nargs="+", choices=list(envs.FAMILIES), default=list(envs.FAMILIES))
@@ -39,7 +38,7 @@ def arguments():
     parser.add_argument("--list", action="store_true", help="number the runs, and run nothing")
     parser.add_argument("--task", type=int, metavar="I", help="only the run of this number")
     parser.add_argument("--collect", action="store_true", help="run nothing, only write the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.same_data and args.scripts not in (list(FIGURES), ["smac"]):
         parser.error("--same-data is of SMAC only; expected no other --scripts")
     if not plan(args):
@@ -116,9 +115,10 @@ def collect(runs, path):
     print(f"{path}: {len(found)} of {len(runs)} runs found, {len(rows) - len(found)} rows more from before")
 
 
-def main():
+@main_of
+def main(argv):
     paper.os.chdir(ROOT)
-    args = arguments()
+    args = arguments(argv)
     runs = plan(args)
     if args.list:
         for i, (script, words) in enumerate(runs):
@@ -135,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -76,7 +76,7 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
     (folder / "final.json").write_text(json.dumps(final))
     message = f"{folder}: made with --lr 0.5, now {args.lr}; delete it to run it anew"
     for look in (run.describe, run.execute):
-        with pytest.raises(SystemExit, match=re.escape(message)):
+        with pytest.raises(data.DataError, match=re.escape(message)):
             look("focal", words)
 
 
@@ -143,21 +143,15 @@ def test_scores_are_between_random_and_expert_of_their_own_family(report):
     families, mean, low, high = scores["smac", "offline"]
     assert {env: list(values) for env, values in families.items()} == {"a": [0.5], "b": [0.5]}
     assert mean == low == high == 0.5 and list(scores) == [("smac", "offline")]
-    assert "| `smac.py` | `a` | 15.00 | 16.00 |  | 1.00 |  | 1 | 2 |" in text
-    text, _ = report.report([runs[0] | {"online_last": "12"}], datasets)  # the last agent alone
-    assert "| `smac.py` | `a` | 15.00 | 16.00 | 12.00 | 1.00 |  | 1 | 2 |" in text
 
 
-def test_scripts_stand_side_by_side_on_the_same_data(report):
+def test_scripts_stand_side_by_side(report):
     row = {"data_return": "1", "minutes": "2", "offline_best": "", "online_best": "", "env": "a"}
     runs = [row | {"script": "focal", "offline_last": last, "online_last": "3"} for last in ("10", "12")]
     runs += [row | {"script": "smac", "offline_last": "99", "online_last": "99"}]  # on data of its own
     same = [row | {"script": "smac", "offline_last": "5", "online_last": "4", "data_return": "0.5"}]
     text, scores = report.report(runs, [{"env": "a", "random": "0", "expert": "20"}], same)
-    assert text.splitlines()[-2:] == [
-        "| `a` | offline | 11.00 (1) |  | 5.00 |  | 1.00 |",
-        "| `a` | online | 3.00 (0) |  | 4.00 |  | 1.00 |",
-    ]
+    assert "| `a` | 1 | 11 (1); 3 (0) |  |  | 1 | 99; 99 | 5; 4 |" in text.splitlines()
     assert list(scores["smac", "offline"][0]["a"]) == [99 / 20]
 
 
@@ -236,7 +230,7 @@ def rounded(text):
     return float(f"{value}e{exponent}"), 0.5 * 10.0 ** (int(exponent) - len(value.partition(".")[2])) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("page, least", [("README.md", 25), ("benchmark/README.md", 380)])
+@pytest.mark.parametrize("page, least", [("README.md", 25), ("benchmark/README.md", 340)])
 def test_tables_say_what_the_committed_files_do(page, least):
     checked, wrong, env = 0, [], None
     for names, others, header, row in tables(page):
