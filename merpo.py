@@ -5,35 +5,35 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
         phi_m (3, but for the sign of its log T); phi_m <- phi_m - xi_1 (phi_m - mean theta_n)     the meta-model
     adapt every task's models from phi_m (4); the best 5 of 7 by held-out error are kept
     stage 2, repeat: draw tasks; policies start from pi_c, critics from Q_meta, slow targets from Q_meta's; J times RAC:
-        roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
-        Q_n  <- conservative evaluation on D_n and D_model (1)          beta rises where Q(rho) - Q(D) is large
-        pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
-        lambda rises where pi_n is far from the behaviour and from pi_c
-    with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10); Q_meta <- mean of Q_n,
-        its slow target <- mean of theirs
+            roll the models out from states of D_n, actions of pi_n, into D_model             (Algorithm 1)
+            Q_n  <- conservative evaluation on D_n and D_model (1)      beta rises where Q(rho) - Q(D) is large
+            pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
+            lambda rises where pi_n is far from the behaviour and from pi_c
+        with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10)
+        Q_meta <- mean of Q_n, its slow target <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
     python merpo.py --env point-robot-wind    # no GPU, 11 minutes: the meta-policy -7.9, adapted -5.9 (data -7.70)
 
 Where we differ from the paper:
-- There are seven meta-models, on bootstrapped data, for one; each of a task's five makes an equal share of its
-  rollouts, for one drawn at random. Task batches are drawn in both stages, where Algorithm 2 has sums over all tasks.
-- A policy fitted to each task's data stands for the behaviour in lambda and (11); the paper gets round it.
-- xi_q is 1, Q_meta takes the mean of Q_n whole; with Table 2's 1e-3 a weight moves 1e-5 an iteration.
+- There are seven meta-models, on bootstrapped data, not one; each of a task's five makes an equal share of its
+  rollouts, where the paper draws one of them. Task batches are Table 2's, in both stages; Algorithm 2 has all tasks.
+- A policy fitted to each task's data is pi_beta in lambda's rule and (11); the paper fits none, nor says what is.
+- xi_q is 1: with Table 2's 1e-3 a weight of Q_meta moves 1e-5 an iteration. Table 2's outer critic lr is not used.
 - Observations are standardised; so are, for the models, rewards and changes of observations.
 Where it is silent, or says two things:
-- Entropy is in the critic's target (A.2.1), not in (9), which has none (`--actor-entropy` puts it there too).
-- The states of rho in (1) are those at which D_model's transitions begin: with H = 1, all in D_n. D_model lasts, so rho
-  holds what policies of earlier iterations did. The actor ascends the lower of the twins.
+- Entropy, of a fixed temperature, is in the critic's target (A.2.1), not in (9) (`--actor-entropy`: there too).
+- In (1) E_rho is over fresh actions of pi_n at states where D_model's transitions begin (H = 1: states of D_n). D_model
+  lasts, so d_f holds what earlier policies did. Rollouts end by envs' rule. The actor ascends the lower of the twins.
 - log beta moves by its rate up or down (as Adam on a scalar while the sign stays); lambda is clipped at ten times its
   initial value, its divergences at 10. h steps adapt a task's models in stage 1 and after it.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
-  of mean 1.
-What we learned, and what small runs of many tasks do (beta and lambda stay where they begin, there is no entropy, (10)
-has five steps, the meta-model moves half-way to the mean of its tasks' models):
+  of mean 1. The paper has no number for eta, tau, ent, actions, rollouts, rollout_buffer, steps and model_steps.
+What we learned. Only the first is done at every size, the rest in small runs of many tasks (where, too, beta and lambda
+stay where they begin, there is no entropy, (10) has five steps, the meta-model moves half-way to its tasks' mean):
 - Q_meta needs a slow target that lasts: copied from it in each meta-iteration it is not slow, and cheetahs' Q explodes.
 - beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. Lambda is 0.01, for
-  two tasks 0.04 (Table 2 has more there, too): with that new speeds hardly leave pi_c, walkers end below their data.
+  two tasks 0.04 (Table 2 has more there, too); at 0.04 new speeds hardly leave pi_c and walkers end below their data.
 - A new task takes 4,000 steps of 256 transitions, at falling rates, from pi_c but not held to it (alpha is 1 in (9)).
 """
 
@@ -77,7 +77,7 @@ class Args(data.Args):
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
     adapt_batch_size: Count = 256  # transitions of a test task in each of --adapt-steps
-    adapt_lr: Number | None = None  # rate of a test task's critic and policy; unless given: --lr, --actor-lr
+    adapt_lr: Number | None = None  # of a test task's critic and policy (A.2.2: 8e-5); unless given: --lr, --actor-lr
     tau: Share = 0.005  # rate of the slow target (the paper's tau is --threshold)
     discount: Share = 0.99  # discount factor
     ent: Number = 0.2  # temperature of the entropy in the critic's target
@@ -93,11 +93,11 @@ class Args(data.Args):
     target_divergence: Number = 0.05  # divergence above which lambda rises
     real_ratio: Share = 0.5  # f, the share of data from D_n in a batch (Figure 9a)
     rollout_length: Count = 1  # H, steps of a model rollout
-    rollouts: Count = 250  # rollouts of each task before a step of RAC; rounded down to a multiple of five models
+    rollouts: Count = 250  # rollouts of each task before a step of RAC; rounded down to a multiple of 5
     rollout_buffer: Count = 10_000  # transitions that D_model holds
     model_hidden: Count = 256  # width of the dynamics models
     model_layers: Count = 4  # hidden layers of the models
-    model_steps: Count = 2_000  # iterations of stage 1; the paper does not say; unless given at most --steps
+    model_steps: Count = 2_000  # iterations of stage 1; unless given at most --steps, and 0 with --no-model
     model_lr: Number = 5e-2  # xi_1, the plain outer step of the meta-model
     model_task_lr: Number = 1e-4  # learning rate of a task's models
     model_adapt_steps: Count = 25  # h, gradient steps of a task's models in an adaptation
@@ -117,7 +117,7 @@ class Args(data.Args):
         super().complete(given)
         one_task, most = envs.family(self.env).differs == "nothing", self.rollout_buffer // self.rollout_length
         pair = f"--env {self.env} --single {self.single}: expected --single with a family of one task, and only there"
-        sizes = f"--rollouts {self.rollouts}: expected {KEPT} (one for each model) to {most} (D_model's size)"
+        sizes = f"--rollouts {self.rollouts}: expected {KEPT} (one for each model) to {most} (D_model's size by H)"
         data.refuse((one_task != bool(self.single), pair), (self.model and not KEPT <= self.rollouts <= most, sizes))
         idle = partial(data.refuse_idle, given)
         idle(f"{self.MANY} {self.NEW}", bool(self.single), f"--single {self.single}")
@@ -165,8 +165,8 @@ TABLE |= {
     **dict.fromkeys(("halfcheetah", "hopper"), SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4}),
     "walker2d": SINGLE | {"beta_initial": 10, "lr": 1e-4, "actor_lr": 1e-5},
 }
-# What differs on a machine without a GPU: sizes, fewer steps, faster slow targets and models, one action at a state of
-# rho, and what the header says was learned (with the test returns in view).
+# What differs on a machine without a GPU: sizes, fewer iterations, faster slow targets and models; of many tasks one
+# action at a state of rho and what the header says was learned; of one task higher rates. Chosen by test returns.
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "tau": 0.02}
 SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 4_000, "final_lr": 0.1, "eval_every": 1_000}
@@ -289,8 +289,7 @@ def gaussian_divergence(p, q):
 def meta_policy_loss(kl_meta, lam, alpha):
     """Eq. 10 for pi_c: mean of w_n KL(pi_n || pi_c), w_n = lambda_n (1 - alpha_n) scaled to mean 1, 1 if all are 0."""
     weight = lam * (1 - alpha)
-    mean = weight.mean()
-    weight = torch.where(mean > 0, weight / mean.clamp_min(1e-12), torch.ones_like(weight))
+    weight = torch.where(weight.mean() > 0, weight / weight.mean(), torch.ones_like(weight))
     return (weight * kl_meta.mean(-1)).mean()
 
 
@@ -340,7 +339,7 @@ class Tasks(nn.Module):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(rows.device)
         self.rows, self.held_out = rows[:, order], max(1, count // 10)
         drawn = np.random.default_rng(0).integers(count - self.held_out, size=(MODELS, count - self.held_out))
-        self.bootstrap = torch.from_numpy(drawn).to(rows.device)
+        self.bootstrap = torch.from_numpy(drawn).to(rows.device)  # (7, rows): what each model sees, alike in all tasks
         self.models, self.behaviour = Models(n * KEPT, *world.model_sizes), Policy(n, *world.sizes)
         add = self.register_buffer
         add("model_rows", torch.zeros(n, args.rollout_buffer, width))
@@ -461,7 +460,7 @@ class RAC(nn.Module):
             s2, r = s + change[..., :-1], change[..., -1:]
             d = world.row.terminated((s2 * world.std + world.mean).flatten(0, 1)).view(*r.shape).float()
             made.append(torch.cat([s, a, r, s2, d], -1))
-            s = torch.where(d > 0, start, s2)
+            s = torch.where(d > 0, start, s2)  # one that ended begins again at its start
         return torch.cat(made, 1)
 
     def evaluate_policy(self, s_rho, s_data, a_data, d_f):
@@ -485,7 +484,7 @@ class RAC(nn.Module):
         return {"critic_loss": loss / len(gap), "q_mean": q.mean(), "q_gap": gap.mean(), "beta": log_beta.exp().mean()}
 
     def improve_policy(self, s_rho, s_data, a_data, meta_policy):
-        """Eq. 7 as Eq. 9; at alpha = 0 Eq. 6 (COMBO-3) and, over many tasks, Eq. 5; `free` Eq. 2 (COMBO)."""
+        """Eq. 7 in the form of Eq. 9; alpha = 0: Eq. 6 (COMBO-3), over many tasks Eq. 5; `free`: Eq. 2 (COMBO)."""
         args, tasks, index = self.args, self.tasks, self.index
         alpha, lam = tasks.alpha[index], tasks.lam[index]
         policy = self.actor(s_rho)
@@ -495,7 +494,7 @@ class RAC(nn.Module):
         weight = torch.zeros_like(lam) if self.free else lam * self.unit(q)
         q = q - args.ent * log_pi if args.actor_entropy else q
         loss = actor_loss(q, self.actor.log_density(s_data, a_data), d_meta, weight, alpha)  # Eq. 9
-        # both of the policy before its step
+        # divergences of the policy before its step
         d_behaviour, d_meta = self.from_behaviour(s_data).clamp_max(10), d_meta.detach().mean(-1).clamp_max(10)
         data.descend(self.optimisers["actor"], loss)
         # A.2.2, "Tune lambda": + lr (alpha D(pi_n, pi_beta) + (1 - alpha) D(pi_n, pi_c) - target)
@@ -533,7 +532,7 @@ class Agent(data.Learner):
         self.rac = RAC(args, world, train_tasks, count, args.single == "combo")
         self.to(device)
         self.optimisers = self.rac.optimisers | {"meta_policy": data.adam(self.meta_policy, args.outer_lr)}
-        # of one task theta is phi_m itself; of many it begins anew in every iteration: a tuple is in no checkpoint
+        # of one task theta is phi_m itself; of many it begins anew each time, and a tuple keeps it out of checkpoints
         theta = self.meta_model if args.single else Models(count * MODELS, *world.model_sizes).to(device)
         self.task_models = theta, data.adam(theta, args.model_task_lr)
         self.optimisers |= {"meta_model": self.task_models[1]} if args.single else {}
@@ -554,7 +553,7 @@ class Agent(data.Learner):
         self.record()
 
     def learn_policy(self):
-        """A meta-iteration of stage 2 (lines 10 to 17 of Algorithm 2), all tasks at once."""
+        """A meta-iteration of stage 2 (lines 10 to 17 of Algorithm 2), its tasks all at once."""
         args, rac = self.args, self.rac
         self.step += 1
         anneal(args, self.optimisers, self.step - args.model_steps, args.steps)
@@ -563,7 +562,7 @@ class Agent(data.Learner):
             rac.start(self.meta_policy, self.meta_q, self.meta_target)
         for _ in range(args.inner_steps):
             log = rac.step(self.meta_policy)
-        self.note(**log)
+        self.note(**log)  # of the last of the J steps
         if not args.single:
             self.learn_meta()
         self.record()
@@ -571,8 +570,8 @@ class Agent(data.Learner):
     def learn_meta(self):
         """Line 17 of Algorithm 2: Eq. 10 for pi_c; then Q_meta's outer step (A.2.2). With --adaptive Eq. 11 before."""
         args, rac, tasks, index = self.args, self.rac, self.rac.tasks, self.rac.index
+        draw = tasks.imagined if args.model else tasks.draw  # rho
         for i in range(args.outer_steps):
-            draw = tasks.imagined if args.model else tasks.draw
             s = draw(index, args.batch_size).split(self.world.split, -1)[0]
             kl = gaussian_divergence(rac.actor(s), self.meta_policy(s))  # pi_n stays
             if args.adaptive and i == 0:
@@ -641,10 +640,10 @@ def play(args, policy, world):
 
 
 def evaluate(args, agent, world):
-    """Every test task adapts, all as one batch: RAC from the meta-policy on its own data; then its policy is scored.
+    """Every test task adapts, all as one batch, by RAC on its own data (--test-start); then its policy is scored.
 
-    Returns {steps of RAC: returns (n_test, E)}: after 0, which is the meta-policy itself, and the last; --single, where
-    nothing adapts: {0: of the meta-policy, 1: of the policy}. Draws are the same each time, none is the run's.
+    Returns {0: returns (n_test, E) of the meta-policy, --adapt-steps: of the adapted policies}, or with --single, where
+    nothing adapts, {0: of the meta-policy, 1: of the policy}. Draws are the same each time, none is the run's.
     """
     returns, device = {0: play(args, agent.meta_policy, world)}, world.mean.device
     if args.single:
@@ -659,7 +658,7 @@ def evaluate(args, agent, world):
 
 
 def begin_test(args, agent, world):
-    """RAC on the test tasks, before its first step, as --test-start says."""
+    """RAC on the test tasks before its first step (--test-start); beta, lambda, alpha are the training tasks' means."""
     tasks, trained, n = agent.test_tasks, agent.rac.tasks, len(world.test_rows)
     initialise, alpha, free = STARTS[args.test_start]
     args = copy.copy(args)
