@@ -4,32 +4,32 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
     offline, repeat: draw tasks; for each task, two histories h, h' from D_i
         z ~ q_phi(z | h), the product of one Gaussian for each (s, a, r) of h
         phi   <- descend the error of the decoded rewards of h' + KL(q || N(0, I)) (3): encoder and decoder
-        theta <- ascend log pi(a | s, z), weighted by exp(advantage / lambda) (2)  AWAC; the weights are detached
+        theta <- ascend log pi(a | s, z), weighted by exp(advantage / lambda) (2)  AWAC; weights and z are detached
         w     <- descend the Bellman error on h' given z (1)                      no entropy; z is detached
     self-supervised, repeat: roll out pi(. | s, z), z from the prior, in a training task, without any reward
         label the trajectory by the decoder (4) with z ~ q_phi of an OFFLINE history of D_i; append it to D_i
         w, theta as above, the actor also by PEARL's loss; h and h' now hold the labelled trajectories too
-At meta-test time the agent explores for two episodes with z from the prior, then acts on its posterior.
+At meta-test time the agent explores for two episodes with z from the prior, then acts on one z of the posterior.
 
-    python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12; in the end -118 (data -208)
+    python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12; -128 (three seeds: -118; data -208)
 
 Where we differ from the paper:
-- Data are the last rows of the early replay of one SAC agent for each task (point robots: the first; sawyer: a
-  script's); the paper's are the buffers of one PEARL run, and benchmark/pearl.py makes such data. On small MuJoCo
-  families data are of half-trained policies, of all stages where there are two tasks. A context h is of the last 400
-  of these rows, which RL has too, and of what is collected; the paper's 400 are a buffer of exploration alone.
+- The paper's data are the buffers of one PEARL run (benchmark/pearl.py makes such), sawyer's a script's, as here. Ours
+  are the last rows of the early replay of one SAC agent for each task (point robots: the first); at small sizes, on
+  MuJoCo, of half-trained policies, with two tasks of policies of all stages. A context h is of the last 400 of these
+  rows, which RL has too, and of what is collected (sawyer, small two-task: of all rows); the paper's are exploration's.
 - Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. (1) has no d; in ours
-  nothing follows where d is 1.
-- Line 8 labels by any D_i; here by that of the task rolled out (`--online-tasks test`: a random one): dynamics may
-  differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates follow. z is drawn once an episode
-  (`--z-every step`: line 7's once a step). An oracle is this script with true rewards online; the paper's is PEARL with
-  them. With `--actor bc` the online phase has no PEARL loss.
+  nothing follows where d is 1. Q is the lower of twins, in (1), in (2) and in PEARL's loss; log std is in [-5, 2].
+- Algorithm 1's line 8 draws any D_i to label by; here it is that of the task rolled out (`--online-tasks test`: a
+  random one), as dynamics may differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates
+  follow. z is drawn once an episode (`--z-every step`: line 7's z_t). The oracle is this script with true rewards
+  online, where encoder and decoder go on learning; the paper's is PEARL. `--actor bc` has no PEARL loss online.
 - A bare exp in (2) overflows: the weights are N softmax(advantage / lambda) over the meta-batch; V at s, not s'.
 - Observations are standardised and kept within ten standard deviations: half-trained humanoids hold a knee still (std
   0.02), so that a bent one lay 130 of them out, and labels and Q went far too high.
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
 What we learned: q collapses to the prior where a state tells the task (data of two tasks, each of its own policy) and
-where rewards hardly depend on it (humanoids); where the agent's own paths say little of it (goals) labels do not help.
+where rewards hardly depend on it (humanoids); where the agent's own paths say little of it (goals) labels help little.
 """
 
 from __future__ import annotations
@@ -78,18 +78,18 @@ class Args(data.Args):
     kl_weight: Number = 1 / 256  # weight of the KL in Eq. 3, whose sum over a batch's 256 rows is a mean here
     awac_lambda: Positive = 100.0  # temperature lambda of Eq. 2
     pearl_weight: Number = 1.0  # lambda_pearl, of PEARL's actor loss in the online phase
-    online_steps: Whole = 250_000  # environment steps of the online phase, rounded up to whole rounds
+    online_steps: Whole = 250_000  # environment steps of the online phase (the paper: no number), in whole rounds
     online_envs: Count = 25  # trajectories collected side by side
     updates: Positive = 4.0  # gradient steps for each environment step of the online phase
     # ablations
-    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # what trains the encoder; q does online too (Figure 7)
+    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # what trains the encoder; online only q (Figure 7)
     actor: Literal["awac", "sac", "bc"] = "awac"  # sac, bc: the paper's ablations
     online_rewards: Literal["decoder", "oracle", "none"] = "decoder"  # none: no online phase
     online_tasks: Literal["train", "test"] = "train"  # where trajectories are collected (Figure 9)
     online_contexts: Literal["all", "offline"] = "all"  # rows that contexts come from in the online phase
     z_every: Literal["episode", "step"] = "episode"  # when exploration draws z from the prior
 
-    GROWS = ()  # where phases end and how fast rates fall depends on the length of a run
+    GROWS = ()  # not even --steps: where the online phase begins and how fast rates fall hang on it
     ONE_FILE = (*data.Args.ONE_FILE, "train_tasks", "test_tasks")
     ELSEWHERE = (*data.Args.ELSEWHERE, "exact")
 
@@ -109,17 +109,17 @@ class Args(data.Args):
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
 # On cheetah-vel the encoder's buffer stays offline (appendix C.2, where RL's is the first 1,200 rows, here the last).
-# Families that are not in the paper take the cheetah's row but for its contexts, point robots a discount for their
-# shorter horizon, a larger scale for their smaller rewards, and SAC's first rows, since it is an expert by the last.
-# Sawyer has one buffer for contexts and RL, and the script's data have no other quality. What is not here is as above.
+# What is not here is as in Args: Table 1, and of Table 2 the cheetah's column. So it is in families that are not in the
+# paper, but point robots have a discount for their shorter horizon, a larger scale for their smaller rewards, and SAC's
+# first rows (it is an expert by the last). Sawyer has one buffer for contexts and RL, and no data but its script's.
 POINT = {"data_until": 1600, "discount": 0.9, "reward_scale": 100}
-TWO = {"meta_batch_size": 2, "eval_episodes": 8}
+TWO = {"meta_batch_size": 2, "eval_episodes": 8}  # a mean over two test tasks needs more episodes of each
 SAWYER = {"quality": "mixed", "data_size": 3750, "context_data": 3750, "reward_scale": 1}
 SAWYER |= {"awac_lambda": 0.3, "pearl_weight": 0}
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
-    "cheetah-vel": {"train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},  # appendix C.2, here alone
+    "cheetah-vel": {"train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},
     "cheetah-fwd-back": TWO,
     "ant-fwd-back": TWO,
     "ant-dir": {},
@@ -128,8 +128,8 @@ TABLE = {
     "humanoid-dir": {"data_size": 1200},
     "sawyer": SAWYER,
 }
-# What differs on a machine without a GPU. (Batches are 128 but kl_weight stays, so the KL has half of Eq. 3's weight.
-# Sawyer's discount, tau and kl_weight, and cheetah-vel's online contexts, were chosen on seed 0.)
+# What differs on a machine without a GPU. (Batches are 128 but kl_weight stays: the KL has half of Eq. 3's weight, on
+# sawyer a sixteenth, which like its discount and tau, and cheetah-vel's online contexts, was chosen on seed 0.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -194,7 +194,7 @@ def gaussian_kl(mean, variance):
 
 
 class Critic(nn.Module):
-    """Q(s, z, a), two of them as one batch: (..., d) -> (2, ...)."""
+    """Q(s, a, z), two of them as one batch, of rows (N, d): (2, N)."""
 
     def __init__(self, obs_dim, latent, act_dim, hidden):
         super().__init__()
@@ -202,8 +202,7 @@ class Critic(nn.Module):
 
     def forward(self, s, z, a):
         x = torch.cat([s, z, a], -1)
-        rows = x.flatten(0, -2)
-        return self.net(rows.expand(2, *rows.shape)).view(2, *x.shape[:-1])
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
 
 
 class Decoder(nn.Module):
@@ -243,7 +242,7 @@ def sample(mean, variance):
 
 # ======================================================================================================= 4. losses
 def reward_loss(r, decoded):
-    """The sum of Eq. 3 as a mean: (r - r_phi_d(s, a, z))^2, r and decoded (N,)."""
+    """Eq. 3's sum over h (Algorithm 1 and here: h') as a mean: (r - r_phi_d(s, a, z))^2, r and decoded (N,)."""
     return (r - decoded).square().mean()
 
 
@@ -259,9 +258,9 @@ def critic_loss(q, y):
 
 
 def awac_loss(log_pi, q_data, q_pi, temperature):
-    """Eq. 2: -log pi(a | s, z) exp((Q(s, a, z) - V(s, z)) / lambda), V by one sample; log_pi (N,), q (2, N).
+    """Eq. 2, V at s for its s': -log pi(a | s, z) exp((Q(s, a, z) - V(s, z)) / lambda); log_pi (N,), q (2, N).
 
-    The exponentials are divided by their mean over the N rows, so that they cannot overflow; no gradient passes them.
+    V by one sample. The exponentials are divided by their mean over the N rows, lest they overflow, and are detached.
     """
     advantage = (q_data.amin(0) - q_pi.amin(0)).detach()
     weight = len(advantage) * torch.softmax(advantage / temperature, 0)
@@ -269,7 +268,7 @@ def awac_loss(log_pi, q_data, q_pi, temperature):
 
 
 def pearl_loss(log_pi, q_pi):
-    """PEARL's actor loss (appendix C.3): log pi(a|s, z) - min Q(s, a, z), a ~ pi; log_pi (N,), q_pi (2, N)."""
+    """PEARL's actor loss, C.3's KL without log Z: log pi(a|s, z) - min Q(s, a, z), a ~ pi; log_pi (N,), q_pi (2, N)."""
     return (log_pi - q_pi.amin(0)).mean()
 
 
@@ -288,7 +287,7 @@ class Replay(nn.Module):
         self.register_buffer("filled", self.offline.clone())  # how many there are
 
     def append(self, task, rows):
-        """Trajectories (E, H, D) to the ends of the buffers task (E,)."""
+        """Trajectories (E, H, D) to the ends of the buffers of tasks (E,)."""
         earlier = (task[:, None] == task[None]).tril(-1).sum(1)  # trajectories of the same task before this one
         place = (self.filled[task] + earlier * rows.shape[1])[:, None] + torch.arange(rows.shape[1], device=task.device)
         self.rows[task[:, None], place] = rows
@@ -305,8 +304,8 @@ class Replay(nn.Module):
         return s, a, r[:, 0], s2, d[:, 0]
 
     def histories(self, task, size, offline=False):
-        """(M, size, D) rows of tasks (M,), h of Algorithm 1: drawn from the paper's encoder buffer, which is the last
-        offline rows and what was collected, or from its `offline` part, where there is one."""
+        """(M, size, D) rows of tasks (M,), h of Algorithm 1: from the encoder's buffer (appendix C.2), here the last
+        `context_data` offline rows and what was collected; `offline`: from the former alone, where there are any."""
         last = torch.where(self.offline > 0, self.offline, self.filled) if offline else self.filled
         return self._draw(task, size, (self.offline - self.context_data).clamp_min(0), last)
 
@@ -345,8 +344,7 @@ class Agent(data.Learner):
         """One gradient step of every network that learns. It never waits for the device."""
         args, optimisers, replay = self.args, self.optimisers, self.replay
         self.step += 1
-        rates = dict.fromkeys(optimisers, args.lr)
-        data.anneal(optimisers, rates, args.final_lr, self.step, self.total)  # over both phases
+        data.anneal(optimisers, dict.fromkeys(optimisers, args.lr), args.final_lr, self.step, self.total)  # both phases
         taught = not online or args.online_rewards == "oracle"  # true rewards train encoder and decoder
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)
@@ -420,10 +418,9 @@ def pack(dataset, tasks, scaled, part):
 
 
 def choose_rows(args, found, exact):
-    """The slice of a task's `found` rows that --data-size and --data-until ask for; of what is not in `exact`, which
-    are the flags given, less where there is less."""
-    until = args.data_until or found
-    until = until if "data_until" in exact else min(until, found)
+    """The slice of a task's `found` rows that --data-size and --data-until ask for; where there are fewer, those not in
+    `exact` (the flags that were given) ask for what there is."""
+    until = args.data_until if "data_until" in exact else min(args.data_until or found, found)
     size = args.data_size if "data_size" in exact else min(args.data_size, until)
     words = f"expected {size} rows up to row {until}, found {found} rows a task"
     data.refuse((size > until or until > found, f"--data-size, --data-until: {words}"))
@@ -482,8 +479,8 @@ def play(agent, world, env, z, seed, sampled=False, anew=None):
     """One trajectory of `horizon` steps in every sub-environment, acting on z (B, l).
 
     Returns rows (B, H, D) with the rewards that `env` gives, whether each row is of the first episode and sound (B, H),
-    the return of that (B,), and whether the physics held (B,). Where an episode ends early the next begins.
-    z is drawn again from the prior with every `anew`, "episode" or "step".
+    the first episode's return (B,), and whether the physics never blew up (B,). Where an episode ends early the next
+    begins. z is drawn anew from the prior at every `anew`, "episode" or "step"; without it, never.
     """
     device, obs = z.device, env.reset(seed=seed)[0]
     rows, counted, alive, total = [], [], np.ones(len(obs), bool), np.zeros(len(obs))
@@ -497,7 +494,7 @@ def play(agent, world, env, z, seed, sampled=False, anew=None):
         rows.append(torch.cat([s, a, r, world.scaled(info.get("final_obs", following)), d], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * info.get("sparse_reward", reward)  # sparse-point-robot reports the sparse return
-        alive &= ~ended | info["blew_up"]
+        alive &= ~ended | info["blew_up"]  # after a blow-up the steps that are left count
         sound &= ~info["blew_up"]
         if anew == "step" or (anew and ended.any()):
             new = torch.as_tensor(ended | (anew == "step"), device=device)
@@ -518,7 +515,7 @@ def explore(args, agent, world):
 
 def posteriors(args, agent, world, rows, counted):
     """Mean and variance (B, l) of q_phi(z | h) by the prefix that their columns have in metrics.csv: "" where h is all
-    that was explored, "short_" as many rows of it as in training (fewer after a fall), "offline_" of the data."""
+    that was explored, "short_" `context_size` of its rows (if fewer count, others weigh 0), "offline_" of the data."""
     size, counted = args.context_size, counted.float()
     index = torch.multinomial(counted.clamp_min(1e-9), size, replacement=size > rows.shape[1])
     found = {"": agent.encoder(rows, counted)}
@@ -564,7 +561,7 @@ def evaluate(args, agent, world):
 
 # ------------------------------------------------------------------------------- the online phase, lines 6 to 9
 def rounds(args):
-    """Of the online phase: how many there are, and how many gradient steps each has."""
+    """How many rounds the online phase has, and how many gradient steps each of them."""
     steps = args.online_envs * envs.family(args.env).horizon  # in the environments
     return math.ceil(args.online_steps / steps), max(1, round(args.updates * steps))
 
@@ -580,7 +577,7 @@ def schedule(args, n, stream):
 def collect(args, agent, world, i):
     """Round i of lines 7 to 9: trajectories with z from the prior, labelled by the buffers that they join.
 
-    Unless rewards are the oracle's, the environment that acts here does not know any.
+    Unless rewards are the oracle's, the environment here knows none.
     """
     oracle, device = args.online_rewards == "oracle", world.mean.device
     tasks, buffers = world.online_tasks[i], torch.as_tensor(world.buffers[i], device=device)
@@ -602,8 +599,7 @@ def train(args, run, make_world=World):
     run.curve = world.CONTEXTS
     run.begin(agent, world)
     learn, practise = run.graph(agent.update), run.graph(lambda: agent.update(online=True))
-    _, each = rounds(args)
-    first = range(args.steps + 1, agent.total + 1, each)  # the first step of every round of the online phase
+    first = range(args.steps + 1, agent.total + 1, rounds(args)[1])  # the first step of every round of the online phase
     for step in run.steps(agent.total, args.steps):
         if step <= args.steps:  # the offline phase: Algorithm 1, lines 2 to 5
             learn()
@@ -617,8 +613,7 @@ def train(args, run, make_world=World):
         if run.due(step):
             row, z = evaluate(args, agent, world)
             data.plot(run, "embeddings", world.env, z[: world.seen], z[world.seen :])
-            begun = len(range(first.start, step + 1, each))
-            row["online_steps"] = begun * args.online_envs * world.row.horizon
+            row["online_steps"] = sum(start <= step for start in first) * args.online_envs * world.row.horizon
             others = [f"{label} {row[f'{key}return_mean']:.2f}" for key, label in run.curve.items() if key]
             run.log(row, "; ".join(others))
     run.end()
