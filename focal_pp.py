@@ -2,7 +2,7 @@
 
 Given fixed datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are FOCAL's equations):
     repeat: draw a meta-batch of tasks; for each task draw two contexts c_i, c'_i and an RL minibatch b_i from D_i
-        z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention: in W and in E_q (weights phi)
+        z_i = mean of W(c) E_q(c) over c_i (FOCAL++'s 18)                attention: W and E_q, of parameters phi
         z_k = the same of c'_i by the key encoder E_k, no gradient       those of other tasks are the negatives
         phi   <- descend the momentum contrast loss (FOCAL++'s 7, 8)     then phi_k <- m phi_k + (1 - m) phi
         psi   <- descend the Bellman error of Q_psi(s, z_i, a) (27)      z_i detached: it does not train the encoder
@@ -12,16 +12,16 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 
     python focal_pp.py --env sparse-point-robot  # 6 minutes, 12.3 (temperature 0.1, not 0.5); diff focal.py focal_pp.py
 
-(On such goals FOCAL++'s Table 1 has FOCAL at 11.84, FOCAL++ at 12.96; optimum 13.09. Ours are small networks on data of
-all stages of SAC. Contexts and returns are sparse, actor and critic learn from dense rewards, as FOCAL++'s do.)
+(FOCAL++'s Table 1 has FOCAL at 11.84 there, FOCAL++ at 12.96; optimum 13.09. Ours are small networks on data of all
+stages of SAC. Contexts and returns are sparse, actor and critic learn from dense rewards, as FOCAL++'s do.)
 Where we differ from the paper:
 - Every step draws its tasks, and from D_i their contexts and minibatches: there are no C_i (FOCAL++: b_i = c_i). (13),
   (27), (28) are means where FOCAL's Algorithm 1 has sums, and so is |d|^2 in (13), over latent dimensions, as its
-  Table 5b presupposes. Other families' contexts hold all rewards, FOCAL++'s sparse ones (`--sparse`).
+  Table 5b presupposes. Contexts: dense rewards, on sparse-point-robot FOCAL's sparse ones; `--sparse`: FOCAL++'s.
 - Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
-  cannot settle while z moves under it; z is then one of 64 kept for each task.
-- FOCAL's 7, which has D in the target too (`--value-penalty`), and 8 read literally give gamma^2 alpha D; BRAC's
-  gamma alpha D is meant. D(s') is of the data's next action, and 0 where an episode ends.
+  cannot settle while z moves under it; z is then one of 64 kept for each task. Other settings: SMALL, OURS.
+- D in the target (`--value-penalty`): FOCAL's 7 put into its 8 gives it the weight gamma^2 alpha; BRAC's gamma alpha
+  is meant. D(s') is of the data's next action, and 0 where an episode ends.
 - The critic steps before the actor (Algorithm 1: after it). One c'_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
@@ -62,30 +62,30 @@ class Args(data.Args):
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
     sparse: bool = False  # contexts of sparse rewards (FOCAL++'s Eq. 35); dense ones to learn from
     latent: Count = 20  # size l of the task embedding
-    encoder_hidden: Literal[16, 32, 64, 128, 256] = 128  # width of the task encoder
+    encoder_hidden: Literal[16, 32, 64, 128, 256] = 128  # width of the task encoder; the gate's is a 16th (reduction)
     blocks: Count = 3  # attention blocks of the task encoder
     dropout: Share = 0.1  # in the encoder while it learns
     temperature: Positive = 0.5  # tau of FOCAL++'s Eq. 8 (not the target's rate), with contrast
     momentum: Share = 0.9  # m of the key encoder, with contrast
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # the encoder's; unless given: a table's, or steps / 5 (all if Q trains it)
-    beta: Number = 1.0  # weight of Eq. 13's negative pairs, times that which LAWS has from FOCAL's Table 5b
+    encoder_steps: Count | None = None  # unless given: a table's or steps / 5, at most steps / 2 (all if Q trains it)
+    beta: Number = 1.0  # weight of FOCAL's Eq. 13's negative pairs, times that in LAWS (its Table 5b)
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
     value_penalty: bool = False  # D in the target (FOCAL's Eq. 7)
     discriminator_lr: Number = 1e-4  # learning rate of the discriminator g
-    discriminator_steps: Count = 3  # gradient steps of the discriminator in an update
+    discriminator_steps: Count = 3  # gradient steps of the discriminator in an update; 3 is the authors' code's
     tune_alpha: bool = False  # let alpha seek the target divergence (FOCAL++)
     alpha_lr: Number = 1.0  # with --tune-alpha, the size of alpha's plain gradient step
     alpha_max: Number = 2e3  # with --tune-alpha, the largest alpha
-    target_divergence: Number = 0.05  # with --tune-alpha, above which alpha rises
+    target_divergence: Number = 0.05  # with --tune-alpha, the mean D above which alpha rises
     # ablations
     actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z; Q learns, unused
     attention: Literal["both", "batch", "seq", "none"] = "both"  # over transitions (batch), their parts (seq)
-    next_obs: bool = True  # s' in the context, which PEARL leaves out
-    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # 2 tasks or more; dml: FOCAL's; bellman: PEARL's
+    next_obs: bool = True  # s' in the context; in PEARL's code only where dynamics differ
+    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # contrast: 2+ tasks; dml: FOCAL; bellman: PEARL
     coupled: bool = False  # the critic's loss trains the encoder too (FOCAL, section 5.2.3)
-    dml: Literal[tuple(LAWS)] = "inverse-square"  # law of Eq. 13's negative pairs
+    dml: Literal[tuple(LAWS)] = "inverse-square"  # law of FOCAL's Eq. 13's negative pairs
 
     GROWS = ("steps", "encoder_steps")
 
@@ -103,7 +103,7 @@ class Args(data.Args):
         super().complete(given)
         if self.sparse and "relabelled" in (self.quality, self.test_quality):
             raise data.DataError("--sparse: contexts of relabelled data are sparse by themselves; expected one of them")
-        if "encoder_steps" not in given:  # at the last one its rate is 0, and a policy has to learn after it
+        if "encoder_steps" not in given:  # 2 or more: the last has rate 0; half at most: then the policy learns on
             last = max(2, min(self.encoder_steps or self.steps // 5, self.steps // 2))
             self.encoder_steps = self.steps if self.critic_trains_encoder else last  # Q changes as the policy does
         idle = partial(data.refuse_idle, given)
@@ -118,7 +118,7 @@ class Args(data.Args):
 
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
-# from one checkpoint, the paper's from fourteen or more, and leave Q ignorant of actions that lead away from the goal.
+# from one checkpoint (the paper's: fourteen or more) and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6
@@ -141,18 +141,18 @@ SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "alpha": 50}
 # FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
-SMALL_WALKER |= {"steps": 24_000, "final_lr": 0.02}
+SMALL_WALKER |= {"steps": 12_000, "final_lr": 0.02}
 # FOCAL's alpha of 500 and 1e6, times one sample of D, drowns the target. A policy that learns faster than the
 # discriminator outruns it: cheetah-fwd-back then stays at 200 to 700, ant-fwd-back below its data.
 SMALL_TWO = SMALL_MUJOCO | {"meta_batch_size": 2, "batch_size": 256, "alpha": 100}
 SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
-# A z of more numbers sets unseen walkers apart from those that the policy has learned on.
-SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1, "steps": 12_000}
+# With more numbers in z unseen walkers lie apart from those that the policy has learned on.
+SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1}
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO) | {"cheetah-vel": SMALL_MUJOCO}
-# Directions of a body: held like the two-task families (alpha 100) humanoids end below their data.
-SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER | {"steps": 12_000})
-SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "steps": 12_000, "encoder_steps": 1_500}}
+# Directions of a body: with the two-task families' alpha of 100 humanoids end below their data.
+SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER)
+SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
 # What is ours at the papers' sizes, on walkers alone: there the paper's table (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
@@ -228,7 +228,7 @@ class Encoder(nn.Module):
 
     def forward(self, context, generator=None):
         z, w = self.transitions(context)
-        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18: mean over c of W(c) E(c); every block has a W too
+        z = (w[..., None] * z).mean(1)  # FOCAL++'s Eq. 18: mean over c of W(c) E(c); W also scales tokens in its block
         return z, torch.zeros_like(z[:, 0])
 
     def transitions(self, context):
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over a transition's tokens and over a context's transitions, side by side; starts as the identity."""
+    """Attention over a transition's tokens and over a context's transitions, side by side; first the identity (B.2)."""
 
     def __init__(self, hidden, attention, dropout):
         super().__init__()
@@ -316,8 +316,8 @@ def critic_loss(q, y):
 
 
 def actor_loss(log_pi, q, divergence, alpha):
-    """FOCAL's Eq. 28, -Q + alpha D, and the entropy of its appendix F, whose weight of 1 is ours (the scale of rewards
-    sets it): log pi(a''|s, z) - min Q(s, z, a'') + alpha D(s); q (2, N)."""
+    """FOCAL's Eq. 28, -Q + alpha D, and the entropy of its appendix F; its weight of 1 is ours (`reward_scale` decides
+    what that is worth): log pi(a''|s, z) - min Q(s, z, a'') + alpha D(s); q (2, N)."""
     return (log_pi - q.amin(0) + alpha * divergence).mean()
 
 
@@ -342,7 +342,7 @@ def discriminator_loss(divergence, grad_a):
 def slope(net, x, m):
     """The gradient (N, m) of net(x), a network that `mlp` made, by the last m of the inputs x (N, d).
 
-    Where the ReLUs are active is piecewise constant in x, so a gradient of this gradient reaches the weights only.
+    By hand, for speed. Which ReLUs are active is locally constant: a gradient of this gradient meets the weights only.
     """
     with torch.no_grad():
         h_1 = net[:2](x)
@@ -361,7 +361,7 @@ class Agent(data.Learner):
     METRICS = ("encoder_loss", "encoder_kl", "critic_loss", "actor_loss", "discriminator_loss", "q_mean", "divergence")
     METRICS += ("alpha",)
     SETTLED = 64  # contexts of each task that are embedded for good once the encoder stands still
-    ACTOR = Actor
+    ACTOR = Actor  # benchmark/bcq.py has another
 
     def __init__(self, args, batches):
         super().__init__()
@@ -403,7 +403,7 @@ class Agent(data.Learner):
         self.record()
 
     def set_rates(self, encoder_learns):
-        """Learning rates fall linearly, the encoder's to 0: it stands still from then on."""
+        """Actor's, critic's rates fall linearly, the encoder's to 0: it stands still from then on; g's stays."""
         args, step, rates = self.args, self.step, {"critic": self.args.lr, "actor": self.args.lr}
         data.anneal(self.optimisers, rates, args.final_lr, step, args.steps)
         if encoder_learns:
@@ -465,7 +465,7 @@ class Agent(data.Learner):
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # FOCAL's Eq. 28
         loss = clone_loss(*policy, a) if args.actor == "clone" else loss
         data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
-        if args.tune_alpha:  # FOCAL++: alpha <- alpha + lr (mean D - target), from 0 to alpha_max
+        if args.tune_alpha:  # the authors' code: alpha <- alpha + lr (mean D - target), from 0 to alpha_max
             with torch.no_grad():
                 self.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
                 self.alpha.clamp_(0, args.alpha_max)
@@ -505,12 +505,12 @@ class Batches:
 
     def tasks(self):
         n, m = len(self.rows), self.args.meta_batch_size
-        if m > n:  # of fewer tasks than M each is drawn several times
+        if m > n:  # fewer tasks than M: drawn with replacement
             return torch.randint(n, (m,), device=self.rows.device)
         return torch.rand(n, device=self.rows.device).argsort()[:m]
 
     def draw(self, task, size):
-        """(M, size, D) rows of each task, drawn uniformly, in no order; `evaluate` draws its own."""
+        """(M, size, D) rows of each task, drawn uniformly with replacement; `evaluate` draws its own."""
         n, count, width = self.rows.shape
         index = torch.randint(count, (len(task), size), device=task.device) + task[:, None] * count
         return self.rows.view(n * count, width).index_select(0, index.flatten()).view(len(task), size, width)
@@ -520,7 +520,7 @@ class Batches:
         return context_of(self.draw(task, self.args.context_size), self.split, self.args)
 
     def transitions(self, task):
-        """s, a, r, s', done and, for the value penalty, the data's next action and whether it has one; (M x B, ...)."""
+        """s, a, r, s', done and, for the value penalty, the data's next action, whether there is one; (M x B, ...)."""
         rows = self.draw(task, self.args.batch_size).flatten(0, 1)
         s, a, _, s2, r, done, a2, has_next = rows.split(self.split, -1)
         return s, a, r[:, 0], s2, done[:, 0], a2, has_next[:, 0]
@@ -546,7 +546,7 @@ class World(data.World):
 
     def __init__(self, args, device):
         train, test = data.open_datasets(args, device)
-        if args.sparse:  # in contexts only; R of FOCAL++'s Eq. 35 is the paper's or fits the training tasks
+        if args.sparse:  # in contexts only; FOCAL++'s R on point robots, else half of the rewards are above R
             data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)
         self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]
@@ -560,10 +560,10 @@ class World(data.World):
 
 @torch.no_grad()
 def evaluate(args, agent, world):
-    """Returns of each task's episodes, and their embeddings: (n_train, E), (n_test, E), each with z (n, E, l).
+    """Returns (n_train, E), (n_test, E) of each task's episodes, and their z (n_train, E, l), (n_test, E, l).
 
-    Every task and episode is one batch, with one z for a whole episode. Contexts (Algorithm 2, which draws one at every
-    step) and initial states are the same at every evaluation.
+    Every task and episode is one batch, with one z for a whole episode (Algorithm 2: a new one at every step). Contexts
+    and initial states are the same at every evaluation.
     """
     e, device = args.eval_episodes, world.train_rows.device
     generator = torch.Generator(device).manual_seed(args.seed)
