@@ -45,7 +45,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import subprocess
 import sys
@@ -446,8 +445,8 @@ class Trainer:
     def check(self) -> None:
         """FloatingPointError unless all weights are finite. A NaN anywhere is in the policies two steps later."""
         if not all(p.isfinite().all() for p in self.agent.parameters()):
-            where = f"{self.vector.name}, step {self.iteration:,}"
-            raise FloatingPointError(f"SAC's weights are not finite ({where}); expected other settings, as --sac-lr")
+            where = f"{self.vector.name}, step {self.iteration * self.settings.envs:,}"
+            raise FloatingPointError(f"SAC's weights are not finite ({where}); expected another --sac-lr of data.py")
 
     def collect(self, action: np.ndarray) -> None:
         """One step of every sub-environment into the replay."""
@@ -458,7 +457,7 @@ class Trainer:
         self.host_rows.copy_(torch.from_numpy(np.concatenate(parts, axis=1)).view_as(self.host_rows))
         rows = self.host_rows.to(self.device, non_blocking=True)
         if info["blew_up"].any():  # no step was taken: the one before stands in its place too, and ends its episode
-            refuse((not self.iteration, f"{self.vector.name}: the physics blew up in the first step of an episode"))
+            refuse((not self.iteration, f"{self.vector.name}: the physics blew up in the very first step"))
             blown = torch.from_numpy(info["blew_up"]).view(self.n, -1, 1).to(self.device)
             before = self.replay[:, self.iteration - 1]
             before[..., -1:] = torch.where(blown, 1.0, before[..., -1:])
@@ -551,7 +550,7 @@ def write(path: Path, save: Callable | bytes) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # on a full disk torch.save raises the latter on top of the former
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
@@ -600,15 +599,15 @@ def locked(folder: Path, run: bool = False):
     """Only one process at a time works in a folder. Another says so and waits, or, of a `run`, ends with DataError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                refuse((run, f"{folder}: a run is under way there; expected its end, or another --run-dir"))
-                print(f"waiting for another process that builds in {folder}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a network file system without locks
-                pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse((run, f"{folder}: a run is under way there; expected its end, or another --run-dir"))
+            print(f"waiting for another process that builds in {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (AttributeError, OSError):  # Windows, or a network file system without locks: others may be writing
+            yield
+            return
         for left in folder.glob(".*.tmp"):  # by a process that was killed as it wrote
             left.unlink(missing_ok=True)
         yield
@@ -618,9 +617,8 @@ class Progress:
     """A line on long work, none on short: share done, rate since the last line, time left. On a terminal it is
     rewritten every second, in a log one follows the other every twenty."""
 
-    def __init__(self, title: str, total: int, shorter: str = ""):
+    def __init__(self, title: str, total: int):
         self.title, self.total = title, total
-        self.shorter = shorter  # said while more than an hour is left
         self.tty = sys.stdout is not None and sys.stdout.isatty()  # none where it is closed
         self.said, self.last = time.monotonic(), None  # when a line was said; the last call that made one, or the first
 
@@ -633,7 +631,6 @@ class Progress:
         rate, self.last = (done - before) / (now - then), (now, done)
         left = (self.total - done) / rate / 60
         how_fast = f"{rate:,.{0 if rate >= 10 else 2}f} steps/s, {left:,.1f} min left"
-        how_fast += self.shorter if left > 60 else ""
         self.say(f"{self.title}: {done / self.total:4.0%}, {how_fast}", "\r" if self.tty else "\n")
 
     def say(self, line: str, end: str = "\n") -> None:
@@ -686,8 +683,10 @@ def work() -> None:
             for i, job in pickle.load(sys.stdin.buffer):
                 for done in _train_shard(**job):
                     report([i, done])
-        except (DataError, FloatingPointError, OSError) as error:
-            report(str(error))
+        except Exception as error:
+            if not (isinstance(error, DataError | FloatingPointError | OSError) or out_of_memory(error)):
+                raise
+            report(str(error) or "out of memory")
             sys.exit(3 if isinstance(error, FloatingPointError) else 2)
 
 
@@ -731,6 +730,7 @@ def _load_behaviour(path: Path, label: dict, flags: dict | None = None) -> dict:
         asked, remedy = label["settings"] if flags is None else flags, "delete it or use another --data-dir"
         asked = asked | dict.fromkeys(("core_minutes", "trajectories"))  # those no agent in training sees
         check_same(path, saved["settings"], asked, flag, remedy)
+        Settings(**saved["settings"])  # TypeError if another version made it
         same = saved["env"] == label["env"] and torch.equal(saved["tasks"], label["tasks"])
         refuse((not same, f"{path}: made for other tasks; {remedy}"))
     return saved
@@ -764,20 +764,20 @@ def build_behaviour(
 
 def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
     """Trains all shards, see `_train_shard`, and shows how far they are."""
-    env, settings, done = jobs[0]["env"], jobs[0]["settings"], [0] * len(jobs)
+    env, settings, done = jobs[0]["env"], jobs[0]["settings"], {}
     tasks = sum(len(job["tasks"]) for job in jobs)
     bar = Progress(f"SAC on {env}, {tasks} tasks", settings["steps"] // settings["envs"] * settings["envs"] * tasks)
 
     def show(i: int, iterations: int) -> None:
+        bar.last = bar.last if i in done else None  # what a shard had saved says nothing about the rate
         done[i] = iterations * settings["envs"] * len(jobs[i]["tasks"])
-        bar.show(sum(done))
+        bar.show(sum(done.values()))
 
     if workers > 1 and envs.family(env) is BUILT_IN.get(env):
         return _run_in_workers(jobs, workers, show)
-    with _one_thread():
-        for i, job in enumerate(jobs):
-            for iterations in _train_shard(**job):
-                show(i, iterations)
+    for i, job in enumerate(jobs):
+        for iterations in _train_shard(**job):
+            show(i, iterations)
 
 
 @contextlib.contextmanager
@@ -1054,6 +1054,8 @@ def _read(path: Path) -> tuple[Arrays, dict]:
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a different one for each way a file can be damaged
+        if out_of_memory(error):
+            raise
         words = f"not a readable .npz dataset: {name} is damaged or not numbers"
         raise DataError(f"{words} ({type(error).__name__})") from None
     good = isinstance(meta, dict) and isinstance(meta.get("env", ""), str)
@@ -1094,8 +1096,8 @@ def _check(arrays: Arrays, env: str | None) -> None:
         ((episodes[:, 1:] < episodes[:, :-1]).any(), "episodes are not in order"),
     )
     for name, index in (("train_tasks", train), ("test_tasks", test)):
-        good = index and {*index} <= {*range(t)} and len({*index}) == len(index)
-        refuse((not good, f"{name} holds {index!s:.60}, expected different numbers from 0 to {t - 1}, at least one"))
+        good = {*index} <= {*range(t)} and len({*index}) == len(index)
+        refuse((not good, f"{name} holds {index!s:.60}, expected different numbers from 0 to {t - 1}"))
     both = sorted({*train} & {*test})
     refuse((both and {*train} != {*test}, f"tasks {both!s:.60} are both training and test tasks"))
     if env is not None:
@@ -1113,7 +1115,6 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     diverge.
     """
     train, test, workers = (flags.pop(key, None) for key in ("train", "test", "workers"))
-    refuse((env not in envs.FAMILIES, f"unknown family {env!r}; expected one of {', '.join(envs.FAMILIES)}"))
     row, device = envs.family(env), choose_device(flags.pop("device", "auto"))
     settings, several = settings_for(env, device, **flags), quality in ("mixed", "relabelled") and not row.script
     goals = not row.xml and row.differs == "reward"  # then a transition's reward can be told from it and a task
@@ -1130,12 +1131,14 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
         with locked(path.parent):
             if not path.exists():  # another process may have built it meanwhile
                 _build(path, env, train, test, seed, settings, device, workers=workers, flags=flags)
-    elif flags:
+                return path
+    if flags:
         then = load(path).meta.get("settings", {})
         check_same(path, then, flags | {"core_minutes": None}, flag, "use another --data-dir")
     return path
 
 
+@_one_thread()
 def _build(path, env, train, test, seed, settings, device, **how):
     """Makes the dataset of `path` and saves it, unless something in it is not finite or not in its range."""
     row, quality = envs.family(env), path.stem
@@ -1148,8 +1151,7 @@ def _build(path, env, train, test, seed, settings, device, **how):
     _announce(path, settings, env, device, how["workers"], len(tasks))
     agents = {} if row.script else build_behaviour(env, tasks, seed, settings, path.parent, device, **how)
     settings = dataclasses.replace(settings, **agents.get("settings", {}) | {"trajectories": settings.trajectories})
-    with _one_thread():
-        arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
+    arrays = roll_out(env, tasks, "mixed" if quality == "relabelled" else quality, agents, settings, seed)
     if quality == "relabelled":
         arrays = relabel(env, tasks, index["train_tasks"], arrays, seed)
     elif "first_return" in arrays:
@@ -1268,7 +1270,7 @@ def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = No
         parser.print_help()
         raise SystemExit(0)
     if given.get("test_quality") == given.get("quality", row["quality"]):
-        given.pop("test_quality", None)  # the same is no variant
+        given.pop("test_quality")  # the same is no variant
     args = cls(**row | given)
     changed = {key: value for key, value in given.items() if value != row[key] or getattr(cls, key) is None}
     args.variant = variant(args, changed)
@@ -1294,7 +1296,7 @@ def flags_of(
         kind, (text, group) = hints[field.name], comments[field.name]
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
-        how = {"type": partial(parse_value, kind)}
+        how = {"type": partial(parse_value, kind) if hasattr(kind, "__metadata__") else kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif field.name == "env" or get_origin(kind) is Literal:
@@ -1321,8 +1323,6 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
 
 def parse_value(kind: Any, text: str) -> Any:
     """The value of a flag on the command line; argparse.ArgumentTypeError if it is not of this kind."""
-    if not hasattr(kind, "__metadata__"):
-        return kind(text)
     number, (words, good) = get_args(kind)[0], kind.__metadata__
     with contextlib.suppress(ValueError):
         if text.isascii() and "_" not in text and good(number(text)):
@@ -1443,7 +1443,6 @@ class Run:
         self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean, _low, _high in the rows
         self.unit = "gradient steps"  # what a step is
         self.folder.mkdir(parents=True, exist_ok=True)
-        refuse((not os.access(self.folder, os.W_OK), f"--run-dir {args.run_dir}: cannot write there"))
         sizes = "small sizes" if args.small else "the papers' sizes"
         if args.small and not torch.cuda.is_available() and args.device == "auto":
             sizes = "no CUDA device: small sizes; --no-small for the papers'"
@@ -1503,8 +1502,7 @@ class Run:
     def steps(self, total: int, *marks: int) -> Iterator[int]:
         """The steps that are left of 1 to `total`; besides every --eval-every steps an evaluation is due at `marks`."""
         self.total, self.marks = total, {*marks, total}
-        shorter = "; fewer --steps are shorter" if self.args.small else "; --small sizes are shorter"
-        self.bar = Progress(self.script.stem, total, shorter=shorter)
+        self.bar = Progress(self.script.stem, total)
         print(f"{total - self.step:,} {self.unit}, an evaluation every {self.args.eval_every:,}", flush=True)
         for step in range(self.step + 1, total + 1):
             self.step = step
@@ -1543,7 +1541,7 @@ class Run:
         world, seconds = self.world, round(time.time() - self.began, 1)
         final = self.rows[-1] | {
             "args": plain(self.args), "wall_clock_seconds": seconds, "dataset_checksums": world.checksum,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
             "behaviour_return": world.behaviour, "optimal_return": world.optimum,
         }  # fmt: skip
         bad = [key for key, value in final.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -1683,7 +1681,8 @@ def main(argv: list[str] | None = None) -> None:
             path = prepare(quality=quality, **args)
             dataset = load(path, args["env"])
             for name, index in (("training", dataset.train_tasks), ("test", dataset.test_tasks)):
-                print(f"{path}: {len(index)} {name} tasks, mean return {dataset.returns[index].mean():.2f}")
+                mean = dataset.returns[index].mean()
+                print(f"{path}: {len(index)} {name} tasks, mean return {f'{mean:.2f}' if mean == mean else 'unknown'}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ own end, `truncated` the horizon's (or a physics blow-up: `info["blew_up"]` mark
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import os
@@ -34,11 +35,9 @@ import gymnasium
 import numpy as np
 
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # off-screen rendering, chosen before mujoco is imported
-    try:
+    with contextlib.suppress(OSError):
         ctypes.CDLL("libEGL.so.1")
         os.environ.setdefault("MUJOCO_GL", "egl")
-    except OSError:
-        pass
 
 import mujoco  # noqa: E402
 import mujoco.rollout  # noqa: E402
@@ -171,11 +170,6 @@ def _observe_cheetah(state):
     return np.concatenate([state[:, 1:], x, np.zeros_like(x), z + 0.7], axis=1)
 
 
-def _observe_from(first):
-    """qpos[first:] and qvel."""
-    return lambda state: state[:, first:]
-
-
 def _cheetah_vel_reward(task, state, action, next_state, dt):
     """r = -|v - v*| - 0.05 |a|^2."""
     return -np.abs(_velocity(state, next_state, dt) - task[:, 0]) - 0.05 * np.square(action).sum(1)
@@ -268,7 +262,7 @@ CHEETAH = {
     "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
 }  # fmt: skip
 ANT = {
-    "obs_dim": 27, "act_dim": 8, "observe": _observe_from(2), "terminated": _ant_fell, "velocity": (13, 14),
+    "obs_dim": 27, "act_dim": 8, "observe": lambda state: state[:, 2:], "terminated": _ant_fell, "velocity": (13, 14),
     "xml": "ant.xml", "frame_skip": 5, "reset_noise": _noise_with_normal_velocity(0.1),
 }  # fmt: skip
 WALKER = {
@@ -339,7 +333,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "sawyer": None,  # long, and therefore at the end of this file
     "halfcheetah": Family(
-        papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": _observe_from(1)}, **SINGLE,
+        papers="HalfCheetah (MerPO)", **CHEETAH | {"obs_dim": 17, "observe": lambda state: state[:, 1:]}, **SINGLE,
         reward=_forward_reward(0, 0.1),
     ),
     "hopper": Family(papers="Hopper (MerPO)", **HOPPER, **SINGLE, reward=_forward_reward(1, 0.001)),
@@ -683,9 +677,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
             getattr(self, key)[:] = state[key]
 
 
-def make(name: str, tasks: Array, seed: int = 0, **kwargs: Any) -> TaskVectorEnv:
-    """A vector environment with one sub-environment for each row of `tasks`, see `TaskVectorEnv`."""
-    return TaskVectorEnv(name, tasks, seed, **kwargs)
+make = TaskVectorEnv
 
 
 class TaskEnv(gymnasium.Env):
@@ -708,9 +700,8 @@ class TaskEnv(gymnasium.Env):
         self.action_space = self._vector.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        seed = None if seed is None else _whole(seed, 0, "seed")
-        super().reset(seed=seed)
-        obs, info = self._vector.reset(seed=seed)
+        obs, info = self._vector.reset(seed=seed)  # refuses what is no seed
+        super().reset(seed=None if seed is None else int(seed))
         return obs[0], info
 
     def step(self, action: Array):
@@ -978,13 +969,13 @@ FAMILIES["sawyer"] = Family(
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-def film(vector: TaskVectorEnv, policy: Callable, path: str, frames: int = 50):
+def film(vector: TaskVectorEnv, policy: Callable, path: Any):
     """Writes a GIF of all sub-environments side by side; policy: (B, d) observations -> (B, m) actions. Where an
     episode ends early, by a fall, the picture stands still."""
     from PIL import Image  # comes with matplotlib
 
     obs, pictures, shown, alive = vector.reset()[0], [], vector.render(), np.ones(vector.num_envs, bool)
-    every = max(1, vector.horizon // frames)
+    every = max(1, vector.horizon // 50)
     for t in range(vector.horizon):
         if t % every == 0:
             shown = [now if on else then for now, then, on in zip(vector.render(), shown, alive, strict=True)]
@@ -1020,6 +1011,8 @@ def main(argv: list[str] | None = None):
         film(make(args.env, tasks, render_mode="rgb_array"), policy, args.render)
     except (OSError, ValueError) as error:
         parser.error(f"--render {args.render}: not written ({getattr(error, 'strerror', None) or error})")
+    except KeyboardInterrupt:
+        parser.exit(130, "envs.py: interrupted\n")
     print(args.render)
 
 

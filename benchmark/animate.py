@@ -28,7 +28,7 @@ def film(run, path, count, size):
         everywhere[shown * every] = obs
         return act(everywhere)[shown * every]
 
-    envs.film(vector, policy, path)
+    data.write(path, lambda file: envs.film(vector, policy, file))
     vector.close()
 
 
@@ -42,9 +42,7 @@ def main(argv):
     args = parser.parse_args(argv)
     path = args.out or args.run / "film.gif"
     data.refuse((args.out and not path.parent.is_dir(), f"--out {path}: there is no folder {path.parent}"))
-    half = path.with_name(f".{path.name}")
-    film(args.run, half, args.tasks, args.size)
-    half.replace(path)
+    film(args.run, path, args.tasks, args.size)
     print(path)
 
 

@@ -127,7 +127,8 @@ def film(path, gif, count=4, seed=0):
     horizon = row.data_horizon if scripted else row.horizon
     vector = envs.make(dataset.meta["env"], dataset.tasks[shown], seed, horizon=horizon, render_mode="rgb_array")
     if scripted:
-        return envs.film(vector, data.Performer(row, dataset.tasks[shown], seed).act, gif)
+        act = data.Performer(row, dataset.tasks[shown], seed).act
+        return data.write(gif, lambda file: envs.film(vector, act, file))
     try:
         agents = data.read(trained)
         policies = agents["policies"][0 if dataset.meta["quality"] == "random" else -1, shown]
@@ -139,7 +140,7 @@ def film(path, gif, count=4, seed=0):
     def policy(obs):
         return torch.tanh(actor(torch.as_tensor(obs, dtype=torch.float32)[:, None]).chunk(2, -1)[0])[:, 0].numpy()
 
-    envs.film(vector, policy, gif)
+    data.write(gif, lambda file: envs.film(vector, policy, file))
 
 
 def main(argv=None):

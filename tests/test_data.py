@@ -1,5 +1,6 @@
 """Batched SAC against loops over tasks, builds that are killed and go on, what is in a dataset, and files refused."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -421,10 +422,8 @@ def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_p
     part = torch.load(tmp_path / WIND / "3+2-seed3" / "behaviour-part1.pt", weights_only=True)
     assert 0 < part["trainer"]["iteration"] <= 50
     again = data.load(prepare(tmp_path))
-    assert "going on" in capfd.readouterr().out and names(tmp_path / WIND / "3+2-seed3") == {
-        "behaviour.pt",
-        "mixed.npz",
-    }
+    assert "going on" in capfd.readouterr().out
+    assert names(tmp_path / WIND / "3+2-seed3") == {"behaviour.pt", "mixed.npz"}
     assert again.meta["checksum"] == data.load(prepare(folder)).meta["checksum"]
 
 
@@ -433,13 +432,15 @@ def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_p
     [
         ("data.Trainer.step = lambda t: t.vector.step(t.obs / 0)", FloatingPointError),
         ("data.write = lambda path, _: open(path / 'x', 'wb')", data.DataError),
+        ("data.Trainer.step = lambda t: bytearray(2**62)", data.DataError),
     ],
 )
 def test_what_a_worker_raises_is_raised(patch, error, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "WORKER", worker(patch))
     with pytest.raises(error) as raised:
         prepare(tmp_path, workers=2)
-    assert "\n" not in str(raised.value) and (error is not data.DataError or "part" in str(raised.value))
+    said = str(raised.value)
+    assert "\n" not in said and (error is not data.DataError or "part" in said or said == "out of memory")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
@@ -618,7 +619,9 @@ def test_shards_qualities_and_seeds_draw_each_their_own(folder):
     assert (a != b).mean() > 0.9 and (c != d).mean() > 0.9
 
 
-@pytest.mark.parametrize("way", ["empty", "cut", "noise", "not a dictionary", "without tasks", "other tasks"])
+@pytest.mark.parametrize(
+    "way", ["empty", "cut", "noise", "not a dictionary", "no tasks", "another version", "other tasks"]
+)
 def test_a_damaged_behaviour_is_refused(way, copied):
     path = copied / "behaviour.pt"
     whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
@@ -627,8 +630,10 @@ def test_a_damaged_behaviour_is_refused(way, copied):
         path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": noise}[way])
     elif way == "not a dictionary":
         torch.save([1, 2], path)
-    elif way == "without tasks":
+    elif way == "no tasks":
         torch.save({key: saved[key] for key in saved if key != "tasks"}, path)
+    elif way == "another version":
+        torch.save(saved | {"settings": saved["settings"] | {"n_critics": 3}}, path)
     else:
         torch.save(saved | {"tasks": saved["tasks"] + 0.01}, path)
     with pytest.raises(data.DataError) as error:
@@ -649,10 +654,17 @@ def test_a_behaviour_that_cannot_be_read_is_not_called_damaged(error, copied, mo
         prepare(copied.parent.parent)
 
 
+def test_what_another_process_built_meanwhile_is_looked_at(folder, tmp_path, monkeypatch):
+    built = prepare(folder).parent
+    monkeypatch.setattr(data, "locked", lambda there: contextlib.nullcontext(shutil.copytree(built, there)))
+    with pytest.raises(data.DataError, match="made with --trajectories 5"):
+        prepare(tmp_path, trajectories=9)
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(data.DataError, match="'best'.*mixed"):
         prepare(tmp_path, quality="best")
-    with pytest.raises(data.DataError, match="unknown family 'cheetah'; expected one of "):
+    with pytest.raises(ValueError, match="unknown environment 'cheetah'; expected one of "):
         prepare(tmp_path, env="cheetah")
     assert names(tmp_path) == set()
 
@@ -888,7 +900,7 @@ def roll_out_walkers():
 
 def test_blown_up_steps_are_not_stored(monkeypatch):
     calm = roll_out_walkers()
-    monkeypatch.setattr(envs, "TaskVectorEnv", Fragile)
+    monkeypatch.setattr(envs, "make", Fragile)
     monkeypatch.setattr(Fragile, "at", (3, 4))
     blown = roll_out_walkers()
     assert all(np.isfinite(array).all() and array.shape == calm[key].shape for key, array in blown.items())
@@ -903,7 +915,7 @@ def test_blown_up_steps_are_not_stored(monkeypatch):
 
 
 def test_physics_that_always_blows_up_is_an_error(monkeypatch):
-    monkeypatch.setattr(envs, "TaskVectorEnv", Fragile)
+    monkeypatch.setattr(envs, "make", Fragile)
     monkeypatch.setattr(Fragile, "at", range(1000))
     with pytest.raises(data.DataError, match=WALKER):
         roll_out_walkers()
@@ -973,6 +985,9 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
     refused(tmp_path / ("x" * 300 + ".npz"), "cannot be read (File name too long)")
     monkeypatch.setattr(data.zipfile, "ZipFile", forbidden)
     refused(tmp_path / "x.npz", "cannot be read (Permission denied)")
+    monkeypatch.setattr(data.zipfile, "ZipFile", lambda *_: bytearray(2**62))
+    with pytest.raises(MemoryError):
+        data.load(tmp_path / "x.npz")
 
 
 def test_tasks_may_be_both_training_and_test_tasks_if_all_are(tmp_path):
