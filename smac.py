@@ -617,7 +617,6 @@ def train(args, run, make_world=World):
             others = [f"{label} {row[f'{key}return_mean']:.2f}" for key, label in run.curve.items() if key]
             run.log(row, "; ".join(others))
     run.end()
-    return agent, world
 
 
 def main(argv=None):

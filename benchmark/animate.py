@@ -16,7 +16,7 @@ import trained
 
 def film(run, path, count, size):
     """`count` of the run's test tasks, under what acted in its last evaluation."""
-    script, args, world, agent = load_run(run, FLAGS)
+    script, args, world, agent = load_run(run, FLAGS, single=True)
     every = args.eval_episodes
     tasks = world.env.tasks[-every * len(world.test_rows) :: every]
     shown = np.unique(np.linspace(0, len(tasks) - 1, count).round().astype(int))

@@ -93,8 +93,9 @@ def main(argv):
         script, args, world, agent = load_run(folder)
         encoder = agent.encoder
         ungated = not hasattr(getattr(encoder, "blocks", [None])[-1], "gate")
+        quality = data.load(args.data).meta.get("quality") if args.data else args.quality
         data.refuse(
-            (args.quality != "relabelled", f"{folder}: a run on {args.quality} data; expected relabelled"),
+            (quality != "relabelled", f"{folder}: a run on {quality} data; expected relabelled"),
             (ungated, f"{folder}: a run without batch-wise attention; expected --attention both or batch"),
         )
         reward = world.train_rows.split(world.split, -1)[2][..., 0]  # (n, N), what contexts hold
@@ -113,7 +114,7 @@ def main(argv):
                 rows[-1] |= {column: float(f"{x:.4g}") for column, x in zip(columns, values, strict=True)}
         if len(rows) == 1:
             draw(zero, nonzero, curves, auc, parsed.out.with_suffix(".png"))
-    write(parsed.out, rows)
+        write(parsed.out, rows)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Agent(focal.Agent):
 class Args(focal.Args):
     """FOCAL's, but for what regularises its policy."""
 
-    WITHOUT = {"alpha": 0, "tune_alpha": False, "value_penalty": False}
+    WITHOUT = {"actor": "brac", "alpha": 0, "tune_alpha": False, "value_penalty": False}
 
     def complete(self, given):
         super().complete(given)
@@ -106,8 +106,9 @@ class Args(focal.Args):
 
 
 def parse_args(argv=None):
-    tables = ({env: row | Args.WITHOUT for env, row in rows.items()} for rows in (focal.TABLE, focal.SMALL))
-    return data.parse(Args, *tables, argv)
+    rows = focal.TABLE, focal.SMALL, {"walker-params": focal.OURS}
+    table, small, ours = ({env: row | Args.WITHOUT for env, row in part.items()} for part in rows)
+    return data.parse(Args, table, small, argv, ours)
 
 
 def train(args, run):

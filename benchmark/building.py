@@ -8,7 +8,8 @@ python benchmark/building.py --env ant-dir --wider 2 4 --seconds 5 --no-graph
 its parts, in milliseconds, from a second measurement in which each is timed: `wait` for the device to end the gradient
 steps, `act` until the host has actions, `launch` of the gradient steps (on a CPU: the steps themselves), `physics` of
 all sub-environments, `store` of their rows, `other`. On CUDA `gradient` is what the gradient steps take on the device,
-beside the physics, and `waits` is how often the host waits for the device, as PyTorch counts it.
+beside the physics, and `waits` is how often the host waits for the device, as PyTorch counts it. On a CPU data.py
+trains a few tasks in each of its processes: `--tasks 7 --threads 1` is one of them.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Into --out go a few small files, written as results come: log.txt, tables of spe
 results.csv (every evaluation of every run), pictures.tar, logs.tar and parts.json, how each part ended. The same
 command goes on where the last one ended, also on another machine if --out came along: what succeeded is not done again,
 but for data that are gone and still needed; nor are tests and speeds that failed or ran past their own limit, but for
-those that --only names. Data and runs stay in --work.
+those that --only names. Data and runs stay in --work, and the two archives hold what is there.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def folder_of(words):
     return args.run_dir / module.__name__ / args.env / args.variant / f"seed{args.seed}"
 
 
-def imported(script):
+def imported(script):  # not at the top: torch, for whom this file is on its path, asks for a module named cuda
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     return __import__(script.removesuffix(".py"))
@@ -198,7 +198,7 @@ def stop(process):
 
 
 def execute(part, limit, results, args):
-    """Runs a part's commands side by side; returns its status and the folders of its runs."""
+    """Runs a part's commands side by side; returns its status."""
     logs = args.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     folders = {name: folder for name, words in part.commands.items() if (folder := folder_of(words))}
@@ -225,9 +225,9 @@ def execute(part, limit, results, args):
         for line in text[-60 if name in failed or part.once else -6 :]:
             results.say(f"  {name} | {line[-300:]}")
     if failed:
-        return f"failed: {', '.join(failed)}", folders
+        return f"failed: {', '.join(failed)}"
     reached = "stopped at its limit" if limit == part.limit else "stopped, no time left"
-    return f"{reached}: {', '.join(late)}" if late else "done", folders
+    return f"{reached}: {', '.join(late)}" if late else "done"
 
 
 def settled(part, results, again):
@@ -262,9 +262,9 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    deadline, results, folders, undone = time.time() + 60 * args.minutes, Results(args), [], []
-    for script in SCRIPTS:
-        imported(script)  # takes seconds the first time: before anything is told how long it may take
+    deadline, results, undone = time.time() + 60 * args.minutes, Results(args), []
+    # imports the scripts, which takes seconds the first time: before anything is told how long it may take
+    folders = [folder for part in parts(args) for words in part.commands.values() if (folder := folder_of(words))]
     plan = [part for part in parts(args) if part.name in (args.only or [part.name])]
     wanted = {path: False for part in plan for path in part.needs}
     wanted |= {path: True for part in plan if not settled(part, results, args.only) for path in part.needs}
@@ -285,10 +285,9 @@ def main(argv=None):
         else:
             results.say(f"{part.name}: at most {min(part.limit, left):.0f} s")
             began = time.time()
-            status, runs = execute(part, min(part.limit, left), results, args)
+            status = execute(part, min(part.limit, left), results, args)
             results.end(part, status, time.time() - began)
             undone = undone[: -1 if status == "done" else None]
-            folders += runs.values()
             results.pack(folders)
     undone += [name for name, end in results.ended.items() if end["status"] != "done" and name not in undone]
     if undone:

@@ -6,7 +6,7 @@ Fits the parameters of the training tasks (a goal, a wind) from embeddings of 64
 distance between the fit and the truth, in the parameters' own units, on other contexts of the same tasks and on the
 test tasks. In brackets what it is made of: noise, the distance of a context's fit from the mean fit of its task, and
 bias, that of the mean fit from the truth. Beside them the distance on the training tasks of a linear fit, which grows
-where z bends, and of always guessing the training tasks' mean.
+where z bends, and on the test tasks that of always guessing the training tasks' mean.
 """
 
 import argparse
@@ -80,11 +80,9 @@ def errors(train, again, test, tasks, test_tasks):
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL or FOCAL++")
-    torch.set_num_threads(1)
     for run in parser.parse_args(argv).runs:
         script, args, world, agent = load_run(run)
-        n, e = len(world.train_rows), args.eval_episodes
-        tasks = torch.as_tensor(world.env.tasks[::e], dtype=torch.float32).flatten(1)  # each E times, training first
+        n, tasks = len(world.train_rows), torch.as_tensor(world.tasks, dtype=torch.float32).flatten(1)
         train, test = embeddings(script, args, world, agent, seed=0)
         again = embeddings(script, args, world, agent, seed=1)[0]
         seen, unseen, linear, guess = errors(train, again, test, tasks[:n], tasks[n:])

@@ -4,14 +4,12 @@ python benchmark/families.py       # results/families.png
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from report import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import envs
 
 STEPS, SIZE, COLUMNS = 12, 320, 5

@@ -21,13 +21,12 @@ import random
 import shutil
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401  (before the forks)
 import torch
+from retest import whole
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import focal
 import focal_pp
@@ -48,7 +47,6 @@ FLAGS = {
     merpo: SMALL + " --layers 2 --model-hidden 16 --model-layers 2 --model-steps 12 --steps 12 --eval-every 6"
     " --inner-steps 2 --adapt-steps 5 --model-adapt-steps 5 --rollouts 20 --rollout-buffer 400",
 }  # fmt: skip
-COUNT = partial(data.parse_value, data.Count)
 NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
 
 
@@ -186,7 +184,7 @@ def campaign(name, kills, rng, root, dataset):
         half, place = broken(folder), where(folder)
         left = sum(1 for _ in folder.rglob("*.tmp"))
         code, _ = run(job(folder), root / "log")
-        good = code == 0 and not half and same(outcome(folder), expected)
+        good = killed in (0, -9) and code == 0 and not half and same(outcome(folder), expected)
         kind = "killed" if killed == -9 else f"ended before ({killed})"
         print(
             f"{name:<8} {kind} at {moment:5.2f} of {took:.2f} s, {place}; {left} temporary files left; "
@@ -202,7 +200,7 @@ def campaign(name, kills, rng, root, dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="*", metavar="program", help=", ".join(NAMES) + "; default: all")
-    parser.add_argument("--kills", type=COUNT, default=20, help="of each program")
+    parser.add_argument("--kills", type=whole, default=20, help="of each program")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--no-pictures", action="store_true", help="leave out what takes most of the time")
     args = parser.parse_args()

@@ -3,10 +3,10 @@
 python benchmark/online.py runs/focal/*/small/seed* runs/merpo/*/small/seed*
 
 In each test task the agent acts for two episodes on what it knows: FOCAL and FOCAL++ on the embedding of a training
-task drawn at random, MerPO by its meta-policy, actions sampled. Those episodes are then all the data that it has of
-the task, for a third one: FOCAL and FOCAL++ act on the embedding of a context drawn from them, MerPO adapts its
-models and its policy to them. The third is scored: the mean return over test tasks and repetitions, beside the one
-with contexts, or data, of others' making. Writes online.json into each run's folder, from where run.py takes it.
+task, drawn anew for each of the two, MerPO by its meta-policy, actions sampled. Those episodes are then all the data
+that it has of the task, for a third one: FOCAL and FOCAL++ act on the embedding of a context drawn from them, MerPO
+adapts its models and its policy to them. The third is scored: the mean return over test tasks and repetitions, beside
+the one with contexts, or data, of others' making. Writes online.json into each run's folder, for run.py.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from retest import adapting, load_run, main_of
+from retest import kind_of, load_run, main_of
 
 import data
 
@@ -55,9 +55,14 @@ def experience(first, second, generator, size=None):
 def evaluate(script, args, agent, world):
     """Returns (n_test, E) of FOCAL or FOCAL++ with contexts that the agent collected, and of the first episode, on a
     training task's z."""
-    data.refuse((args.sparse, "the environments do not give --sparse rewards; expected a run without"))
-    relabelled = "relabelled" in (args.quality, args.test_quality)
-    data.refuse((relabelled, "the environments do not give rewards as relabelled data have; expected other data"))
+    qualities = {args.quality, args.test_quality, data.load(args.data).meta.get("quality") if args.data else None}
+    data.refuse(
+        (args.sparse, "the environments do not give --sparse rewards; expected a run without"),
+        (
+            "relabelled" in qualities,
+            "the environments do not give rewards as relabelled data have; expected others",
+        ),
+    )
     e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
     n, count, width = world.train_rows.shape
 
@@ -103,7 +108,7 @@ def main(argv):
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL, FOCAL++ or MerPO")
     for run in parser.parse_args(argv).runs:
         script, args, world, agent = load_run(run, ("FOCAL", "MerPO"))
-        if adapting(args, run):
+        if kind_of(vars(args)) == "MerPO":
             offline = script.evaluate(args, agent, world)[args.adapt_steps]
             own, blind = evaluate_merpo(script, args, agent, world)
         else:

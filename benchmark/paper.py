@@ -212,7 +212,7 @@ def arguments(argv=None):
     parser.add_argument("figures", nargs="+", choices=[name for figures in FIGURES.values() for name in figures])
     parser.add_argument("--env", choices=list(envs.FAMILIES), help="this environment only")
     parser.add_argument("--seeds", type=retest.whole, default=3)
-    parser.add_argument("--steps", type=retest.whole, help="gradient steps of each run")
+    parser.add_argument("--steps", type=retest.whole, help="the script's own --steps, of each run")
     parser.add_argument("--jobs", type=retest.whole, default=envs.cores(), help="runs side by side, one thread each")
     parser.add_argument("--full", action="store_true", help="the paper's sizes")
     args = parser.parse_args(argv)
@@ -302,6 +302,7 @@ def execute_test(folder, tested):
     """retest.py on a run that is done, unless that was done since, or the run diverged before it had an agent."""
     path, checkpoint = result_of(folder, tested), folder / "checkpoint.pt"
     if checkpoint.exists() and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
+        path.unlink(missing_ok=True)  # an adaptation that diverges leaves none
         execute_tool("retest.py", folder, *tested)
 
 
@@ -343,7 +344,8 @@ def summarise(script, runs, folders):
         if run.tested:
             path = result_of(folder, run.tested)
             found = json.loads(path.read_text()) if path.exists() else {"step": 0, "return_mean": np.nan}
-            row |= {"steps": found["step"], "diverged": int(not (folder / "final.json").exists())}
+            whole = path.exists() and (folder / "final.json").exists()
+            row |= {"steps": found["step"], "diverged": int(not whole)}
             row |= {f"return_after_{steps}": value for steps, value in found.get("returns", {}).items()}
             rows.append(row | {key: value for key, value in found.items() if key not in ("flags", "step", "returns")})
             continue
@@ -464,6 +466,8 @@ def main(argv):
     build_data([SCRIPTS[run.script].parse_args(run.words + run.tested) for run in runs])
     folders = [path_of(run.script, run.words) for run in runs]
     once = dict(zip(folders, ((run.script, run.words) for run in runs), strict=True))  # figures share runs
+    for run in once.values():
+        is_done(*run)  # what other defaults made is told before hours of runs
     with ThreadPoolExecutor(args.jobs) as pool:
         for after in (False, True):  # runs that need another run's policy come after it
             chosen = [run for run in once.values() if ("--meta-policy" in run[1]) == after]

@@ -115,9 +115,13 @@ def parse_args(argv=None):
 
 
 def train(args, run):
-    agent, world = smac.train(args, run, World)
-    save_replay(run.folder / "replay.npz", args, agent, world)
-    print(f"its buffers as a dataset: {run.folder / 'replay.npz'}")
+    def end():  # in this order: a run that has final.json is finished
+        save_replay(run.folder / "replay.npz", args, run.agent, run.world)
+        print(f"its buffers as a dataset: {run.folder / 'replay.npz'}")
+        data.Run.end(run)
+
+    run.end = end
+    smac.train(args, run, World)
 
 
 def main(argv=None):

@@ -7,15 +7,14 @@ A film shows tasks side by side under the last policies, the untrained ones (of 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from retest import main_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import envs
 
@@ -143,19 +142,19 @@ def film(path, gif, count=4, seed=0):
     data.write(gif, lambda file: envs.film(vector, policy, file))
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path, help="a dataset's .npz")
     parser.add_argument("--film", type=Path, metavar="GIF", help="write a film instead of a picture")
     parser.add_argument("--tasks", type=int, default=4, help="how many tasks a film shows")
     args = parser.parse_args(argv)
-    with data.endings("picture.py", lambda: "nothing was written"):
-        try:
-            if args.film:
-                film(args.dataset, args.film, args.tasks)
-            print(args.film or plot(args.dataset))
-        except ValueError as error:  # no such family, no such format
-            raise data.DataError(str(error)) from None
+    try:
+        if args.film:
+            film(args.dataset, args.film, args.tasks)
+        print(args.film or plot(args.dataset))
+    except ValueError as error:  # no such family, no such format
+        raise data.DataError(str(error)) from None
 
 
 if __name__ == "__main__":

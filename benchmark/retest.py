@@ -38,20 +38,23 @@ def kind_of(settings):
     return "MerPO" if "test_start" in settings else "SMAC" if "online_steps" in settings else "FOCAL"
 
 
-def check(folder, saved, kinds, changes):
+def check(folder, saved, kinds, changes, single):
     """DataError if a run of these settings is none of these kinds, or cannot be tested so."""
     kind = kind_of(saved)
-    if kind not in kinds:
-        raise data.DataError(f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}")
-    refuse_single(folder, saved if changes else {})
+    alone = saved.get("single") and not single
+    data.refuse(
+        (kind not in kinds, f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}"),
+        (alone, f"{folder}: a run with --single has no test tasks; expected another"),
+    )
     for key in sorted(changes.keys() - set(FLAGS[kind])):
         raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
 
 
-def load_run(folder, kinds=("FOCAL",), **changes):
-    """`trained.load_run`, or DataError for whatever keeps it from that."""
+def load_run(folder, kinds=("FOCAL",), single=False, **changes):
+    """`trained.load_run` on one thread, or DataError for what keeps it from that; `single`: also MerPO's --single."""
+    torch.set_num_threads(1)
     try:
-        check(folder, json.loads((folder / "args.json").read_text()), kinds, changes)
+        check(folder, json.loads((folder / "args.json").read_text()), kinds, changes, single)
         return trained.load_run(folder, **changes)
     except data.DataError:
         raise
@@ -60,16 +63,6 @@ def load_run(folder, kinds=("FOCAL",), **changes):
     except Exception as error:  # whatever a reader raises
         message = f"{folder}: a damaged run, or one of another version of the script ({error!r:.100}); run it again"
     raise data.DataError(message)
-
-
-def adapting(args, folder):
-    """Whether tasks adapt; DataError where there are no tasks to be tested on."""
-    refuse_single(folder, vars(args))
-    return kind_of(vars(args)) == "MerPO"
-
-
-def refuse_single(folder, settings):
-    data.refuse((settings.get("single"), f"{folder}: a run with --single has no test tasks; expected another"))
 
 
 def main_of(tool):
@@ -87,14 +80,15 @@ def test(folder, changes):
     script, args, world, agent = load_run(folder, FLAGS, **changes)
     torch.manual_seed(args.seed)
     row = {"flags": changes, "step": int(agent.step), "data_return": world.behaviour}
-    if adapting(args, folder):
+    kind = kind_of(vars(args))
+    if kind == "MerPO":
         row["clone_return_mean"] = clone_return(script, args, agent, world)
         returns = script.evaluate(args, agent, world)
         row |= {"return_mean": returns[args.adapt_steps].mean(), "meta_return_mean": returns[0].mean()}
         if not script.STARTS[args.test_start][0]:
             del returns[0]  # that is the meta-policy's, from which such a task does not start
         row |= {"returns": {step: round(float(value.mean()), 4) for step, value in returns.items()}}
-    elif kind_of(vars(args)) == "SMAC":  # returns on contexts of its own, and on others
+    elif kind == "SMAC":  # returns on contexts of its own, and on others
         tested = script.evaluate(args, agent, world)[0]
         row |= {f"{name}return_mean": tested[f"{name}return_mean"] for name in ("", "short_", "prior_", "offline_")
                 if f"{name}return_mean" in tested}  # fmt: skip
@@ -140,7 +134,6 @@ def arguments(argv=None):
 def main(argv):
     runs, changes = arguments(argv)
     data.refuse((not runs, "expected the folder of a run, or several"))
-    torch.set_num_threads(1)
     for run in runs:
         try:
             row, path = test(run, changes), result(run, changes)

@@ -41,6 +41,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.same_data and args.scripts not in (list(FIGURES), ["smac"]):
         parser.error("--same-data is of SMAC only; expected no other --scripts")
+    if args.same_data and args.full:
+        parser.error("--same-data: at the papers' sizes SMAC learns other tasks; expected no --full")
     if not plan(args):
         parser.error(
             f"none of {', '.join(args.scripts)} has {' or '.join(args.envs)} among its families of several tasks"
@@ -126,12 +128,14 @@ def main(argv):
         return
     if not args.collect:
         chosen = runs if args.task is None else [runs[args.task]]
+        for run in chosen:
+            paper.is_done(*run)
         paper.build_data([SCRIPTS[script].parse_args(words) for script, words in chosen])
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: execute(*run), chosen))
     if args.task is None:
-        name = f"runs{'-same-data' if args.same_data else ''}{'-full' if args.full else ''}.csv"
-        collect(runs, ROOT / "results" / name)
+        kind = "-same-data" if args.same_data else "-full" if args.full else ""
+        collect(runs, ROOT / "results" / f"runs{kind}.csv")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,14 @@ python benchmark/sawyer.py              # prints a table; writes results/sawyer-
 """
 
 import argparse
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from report import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import envs
 
-RESULTS = ROOT / "results"
 SCRIPT = envs.family("sawyer").script
 
 
@@ -61,7 +57,7 @@ def picture(size=300):
         kind = "training" if i < 4 else "test"
         axes.set_title(f"{SCRIPT.names[int(shown[i, SCRIPT.column])]} ({kind})", fontsize=11)
         axes.axis("off")
-    figure.savefig(RESULTS / "sawyer-tasks.png")
+    figure.savefig(ROOT / "results" / "sawyer-tasks.png")
     env.close()
 
 

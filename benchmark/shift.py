@@ -3,8 +3,9 @@
 python benchmark/shift.py runs/smac/sparse-point-robot/small/seed0
 
 Writes shift-offline-phase.png and, where there was one, shift-online-phase.png into each run's folder: KL(q(z | h) ||
-prior) of the test tasks, for contexts that the agent collects and for those of the data, and, where tasks lie in the
-plane, the paths of exploration and of the policy on both contexts, a colour for each task, stars where to.
+prior) of the test tasks, for contexts that the agent collects (`short_` in metrics.csv) and for those of the data, and,
+where tasks lie in the plane, the paths of exploration and of the policy on both contexts, a colour for each task, stars
+where to.
 """
 
 import argparse

@@ -7,18 +7,14 @@ The first thing to try when an algorithm does not learn, and a way to see what t
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from retest import main_of
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import data
 import envs
-
-NUMBER = partial(data.parse_value, data.Whole)
 
 
 def cut(path, env, tasks):
@@ -33,18 +29,22 @@ def cut(path, env, tasks):
     return arrays, whole.meta.get("env")
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--env", choices=list(envs.FAMILIES), help="whose data; with --data what that file is made for")
-    parser.add_argument("--quality", choices=data.QUALITIES, default="mixed")
-    parser.add_argument("--tasks", nargs="+", type=NUMBER, required=True, help="their numbers in the dataset")
+    parser.add_argument("--quality", choices=data.QUALITIES, help="unless given: mixed")
+    number = partial(data.parse_value, data.Whole)
+    parser.add_argument("--tasks", nargs="+", type=number, required=True, help="their numbers in the dataset")
     parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    with data.endings("single.py", lambda: "nothing was written"):
-        data.refuse((not (args.env or args.data), "expected --env or --data"))
-        arrays, env = cut(args.data or data.prepare(args.env, args.quality), args.env, args.tasks)
-        data.save(args.out, arrays, {"env": env} if env else {})
+    data.refuse(
+        (not (args.env or args.data), "expected --env or --data"),
+        (args.quality and args.data, "--quality: --data is one file; expected one of them"),
+    )
+    arrays, env = cut(args.data or data.prepare(args.env, args.quality or "mixed"), args.env, args.tasks)
+    data.save(args.out, arrays, {"env": env} if env else {})
     returns = ", ".join(f"{x:.1f}" for x in arrays["returns"]) if "returns" in arrays else "not known"
     print(f"{args.out}: {arrays['observations'].shape[1]} transitions of each task, return {returns}")
 

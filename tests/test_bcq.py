@@ -11,6 +11,7 @@ from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, weight
 from torch.distributions import Normal, kl_divergence
 
 import data
+import focal
 
 BELLMAN = "--encoder-loss bellman"  # the critic trains the encoder, as in PEARL
 CASES = ["", BELLMAN, f"{BELLMAN} --encoder probabilistic", "--coupled"]
@@ -107,10 +108,17 @@ def test_a_run_trains_every_network(files, tmp_path, no_plots, name, more):
     assert (path / "source.py").read_text() == Path(bcq.__file__).read_text()
 
 
-@pytest.mark.parametrize("more", ["--alpha 3", "--tune-alpha", "--value-penalty"])
+@pytest.mark.parametrize("more", ["--alpha 3", "--tune-alpha", "--value-penalty", "--actor clone"])
 def test_flags_of_brac_are_refused(files, more):
     with pytest.raises(data.DataError, match=more.split()[0]):
         bcq.parse_args(test_focal.flags(WIND, files[WIND], more))
+
+
+@pytest.mark.parametrize("size", ["--small", "--no-small", "--no-small --letter"])
+def test_what_is_not_of_the_regularised_policy_is_as_in_focal(size):
+    words = f"--env {WALKER} --device cpu {size}".split()
+    mine, theirs = (vars(script.parse_args(words)) for script in (bcq, focal))
+    assert {key for key in theirs if mine[key] != theirs[key]} <= {*bcq.Args.WITHOUT, "variant"}
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA

@@ -286,7 +286,8 @@ def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     args.sparse = True
     with pytest.raises(data.DataError, match="do not give --sparse rewards"):
         online.evaluate(module, args, agent, world)
-    args.sparse, args.test_quality = False, "relabelled"
+    args.sparse = False
+    online.data = SimpleNamespace(load=lambda _: SimpleNamespace(meta={"quality": "relabelled"}), refuse=data.refuse)
     with pytest.raises(data.DataError, match="as relabelled data have"):
         online.evaluate(module, args, agent, world)
 
@@ -610,6 +611,11 @@ def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_pa
     (tmp_path / "results").mkdir()
     paper.draw(args.script, args.figures[0], runs[0][1], runs, folders, "", rows)
     (picture,) = (tmp_path / "results").iterdir()
+    for folder in folders:
+        (folder / "final.json").touch()
+    paper.result_of(folders[0], runs[0].tested).unlink()  # an adaptation that diverged
+    lost = [not paper.result_of(folder, run.tested).exists() for run, folder in zip(runs, folders, strict=True)]
+    assert [row["diverged"] for row in paper.summarise(args.script, runs, folders)] == lost and sum(lost) in (1, 2)
     assert picture.stat().st_size > 8_000
 
 

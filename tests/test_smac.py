@@ -648,6 +648,13 @@ def test_pearl_from_nothing_leaves_its_replay(tmp_path, no_plots):
     assert metrics(run(tmp_path / "smac", WIND, path / "replay.npz", more))[0]["offline_return_mean"] < 0
 
 
+def test_pearl_without_its_replay_is_not_finished(tmp_path, no_plots, monkeypatch):
+    monkeypatch.setattr(pearl, "save_replay", lambda *_: (_ for _ in ()).throw(KeyError()))
+    with pytest.raises(KeyError):
+        run(tmp_path, WIND, None, COUNTS, pearl)
+    assert list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("final.json"))
+
+
 def test_pearl_learns_by_its_own_losses(monkeypatch):
     k, calls = build(WIND, None, COUNTS, script=pearl), []
     for name in ("awac_loss", "pearl_loss", "critic_loss", "reward_loss"):

@@ -332,6 +332,7 @@ def test_everything_that_needs_cuda_runs_goes_on_and_keeps_to_its_limits(monkeyp
     assert "wind data: done before" in (out / "log.txt").read_text()
     two = [*words[:-1], "2"]
     cuda.main([*two, "--only", "wind data", "focal"])  # focal's second seed was not among those that were done
+    cuda.main([*two, "--only", "broken"])  # keeps the pictures of before
     assert (out / "log.txt").read_text().count("focal: done after") == 2
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
