@@ -74,13 +74,14 @@ def components(*z: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     _, size, directions = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     share = size.square() / size.square().sum().clamp_min(1e-12)
     points = ((flat - flat.mean(0)) @ directions[:2].T).split([len(part) * part.shape[1] for part in z])
-    return [own.view(*part.shape[:2], -1) for own, part in zip(points, z, strict=True)], F.pad(share, (0, 1))
+    return [own.view(*part.shape[:2], -1) for own, part in zip(points, z, strict=True)], share
 
 
 def embeddings(env: envs.TaskVectorEnv, z_train: torch.Tensor, z_test: torch.Tensor) -> bytes:
     """Embeddings (n, E, l) of several contexts of each training and each test task on their first principal components
-    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (directions as arrows), and these themselves: where
-    z tells tasks apart like colours lie together. `env` has them, training tasks first, each as often as another."""
+    (FOCAL's Figures 4a, 7), in the colours of the tasks' parameters (directions: on a circle), and these themselves:
+    where z tells tasks apart like colours lie together. `env` has them, training tasks first, each as often as another.
+    """
     tasks = env.tasks[:: env.num_envs // (len(z_train) + len(z_test))]
     tasks = env.family.goal(tasks)[:, :2] if env.family.goal and tasks.shape[1] == 1 else tasks
 

@@ -1,4 +1,4 @@
-"""What runs have learned: an agent from a run's folder, and its policy on raw observations. No script needs this file.
+"""What runs have learned: an agent from a run's folder, its policy on raw observations. Only --film needs this file.
 
 import trained
 
@@ -32,7 +32,8 @@ class Begun(Exception):
 
 
 class Rehearsal:
-    """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing."""
+    """In the place of a `Run`: keeps what a script hands over before its first step, and ends there. Writes nothing
+    but data that are missing."""
 
     def __init__(self, script: ModuleType, args: data.Args, device: torch.device):
         self.args, self.device, self.updates = args, device, []
@@ -54,8 +55,9 @@ def with_context(dataset: data.Dataset, context: data.Arrays, env: str, sparse: 
     """The dataset, but what is known of every task are these transitions of one: arrays (N, ...) named as at the
     top of data.py (without terminals and episodes: one that did not end). `sparse`: the agent's contexts have sparse
     rewards where the data have some. DataError for what does not fit."""
-    sparse, known = sparse and dataset.context_rewards is not dataset.rewards, data.REQUIRED | data.OPTIONAL
-    strange = ", ".join(context.keys() - known.keys())
+    sparse = sparse and dataset.context_rewards is not dataset.rewards
+    known = [name for name, (axes, _) in (data.REQUIRED | data.OPTIONAL).items() if axes.startswith("TN")]
+    strange = ", ".join(context.keys() - known)
     data.refuse(
         (not context, "context: expected arrays of transitions, found none"),
         (strange, f"context: expected arrays named {', '.join(known)}, found {strange}"),
@@ -86,13 +88,14 @@ def load_run(
     folder, on = Path(os.path.abspath(folder)), data.choose_device(device)  # links stay: a run's data lie beside them
     saved, checkpoint = json.loads((folder / "args.json").read_text()), data.read(folder / "checkpoint.pt", on)
     name, runs = folder.parts[-4], Path(saved["run_dir"])
-    if importlib.util.find_spec(name) is None:
+    loaded = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    if loaded.name == "source.py" or importlib.util.find_spec(name) is None:  # the loaded copy may be another run's
         spec = importlib.util.spec_from_file_location(name, folder / "source.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
+    script = importlib.import_module(name)  # it may register the family itself
     if saved["env"] not in envs.FAMILIES:
         runpy.run_path(str(folder / "started.py"), run_name="started")
-    script = importlib.import_module(name)
     words = ["--single", saved["single"]] if saved.get("single") else []  # merpo.py asks for it where there is one task
     args = script.parse_args(["--env", saved["env"], "--small" if saved["small"] else "--no-small", *words])
     elsewhere = runs.is_absolute() or ".." in runs.parts
@@ -103,8 +106,9 @@ def load_run(
     if "context" in changes:
         about = {"env": args.env, "sparse": hasattr(args, "sparse")}  # FOCAL's and FOCAL++'s
         args.known = partial(with_context, context=changes.pop("context"), **about)
-    moved = not elsewhere and folder.parts[-4 - len(runs.parts) : -4] != runs.parts  # so `root` is not where it was
-    lost = moved and not args.data and not args.data_dir.is_dir()
+    moved = elsewhere or folder.parts[-4 - len(runs.parts) : -4] != runs.parts  # so `root` may not be where it was
+    placed = args.data or changes.keys() & {"data", "data_dir"} or not checkpoint["dataset"]  # PEARL has none
+    lost = moved and not placed and not args.data_dir.is_dir()
     strange = ", ".join(changes.keys() - vars(args).keys())
     quality = saved["data"] and changes.get("test_quality", saved["test_quality"]) != saved["test_quality"]
     data.refuse(

@@ -568,6 +568,38 @@ def test_a_run_that_was_moved_does_not_have_its_data_built_anew(monkeypatch, tmp
     monkeypatch.setattr(data, "prepare", lambda *_, **__: 1 / 0)
     with pytest.raises(data.DataError, match="made in runs/deep, and there is no .*datasets for its data"):
         trained.load_run(moved)
+    assert trained.load_run(moved, data=files[WIND])[3].step == 2
+    (moved / "args.json").write_text(json.dumps(args | {"data": None, "run_dir": str(tmp_path / "elsewhere")}))
+    with pytest.raises(data.DataError, match="made in .*elsewhere, and there is no datasets for its data"):
+        trained.load_run(moved)
+
+
+def test_copies_of_a_script_are_loaded_each_with_its_own_code_and_family(monkeypatch, tmp_path, files):
+    """Forks of one name in two places, one of which has a family that nobody else knows."""
+    for owner, name in OWN:
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
+    folders = []
+    for k, family in enumerate(('envs.FAMILIES["gusts"] = envs.family("point-robot-wind")', "")):
+        place, env = tmp_path / str(k), "gusts" if family else WIND
+        place.mkdir()
+        rows = 'TABLE["gusts"], SMALL["gusts"] = POINT, SMALL_POINT' if family else ""
+        text = (
+            Path(focal.__file__)
+            .read_text()
+            .replace("\ndef parse_args", f"\nMARK = {k}\n{family}\n{rows}\n\ndef parse_args")
+        )
+        (place / "fork.py").write_text(text)
+        data.save(place / "own.npz", load_arrays(files[WIND]), {})
+        fork = script("fork", place)
+        fork.main(f"--env {env} --data {place / 'own.npz'} --run-dir {place} {FEW}".split())
+        folders += place.glob("fork/*/*/seed0")
+        envs.FAMILIES.pop("gusts", None)
+    monkeypatch.delitem(sys.modules, "fork")
+    assert [trained.load_run(folder)[0].MARK for folder in folders] == [0, 1]
+    monkeypatch.delitem(sys.modules, "fork")
+    monkeypatch.delitem(envs.FAMILIES, "gusts")
+    monkeypatch.syspath_prepend(tmp_path / "0")
+    assert trained.load_run(folders[0])[0].__file__ == str(tmp_path / "0" / "fork.py")
 
 
 def test_runs_that_are_evaluated_once_become_bars(paper, monkeypatch, tmp_path):

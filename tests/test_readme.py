@@ -245,6 +245,7 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
     for wrong, words in (
         (mine, "the agent's are sparse; expected sparse_rewards"),
         (mine | {"sparse_reward": np.full(7, 0.3)}, "found sparse_reward$"),
+        (mine | {"tasks": np.zeros(2)}, "found tasks$"),
     ):
         with pytest.raises(data.DataError, match=words):
             trained.load_run(folder, context=wrong)
