@@ -18,7 +18,8 @@ import envs
 
 TRAIN, TEST = [0, 2, 3, 5], [4, 1]
 WIND, SPARSE, WALKER = "point-robot-wind", "sparse-point-robot", "walker-params"
-BENCHMARK = Path(data.__file__).resolve().parent / "benchmark"
+ROOT = Path(data.__file__).resolve().parent
+BENCHMARK = ROOT / "benchmark"
 OF_A_TEST = pytest.MonkeyPatch()
 sys.path.append(str(BENCHMARK))  # last: there is a cuda.py
 

@@ -7,7 +7,7 @@ import pytest
 import test_focal
 import torch
 from conftest import SPARSE, WALKER, WIND
-from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, weights
+from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, same, weights
 from torch.distributions import Normal, kl_divergence
 
 import data
@@ -79,9 +79,7 @@ def test_only_the_network_with_a_learning_rate_moves(files, name):
 
 def test_slow_networks_begin_as_the_fast_ones(files):
     agent = build(WIND, files[WIND]).agent
-    for slow, fast in ((agent.target, agent.critic), (agent.actor.slow_shift, agent.actor.shift)):
-        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
-            assert torch.equal(p, q)
+    assert same(agent.target, agent.critic) and same(agent.actor.slow_shift, agent.actor.shift)
 
 
 def test_the_best_of_ten_proposed_actions_is_taken(files):

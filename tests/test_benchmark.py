@@ -23,8 +23,6 @@ import merpo
 import smac
 import trained
 
-ROOT = Path(focal.__file__).resolve().parent
-
 
 @pytest.fixture
 def paper():
@@ -48,7 +46,6 @@ def test_the_variance_of_weighted_embeddings(monkeypatch):
     rewarded = torch.arange(2000) % 2 == 0
     rows = torch.randn(3, 2000, sum(split), generator=generator)
     rows[..., 4] = rewarded.float()  # the contexts' reward
-
     rows[..., 3] = torch.arange(3.0)[:, None]  # the action tells the task
 
     class Encoder:
@@ -63,9 +60,8 @@ def test_the_variance_of_weighted_embeddings(monkeypatch):
     found = attention.variances(focal_pp, args, world, Encoder(), rewarded.expand(3, -1), ~rewarded)
     for i, silent in enumerate((0.25, 0.75)):
         for j, w in enumerate((1, 3)):
-            p = (
-                (1 - silent) * w / ((1 - silent) * w + silent * (w if w == 1 else 0.5))
-            )  # the share of weight on rewards
+            low = 1 if w == 1 else 0.5
+            p = (1 - silent) * w / ((1 - silent) * w + silent * low)  # the share of weight on rewards
             variance = (p**2 * noise[0] ** 2 / (1 - silent) + (1 - p) ** 2 * noise[1] ** 2 / silent) / attention.SIZE
             between = 2 * variance + (p * 0.5) ** 2 * 2 / 3  # mean square distance of two tasks, for each dimension
             assert found[0, j, i] == pytest.approx(variance, rel=0.15), (silent, w)
@@ -85,10 +81,8 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, s
     for figure, (families, _, variants, columns) in figures.items():
         _, runs = plan(paper, monkeypatch, f"{script} {figure} {size}")
         folders = [paper.path_of(run.script, run.words) for run in runs]
-        places = {
-            paper.result_of(folder, run.tested) if run.tested else folder
-            for folder, run in zip(folders, runs, strict=True)
-        }
+        pairs = zip(folders, runs, strict=True)
+        places = {paper.result_of(folder, run.tested) if run.tested else folder for folder, run in pairs}
         twice = 3 * len(families) * 3 if (script, figure) == paper.AVERAGED else 0  # alpha = 1 has no use for META
         assert len(places) + twice == len(runs) == 3 * len(families) * len(variants)
         tested = [run.tested for run in runs if run.tested]
@@ -403,6 +397,7 @@ def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files, capsys):
     run = ran(focal, tmp_path, f"--env {WIND} --data {files[WIND]} --steps 2 --eval-every 2")
     argv = [str(run), "--test-quality", "random"]
     ended(capsys, script("retest"), argv, f"--test-quality: {run} has its data from --data")
+    ended(capsys, script("retest"), argv[1:], "expected the folder of a run")
 
 
 def watch_settling(monkeypatch):
@@ -496,10 +491,6 @@ def test_what_cannot_be_tested_again_is_refused(tmp_path, saved, words, message,
     ended(capsys, script("retest"), [str(tmp_path), *words.split()], message)
 
 
-def test_no_run_is_no_command(capsys):
-    ended(capsys, script("retest"), ["--test-quality", "random"], "expected the folder of a run")
-
-
 FEW = "--small --steps 2 --eval-every 2 --eval-episodes 1 --hidden 8 --encoder-hidden 8 --context-size 8"
 
 
@@ -509,7 +500,7 @@ def test_a_copy_of_a_script_is_a_script_to_the_tools(monkeypatch, tmp_path, file
     monkeypatch.chdir(tmp_path)
     (tmp_path / "another" / "disk").mkdir(parents=True)
     Path("runs").symlink_to(tmp_path / "another" / "disk")
-    Path("mine.py").write_text((ROOT / "focal.py").read_text())
+    Path("mine.py").write_text(Path(focal.__file__).read_text())
     Path("mine.npz").write_bytes(files[SPARSE].read_bytes())
     script("mine", tmp_path).main(f"--env {SPARSE} --data mine.npz {FEW}".split())
     del sys.modules["mine"]
@@ -635,9 +626,7 @@ def test_tests_of_one_agent_become_rows_and_a_picture(paper, monkeypatch, tmp_pa
         path.write_text(json.dumps(found | ({"returns": {"0": 1.0, "10": float(i)}} if adapts else {})))
     rows = paper.summarise(args.script, runs, folders)
     distinct = [row["return_mean"] for row in rows]
-    assert (
-        distinct == sorted(distinct) if adapts else len(set(distinct)) == 8
-    )  # rows FOCAL and FOCAL++ share folders here
+    assert distinct == sorted(distinct) if adapts else len({*distinct}) == 8  # FOCAL's and FOCAL++'s share folders
     assert all(row.get("return_after_10") == (row["return_mean"] if adapts else None) for row in rows)
     monkeypatch.setattr(paper, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()

@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ended
+from conftest import ROOT, SPARSE, WALKER, WIND, ended
 from test_speed import NoWaiting, without_values
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import data
 import envs
 
-ROOT = Path(data.__file__).resolve().parent
-SPARSE, WIND, WALKER = "sparse-point-robot", "point-robot-wind", "walker-params"
 CPU = torch.device("cpu")
 TINY = {"steps": 400, "envs": 4, "episode": 40, "updates": 1, "start": 80, "hidden": 16, "batch": 16, "lr": 0.003}
 TINY |= {"alpha": 0.1, "alpha_lr": 0.003, "tau": 0.05, "discount": 0.9, "nstep": 1}
@@ -109,11 +107,8 @@ def test_losses_and_gradients_are_those_of_a_loop():
     loss = agent.loss(rows, noise)
     loss.backward()
     torch.testing.assert_close(loss, critic + actor + temperature, rtol=1e-10, atol=1e-10)
-    for own, params in (
-        (critic, [*agent.critic.parameters()]),
-        (actor, [*agent.actor.parameters()]),
-        (temperature, [agent.log_alpha]),
-    ):
+    parts = [*agent.critic.parameters()], [*agent.actor.parameters()], [agent.log_alpha]
+    for own, params in zip((critic, actor, temperature), parts, strict=True):
         for p, expected in zip(params, torch.autograd.grad(own, params, retain_graph=True), strict=True):
             torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-10)
             assert p.grad.flatten(1).any(1).all() if p.dim() > 1 else p.grad.all()
@@ -224,7 +219,7 @@ def test_a_saved_trainer_goes_on_exactly(env, nstep):
             assert_equal(value, other.agent.state_dict()[key])
 
 
-def test_policies_are_kept_from_the_untrained_to_the_last():
+def test_policies_are_kept_from_the_untrained_to_the_last_and_the_rate_falls_to_a_tenth():
     trainer, seen = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0), checkpoints=6), []
     for _ in range(101):
         seen.append(torch.cat([p.detach().flatten(1) for p in trainer.agent.actor.parameters()], 1))
@@ -234,6 +229,7 @@ def test_policies_are_kept_from_the_untrained_to_the_last():
     assert_equal(trainer.result()["policies"], torch.stack(seen[::20]))
     moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
     assert moved == [False] * 19 + [True] * 81  # learning begins with the 80th transition of each task
+    assert trainer.optimiser.param_groups[0]["lr"].item() == pytest.approx(0.1 * TINY["lr"], rel=0.1)
 
 
 def test_minibatches_come_from_a_tasks_own_steps_in_a_row():
@@ -360,10 +356,8 @@ def test_every_quality_builds(quality, folder):
     assert dataset.train_tasks.tolist() == [0, 1, 2] and dataset.test_tasks.tolist() == [3, 4]
     assert_equal(dataset.tasks, envs.sample_tasks(WIND, 5, 3))
     assert [dataset.meta[key] for key in ("env", "quality", "seed")] == [WIND, quality, 3]
-    assert (
-        dataset.meta["settings"] == dataclasses.asdict(tiny())
-        and dataset.meta["versions"]["torch"] == torch.__version__
-    )
+    assert dataset.meta["settings"] == dataclasses.asdict(tiny())
+    assert dataset.meta["versions"]["torch"] == torch.__version__
     random = data.load(prepare(folder, quality="random")).observations
     assert quality == "random" or not torch.equal(random[:, :n], dataset.observations)
 
@@ -516,20 +510,17 @@ def test_a_resumed_builds_rate_is_that_of_this_process(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == "x:  56%, 2.00 steps/s, 3.7 min left"
 
 
-@pytest.mark.parametrize(
-    ("quality", "changes", "said"),
-    [
-        ("mixed", {"envs": 500}, "--sac-steps: with 400 nothing would be learned"),
-        ("mixed", {"envs": 150, "start": 350}, "--sac-steps: with 400 nothing would be learned"),
-        ("mixed", {"envs": 4, "nstep": 101}, "--sac-steps: with 400 nothing would be learned"),
-        ("mixed", {"checkpoints": 1}, "--checkpoints: expected at least 2"),
-        ("mixed", {"trajectories": 1}, "--trajectories: mixed data are of several policies"),
-        ("replay", {"envs": 8, "replay": 7}, "--replay 7: expected 8 or more"),
-    ],
-)
-def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_path, quality, changes, said):
+TOO_LITTLE = {"envs": 500}, {"envs": 150, "start": 350}, {"envs": 4, "nstep": 101}
+IDLE = [(changes, "--sac-steps: with 400 nothing would be learned") for changes in TOO_LITTLE]
+IDLE += [({"checkpoints": 1}, "--checkpoints: expected at least 2")]
+IDLE += [({"trajectories": 1}, "--trajectories: mixed data are of several policies")]
+IDLE += [({"quality": "replay", "envs": 8, "replay": 7}, "--replay 7: expected 8 or more")]
+
+
+@pytest.mark.parametrize(("changes", "said"), IDLE)
+def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_path, changes, said):
     with pytest.raises(data.DataError, match=said):
-        prepare(tmp_path, quality=quality, **changes)
+        prepare(tmp_path, **changes)
     assert not list(tmp_path.iterdir())
 
 
@@ -549,15 +540,8 @@ def test_another_settings_is_refused(copied):
 
 def test_agents_that_are_there_are_used_unless_a_flag_asks_for_others(copied):
     """As those made on another kind of device, whose defaults differ."""
-    how = {
-        "env": WIND,
-        "seed": 3,
-        "data_dir": copied.parent.parent,
-        "train": 3,
-        "test": 2,
-        "device": "cpu",
-        "workers": 1,
-    }
+    how = {"env": WIND, "seed": 3, "data_dir": copied.parent.parent, "device": "cpu"}
+    how |= {"train": 3, "test": 2, "workers": 1}
     path = data.prepare(**how, quality="expert", trajectories=5)
     assert data.load(path).meta["settings"] | {"core_minutes": 0} == vars(data.Settings(**TINY)) | {"core_minutes": 0}
     with pytest.raises(data.DataError, match="made with --sac-hidden"):
@@ -578,20 +562,16 @@ def test_more_tasks_than_there_are_is_refused(tmp_path):
         data.prepare("sawyer", "mixed", data_dir=tmp_path, train=2500, test=10, device="cpu")
 
 
-def test_what_a_build_will_take_is_in_proportion(tmp_path, capsys):
-    for tasks, steps, minutes in ((25, 170_000, 40), (5, 170_000, 8), (25, 17_000, 4)):
-        settings = data.settings_for(WALKER, CPU, steps=steps, core_minutes=40.0)
-        data._announce(tmp_path / "mixed.npz", settings, WALKER, CPU, 1, tasks)
-        assert f"about {minutes} min on 1 core" in capsys.readouterr().out
-
-
-def test_a_family_of_ones_own_is_built_on_one_core(tmp_path, capsys, monkeypatch):
+def test_what_a_build_will_take_is_in_proportion(tmp_path, capsys, monkeypatch):
+    """A family of one's own is built on one core."""
     monkeypatch.setitem(envs.FAMILIES, "mine", dataclasses.replace(envs.FAMILIES[WALKER]))
     monkeypatch.setitem(data.SMALL, "mine", data.SMALL[WALKER])
-    settings = data.settings_for(WALKER, CPU, core_minutes=40.0)
-    for env, minutes in ((WALKER, "10 min on 4 cores"), ("mine", "40 min on 1 core")):
-        data._announce(tmp_path / "mixed.npz", settings, env, CPU, 4, 25)
-        assert f"about {minutes}" in capsys.readouterr().out
+    cases = [(WALKER, 1, 25, 170_000, "40 min on 1 core"), (WALKER, 1, 5, 170_000, "8 min on 1 core")]
+    cases += [(WALKER, 1, 25, 17_000, "4 min on 1 core"), (WALKER, 4, 25, 170_000, "10 min on 4 cores")]
+    for env, cores, tasks, steps, about in (*cases, ("mine", 4, 25, 170_000, "40 min on 1 core")):
+        settings = data.settings_for(WALKER, CPU, steps=steps, core_minutes=40.0)
+        data._announce(tmp_path / "mixed.npz", settings, env, CPU, cores, tasks)
+        assert f"about {about}" in capsys.readouterr().out
 
 
 def test_a_save_holds_what_was_met_and_no_more():
@@ -602,47 +582,36 @@ def test_a_save_holds_what_was_met_and_no_more():
     assert replay.shape[1] == 3 and replay.untyped_storage().nbytes() == 4 * replay.numel()
 
 
-def test_the_learning_rate_falls_to_a_tenth():
-    trainer = finish(make_trainer(WIND, envs.sample_tasks(WIND, 2, 0)))
-    assert trainer.optimiser.param_groups[0]["lr"].item() == pytest.approx(0.1 * TINY["lr"], rel=0.1)
-
-
 def test_shards_qualities_and_seeds_draw_each_their_own(folder):
     policies = torch.load(prepare(folder).with_name("behaviour.pt"), weights_only=True)["policies"]
     assert not torch.equal(policies[0, 0], policies[0, 3])  # the first tasks of the two shards, untrained
     agents = {"policies": policies[:1].expand(5, -1, -1), "early": None}
     tasks = envs.sample_tasks(WIND, 5, 3)
-    a, b, c, d = (
-        data.roll_out(WIND, tasks, quality, agents, tiny(), seed)["actions"]
-        for quality, seed in (("random", 3), ("expert", 3), ("mixed", 3), ("mixed", 4))
-    )
+    kinds = ("random", 3), ("expert", 3), ("mixed", 3), ("mixed", 4)
+    a, b, c, d = (data.roll_out(WIND, tasks, kind, agents, tiny(), seed)["actions"] for kind, seed in kinds)
     assert (a != b).mean() > 0.9 and (c != d).mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    "way", ["empty", "cut", "noise", "not a dictionary", "no tasks", "another version", "other tasks"]
-)
+@pytest.mark.parametrize("way", ["empty", "cut", "noise", "a list", "no tasks", "another version", "other tasks"])
 def test_a_damaged_behaviour_is_refused(way, copied):
     path = copied / "behaviour.pt"
     whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
-    if way in ("empty", "cut", "noise"):
-        noise = np.random.default_rng(0).bytes(5000)
-        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": noise}[way])
-    elif way == "not a dictionary":
-        torch.save([1, 2], path)
-    elif way == "no tasks":
-        torch.save({key: saved[key] for key in saved if key != "tasks"}, path)
-    elif way == "another version":
-        torch.save(saved | {"settings": saved["settings"] | {"n_critics": 3}}, path)
-    else:
-        torch.save(saved | {"tasks": saved["tasks"] + 0.01}, path)
+    raw = {"empty": b"", "cut": whole[: len(whole) // 2], "noise": np.random.default_rng(0).bytes(5000)}
+    made = {"a list": [1, 2], "no tasks": {key: saved[key] for key in saved if key != "tasks"}}
+    made["another version"] = saved | {"settings": saved["settings"] | {"n_critics": 3}}
+    made["other tasks"] = saved | {"tasks": saved["tasks"] + 0.01}
+    path.write_bytes(raw[way]) if way in raw else torch.save(made[way], path)
     with pytest.raises(data.DataError) as error:
         prepare(copied.parent.parent)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert names(copied) == {"behaviour.pt"}
 
 
-@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied")])
+NO_FAULT = [MemoryError(), RuntimeError("can't allocate memory"), PermissionError(errno.EACCES, "Permission denied")]
+NO_FAULT += [OSError(errno.EIO, "Input/output error", "x")]
+
+
+@pytest.mark.parametrize("error", NO_FAULT)
 def test_a_behaviour_that_cannot_be_read_is_not_called_damaged(error, copied, monkeypatch):
     """Nobody is told to delete good work."""
 
@@ -650,8 +619,9 @@ def test_a_behaviour_that_cannot_be_read_is_not_called_damaged(error, copied, mo
         raise error
 
     monkeypatch.setattr(data, "read", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as raised:
         prepare(copied.parent.parent)
+    assert raised.value is error
 
 
 def test_what_another_process_built_meanwhile_is_looked_at(folder, tmp_path, monkeypatch):
@@ -710,10 +680,8 @@ def test_a_failed_write_leaves_the_old_file(error, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- what a dataset holds
-CONTENT = [
-    *product([WIND], sorted({*data.QUALITIES} - {"relabelled"})),
-    *product([SPARSE, WALKER], ["mixed", "replay"]),
-]
+CONTENT = [(WIND, quality) for quality in sorted({*data.QUALITIES} - {"relabelled"})]
+CONTENT += product([SPARSE, WALKER], ["mixed", "replay"])
 
 
 @pytest.fixture
@@ -832,9 +800,8 @@ def test_each_quality_plays_its_own_policies():
 
 
 def test_actions_are_sampled():
-    arrays = data.roll_out(
-        WIND, np.zeros((1, 2)), "expert", {"policies": constant([[[0.2, -0.2]]], log_std=-1.0)}, tiny(), 0
-    )
+    behaviour = {"policies": constant([[[0.2, -0.2]]], log_std=-1.0)}
+    arrays = data.roll_out(WIND, np.zeros((1, 2)), "expert", behaviour, tiny(), 0)
     noise = (np.arctanh(arrays["actions"]) - np.arctanh([0.2, -0.2])) * np.e
     assert abs(noise.mean()) < 0.1 and noise.std() == pytest.approx(1, abs=0.05)
     assert abs((noise[..., 0] * noise[..., 1]).mean()) < 0.1
@@ -862,9 +829,8 @@ def test_replay_dataset_is_made_of_the_first_steps():
     early[..., 5:7] = tasks[:, None, None] + 0.2 * early[..., 5:7]
     early[..., 7:] = 0
     early[0, 1, 1, 8] = early[1, 0, 0, 8] = early[1, 2, 0, 7] = early[1, 2, 0, 8] = 1
-    arrays = data.roll_out(
-        SPARSE, tasks, "replay", {"early": torch.from_numpy(early), "policies": torch.zeros(5, 2, 1)}, tiny(), 0
-    )
+    behaviour = {"early": torch.from_numpy(early), "policies": torch.zeros(5, 2, 1)}
+    arrays = data.roll_out(SPARSE, tasks, "replay", behaviour, tiny(), 0)
     by_env = early.swapaxes(1, 2).reshape(2, 8, 9)
     rows = np.stack([by_env[0], by_env[1, [0, 4, 5, 6, 7, 1, 2, 3]]])  # episodes in the order in which they began
     for key, part in (("observations", slice(2)), ("actions", slice(2, 4)), ("next_observations", slice(5, 7))):
@@ -893,9 +859,8 @@ def roll_out_walkers():
     torch.manual_seed(0)
     actor = data.BatchedMLP(1, 17, 16, 12)
     policies = torch.cat([p.detach().flatten(1) for p in actor.parameters()], 1)[None]
-    return data.roll_out(
-        WALKER, envs.sample_tasks(WALKER, 1, 0), "expert", {"policies": policies}, tiny(trajectories=2), 0
-    )
+    tasks = envs.sample_tasks(WALKER, 1, 0)
+    return data.roll_out(WALKER, tasks, "expert", {"policies": policies}, tiny(trajectories=2), 0)
 
 
 def test_blown_up_steps_are_not_stored(monkeypatch):
@@ -1014,7 +979,6 @@ DAMAGE |= {f"{key} flat": (lambda a, k=key: {k: a[k][..., None]}, [key, "axes"])
            for key in data.REQUIRED | data.OPTIONAL}  # fmt: skip
 DAMAGE |= {
     "no rows": (lambda a: {k: a[k][:, :0] for k in a if a[k].ndim > 1 and k != "tasks"}, ["expected at least one"]),
-    "action too large": (lambda a: {"actions": put(a["actions"], 1.01)}, ["actions", "1.01"]),
     "action too small": (lambda a: {"actions": put(a["actions"], -1.01)}, ["actions", "1.01"]),
     "half terminal": (lambda a: {"terminals": put(a["terminals"], 0.5)}, ["terminals"]),
     "episodes fall": (lambda a: {"episodes": put(a["episodes"], 0, 2, 5)}, ["episodes"]),

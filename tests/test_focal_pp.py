@@ -8,7 +8,7 @@ import test_focal
 import torch
 import torch.nn.functional as F
 from conftest import SPARSE, WALKER, WIND
-from test_focal import checkpoint, cuda, moved, weights
+from test_focal import checkpoint, cuda, moved, same, weights
 
 import focal
 import focal_pp
@@ -52,9 +52,7 @@ def test_contrast_loss(task):
 
 def test_slow_networks_begin_as_the_fast_ones(files):
     agent = build(WIND, files[WIND]).agent
-    for slow, fast in ((agent.target, agent.critic), (agent.key_encoder, agent.encoder)):
-        for p, q in zip(slow.parameters(), fast.parameters(), strict=True):
-            assert torch.equal(p, q)
+    assert same(agent.target, agent.critic) and same(agent.key_encoder, agent.encoder)
 
 
 def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
@@ -218,13 +216,8 @@ def test_every_variant_trains_every_network(files, tmp_path, more):
 
 
 def test_rewards_do_not_reach_the_encoder(files):
-    agents = []
-    for scale in (5, 50):
-        k = build(WALKER, files[WALKER], f"--reward-scale {scale}")
-        for _ in range(3):
-            k.update()
-        agents.append(weights(k.agent))
-    different = moved(*agents)
+    after = lambda scale: test_focal.after_updates(files, f"{PP} --reward-scale {scale}", 3, script=focal_pp)[1]
+    different = moved(after(5), after(50))
     assert {"critic", "actor"} <= different and not {"encoder", "key_encoder"} & different
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WIND, script
+from conftest import ROOT, SPARSE, WIND, script
 
 import data
 import envs
@@ -25,19 +25,13 @@ import merpo
 import smac
 import trained
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 FIGURES = (ROOT / "benchmark/README.md").read_text()
 PAGES = README + FIGURES
 SCRIPTS = {f"{module.__name__}.py": module for module in (focal, focal_pp, smac, merpo)}
-COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", PAGES, re.S)
-    for line in block.splitlines()
-    if line.strip()
-] + re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", PAGES)
-
-
+LINES = "\n".join(re.findall(r"```bash\n(.*?)```", PAGES, re.S)).splitlines()
+COMMANDS = [line.strip() for line in LINES if line.strip()]
+COMMANDS += re.findall(r"`(python (?:focal|focal_pp|smac|merpo|data|envs)\.py [^`]+)`", PAGES)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -236,11 +230,8 @@ def test_own_transitions_are_the_context_in_which_an_agent_acts(files, tmp_path,
     focal.main(["--env", SPARSE, "--data", str(files[SPARSE]), "--run-dir", str(tmp_path), *sizes.split()])
     (folder,) = tmp_path.glob("focal/*/*/seed0")
     rng = np.random.default_rng(0)
-    own = {
-        "observations": rng.normal(size=2),
-        "actions": rng.uniform(-1, 1, 2),
-        "next_observations": rng.normal(size=2),
-    }
+    own = {"observations": rng.normal(size=2), "actions": rng.uniform(-1, 1, 2)}
+    own["next_observations"] = rng.normal(size=2)
     mine = {key: np.tile(row, (7, 1)) for key, row in own.items()} | {"rewards": np.full(7, -9.0)}
     for wrong, words in (
         (mine, "the agent's are sparse; expected sparse_rewards"),

@@ -5,7 +5,6 @@ FUZZ=3000 python -m pytest tests/test_runs.py -k fuzz      # that many mutations
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import SPARSE, WALKER, WIND, ended
+from conftest import ROOT, SPARSE, WALKER, WIND, ended
 from matplotlib.axes import Axes
 from test_focal import assert_equal, changed, checkpoint, load_arrays, metrics
 from torch import nn
@@ -31,7 +30,6 @@ import data
 import envs
 import pictures
 
-ROOT = Path(data.__file__).resolve().parent
 HERE = sys.modules[__name__]
 FUZZ = int(os.environ.get("FUZZ", 100))
 
@@ -188,7 +186,7 @@ def test_help_is_in_groups_with_the_defaults_of_the_environment_and_the_size(cap
 BAD = ["--env nowhere", "--quality superb", "--test-quality superb", "--steps -3", "--steps 2.5", "--steps 0", "--nope"]
 BAD += ["--tau 1.5", "--tau inf", "--tau -0.1", "--law cubic", "--lr -1", "--lr nan", "--lr 1e31", "--lr 1e999"]
 BAD += ["--eps 0", "--width x", "--width 1e3", f"--width {'9' * 5000}", "--width 1_000", "--width ٣", "--width 0x10"]
-BAD += ["--seed 4294967296", "--seed -1", "--seed x", "--device tpu", "--bias=no", "--steps", "more"]
+BAD += ["--seed 4294967296", "--seed -1", "--seed x", "--device tpu", "--device cuda", "--bias=no", "--steps", "more"]
 
 
 @pytest.mark.parametrize("text", BAD, ids=lambda text: text[:30])
@@ -203,11 +201,6 @@ def test_flags_that_do_not_go_together(files, capsys):
     for flag in ("--quality expert", "--test-quality expert", "--data-seed 1"):
         ended(capsys, HERE, words(files, "nowhere", flag), flag, "--data has the data of all tasks")
     ended(capsys, HERE, words(files, "nowhere", "--resume --overwrite"), "--resume", "--overwrite", "one of them")
-
-
-def python(*argv, **more):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} | more.pop("env", {})
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, **more)
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -227,7 +220,7 @@ def test_what_changes_a_run_is_in_its_name_and_nothing_else():
     assert variant("--half 3") != variant("")  # what it would be depends on other flags
 
 
-def test_names_are_safe_and_short_on_every_file_system(tmp_path):
+def test_names_are_safe_and_short_on_every_file_system(tmp_path, monkeypatch):
     """Of a path only its own name is shown, and no character that a file system may refuse; its hash tells it apart."""
     names = {r"C:\data\mine.npz", r"data\mine.npz", "数据.npz", "データ" * 20 + ".npz", "a b:c?.npz"}
     names |= {"é.npz", "e.npz", "a,b.npz", "a=b.npz", "a-b.npz", "\udcff.npz", "x,steps=9.npz", "x" * 250 + ".npz"}
@@ -237,7 +230,8 @@ def test_names_are_safe_and_short_on_every_file_system(tmp_path):
     assert len(found) == 2 * len(names) + 1
     for name in found:
         assert re.fullmatch(r"[A-Za-z0-9.,=_-]+", name) and len(name) <= 105 and "steps=" not in name.lower()
-    assert variant("", "--data", str(tmp_path / "x")) == variant("", "--data", str(tmp_path / "b" / ".." / "x"))
+    monkeypatch.chdir(tmp_path)  # the same data by another path
+    assert variant("", "--data", str(tmp_path / "x")) == variant("", "--data", "b/../x") == variant("--data ./x")
 
 
 def test_names_that_were_cut_differ_and_keep_their_steps(tmp_path):
@@ -340,12 +334,14 @@ def test_a_finished_run_says_so_and_is_left_alone(files, tmp_path, capsys):
             assert contents(path).items() == {key: x for key, x in before.items() if key != gone}.items()
 
 
-def test_a_finished_run_that_is_resumed_has_nothing_left_to_do(files, tmp_path):
+def test_a_finished_run_that_is_resumed_only_gets_back_what_it_lost(files, tmp_path):
     path = run(files, tmp_path)
-    first, rows = checkpoint(path), metrics(path)
-    run(files, tmp_path, "--resume")
-    assert_equal(checkpoint(path), first)
-    assert metrics(path) == rows
+    first, rows = checkpoint(path), (path / "metrics.csv").read_bytes()
+    for text in ((path / "final.json").read_text(), ""):
+        (path / "final.json").write_text(text)
+        run(files, tmp_path, "--resume")
+        assert_equal(checkpoint(path), first)
+        assert (path / "metrics.csv").read_bytes() == rows and (path / "final.json").stat().st_size
 
 
 def interrupt(monkeypatch, where, nth=1, error=KeyboardInterrupt):
@@ -384,33 +380,6 @@ def test_two_runs_in_one_folder_are_refused(files, tmp_path, capsys):
     (path / ".checkpoint.pt.999.tmp").write_text("of one that was killed")
     run(files, tmp_path, "--overwrite")
     assert not list(path.glob(".*.tmp"))
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "Input/output error", "x"), RuntimeError("can't allocate memory")]
-)
-def test_what_is_no_fault_of_a_file_is_not_laid_at_its_door(error):
-    with pytest.raises(type(error)) as raised, data.believing(Path("x"), "damaged", "delete it"):
-        raise error
-    assert raised.value is error
-    with pytest.raises(data.DataError, match="damaged"), data.believing(Path("x"), "damaged", "delete it"):
-        raise RuntimeError("PytorchStreamReader failed")
-
-
-def test_an_unfinished_run_is_neither_replaced_nor_gone_on_with_unasked(files, tmp_path, monkeypatch, capsys):
-    path = unfinished(files, tmp_path, monkeypatch, capsys)
-    before = contents(path)
-    either = f"{path / 'checkpoint.pt'}: --resume goes on from there, --overwrite begins anew"
-    ended(capsys, HERE, words(files, tmp_path), either)
-    assert contents(path) == before
-
-
-def test_a_finished_run_gets_back_what_it_lost(files, tmp_path):
-    folder = run(files, tmp_path)
-    before = contents(folder)
-    (folder / "final.json").write_text("")
-    main(words(files, tmp_path, "--resume"))
-    assert contents(folder)["metrics.csv"] == before["metrics.csv"] and (folder / "final.json").stat().st_size
 
 
 def test_a_run_needs_no_standard_output(files, tmp_path, monkeypatch):
@@ -480,12 +449,6 @@ def test_settings_of_the_checkpoint_must_be_those_of_the_run(files, tmp_path, mo
             ended(capsys, HERE, words(files, tmp_path, "--resume"), "checkpoint of step 3", code=130)
 
 
-def test_the_same_data_by_another_path_are_the_same_run(files, tmp_path, monkeypatch, capsys):
-    path = unfinished(files, tmp_path, monkeypatch, capsys)
-    monkeypatch.chdir(files[WIND].parent)
-    assert run({WIND: f"./{files[WIND].name}"}, tmp_path, "--resume") == path
-
-
 @pytest.mark.parametrize("done", [False, True])
 def test_a_run_on_other_data_never_replaces_one(files, tmp_path, monkeypatch, capsys, done):
     """Data that are built here have no name of their own in the folder's."""
@@ -507,28 +470,25 @@ def test_a_run_on_other_data_never_replaces_one(files, tmp_path, monkeypatch, ca
 
 
 # ------------------------------------------------------------------------------------------------- ways to fail, Ctrl-C
-def test_ctrl_c_says_what_is_kept(files, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_what_is_kept_and_not_gone_on_with_unasked(files, tmp_path, monkeypatch, capsys):
     argv = words(files, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(HERE, "parse_args", lambda argv: (_ for _ in ()).throw(KeyboardInterrupt))
         ended(capsys, HERE, argv, "interrupted; nothing was begun", code=130)
-    with monkeypatch.context() as patch:
-        interrupt(patch, "begin")
-        ended(capsys, HERE, argv, "at step 0 there is no checkpoint yet; what is built of the data is kept", code=130)
-    with monkeypatch.context() as patch:
-        interrupt(patch, "due")
-        ended(capsys, HERE, argv, "there is no checkpoint yet", code=130)
-    with monkeypatch.context() as patch:
-        interrupt(patch, "_save")
-        ended(capsys, HERE, argv, "there is no checkpoint yet", code=130)
+    for where, step in (("begin", 0), ("due", 1), ("_save", 3)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, where)
+            says = f"at step {step} there is no checkpoint yet; what is built of the data is kept"
+            ended(capsys, HERE, argv, says, code=130)
     path = unfinished(files, tmp_path, monkeypatch, capsys)
-    with monkeypatch.context() as patch:
-        interrupt(patch, "due")
-        says = f"the checkpoint of step 3 is kept in {path}; --resume goes on"
-        ended(capsys, HERE, [*argv, "--resume"], says, code=130)
-    with monkeypatch.context() as patch:
-        interrupt(patch, "_save")  # of step 6
-        ended(capsys, HERE, [*argv, "--resume"], "the checkpoint of step 3 is kept", code=130)
+    before = contents(path)
+    ended(capsys, HERE, argv, f"{path / 'checkpoint.pt'}: --resume goes on from there, --overwrite begins anew")
+    assert contents(path) == before
+    for where, step in (("due", 4), ("_save", 6)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, where)
+            says = f"at step {step} the checkpoint of step 3 is kept in {path}; --resume goes on"
+            ended(capsys, HERE, [*argv, "--resume"], says, code=130)
 
 
 NO_MEMORY = [MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(float))]
@@ -558,10 +518,6 @@ def test_a_folder_that_cannot_be_written(files, tmp_path, capsys):
     ended(capsys, HERE, argv, str(tmp_path / "file"))
 
 
-def test_cuda_is_refused_where_there_is_none(files, tmp_path, capsys):
-    ended(capsys, HERE, words(files, tmp_path, "--device cuda"), "--device cuda: no CUDA device was found")
-
-
 def test_data_that_are_refused(files, tmp_path, capsys):
     path = tmp_path / "bad.npz"
     ended(capsys, HERE, words({WIND: path}, tmp_path / "runs"), str(path), "No such file")
@@ -574,8 +530,8 @@ def test_a_terminal_that_cannot_show_a_path_is_no_reason_to_end(tmp_path):
     """Standard output of Windows, redirected: neither before training nor for the line that says what is wrong."""
     folder = tmp_path / "数据"
     argv = ["-c", "import test_runs; test_runs.main()", "--data", str(folder / "no.npz"), "--run-dir", str(folder)]
-    more = {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = python(*argv, env=more, encoding="cp1252")
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, *argv], env=env, capture_output=True, encoding="cp1252")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and r"\u6570\u636e" in done.stderr
     assert done.stdout.count("\n") == 1 and r"\u6570\u636e" in done.stdout
 
@@ -619,23 +575,12 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(full, files, tmp_
     (path,) = tmp_path.glob("*/*/*/*")
     assert str(path / name) in line
     assert contents(path) == seen[-1]  # what stood there before still does, and no temporary file
-    monkeypatch.setattr(data, "write", write)
     full("")
     run(files, tmp_path, "--resume")
     assert (path / "final.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
-class MakesAFolder:
-    """Its pickle runs code when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.fixture
 def resuming(files, tmp_path):
     """A checkpoint, and a function that resumes from it: the toy as it is then, or None if it was refused in a line."""
@@ -649,8 +594,7 @@ def resuming(files, tmp_path):
             try:
                 run.begin(toy, world)
             except data.DataError as error:
-                assert "\n" not in str(error).strip() or "tensor" in str(error)
-                assert str(path) in str(error) or str(error).startswith("--")
+                assert "\n" not in str(error) and str(path) in str(error)
                 return None
         return toy
 
@@ -684,8 +628,12 @@ def mangled(whole, rng):
 
 
 def test_nothing_in_a_checkpoint_is_run(resuming, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trodden"),)
+
     path, resume = resuming
-    for trap in (MakesAFolder(tmp_path / "trodden"), {"args": MakesAFolder(tmp_path / "trodden")}):
+    for trap in (Trap(), {"args": Trap()}):
         for zipped in (True, False):
             torch.save(trap, path, _use_new_zipfile_serialization=zipped)
             assert resume() is None
@@ -718,7 +666,6 @@ def test_a_final_json_that_is_damaged_is_refused_in_words(files, tmp_path, capsy
     ended(capsys, HERE, words(files, tmp_path), f"{path / 'final.json'}: damaged", "--overwrite begins anew")
 
 
-# --------------------------------------------------------------------------------------------------------- the learner
 # ------------------------------------------------------------------------------------------------------------ pictures
 def test_the_curve(files, tmp_path, monkeypatch):
     drawn, plot, line = {}, Axes.plot, Axes.axhline
@@ -742,17 +689,12 @@ def test_the_band_of_a_curve_is_where_most_tasks_are(tmp_path, monkeypatch):
     assert {key: row[f"train_return_{key}"] for key in expected} == pytest.approx(expected)
     monkeypatch.setattr(Axes, "fill_between", lambda axes, x, low, high, **how: bands.append([*x, *low, *high]))
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **how: seen.append((x, how["marker"])))
-    data.plot(pictured(tmp_path, rows=[row]), "curve")
-    assert seen == 2 * [([5], "o")]  # a line of one point cannot be seen
-    np.testing.assert_allclose(bands, [[5, each[1], each[9]], [5, each[1] + 1, each[9] + 1]])
-
-
-def pictured(folder, **more):
-    """Stands for a run whose pictures are drawn."""
     world = SimpleNamespace(behaviour=None, optimum=None)
     how = {"marks": (), "unit": "steps", "script": Path("toy.py"), "args": SimpleNamespace(env=WIND), "world": world}
-    how["curve"] = {"train_": "training tasks", "": "test tasks"}
-    return SimpleNamespace(folder=folder, **(how | more))
+    how |= {"curve": {"train_": "training tasks", "": "test tasks"}, "rows": [row]}
+    data.plot(SimpleNamespace(folder=tmp_path, **how), "curve")
+    assert seen == 2 * [([5], "o")]  # a line of one point cannot be seen
+    np.testing.assert_allclose(bands, [[5, each[1], each[9]], [5, each[1] + 1, each[9] + 1]])
 
 
 def standing_for(tasks, each=4, goal=None):
@@ -782,9 +724,8 @@ def test_colours_of_tasks_with_two_parameters_tell_both(tmp_path):
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1) + np.eye(25)
     assert apart.min() > 0.05 and place is tasks
     assert len(np.unique(pictures.task_colours(np.zeros((3, 2)))[0], axis=0)) == 1  # tasks that are one
-    assert np.isfinite(pictures.task_colours(np.zeros((2, 1)))[0]).all() and pictures.task_colours(np.eye(4))[
-        1
-    ].shape == (4, 2)
+    assert np.isfinite(pictures.task_colours(np.zeros((2, 1)))[0]).all()
+    assert pictures.task_colours(np.eye(4))[1].shape == (4, 2)
 
 
 def test_embeddings_of_directions_have_the_colours_of_a_circle(tmp_path, monkeypatch):

@@ -102,9 +102,8 @@ def test_a_family_without_enough_tasks_says_so(monkeypatch):
 
 
 def test_parts_stand_where_the_task_says():
-    rows = np.array(
-        [task(scene=[1, 1, 1, 1, 1, side, *places]) for side, *places in product((-1, 1), range(4), range(4))]
-    )
+    places = product((-1, 1), range(4), range(4))  # the side, the tray's, the object's
+    rows = np.array([task(scene=[1, 1, 1, 1, 1, *place]) for place in places])
     env = build(rows)
     obs = env.reset()[0]
     np.testing.assert_array_equal(obs[:, 8], 0.2 * rows[:, 5])

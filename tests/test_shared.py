@@ -4,14 +4,11 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-import focal
+from conftest import ROOT
 
 pytestmark = pytest.mark.layout
-ROOT = Path(focal.__file__).resolve().parent
 SCRIPTS = ["focal.py", "focal_pp.py", "smac.py", "merpo.py"]
 BANNERS = ["arguments", "networks", "task encoder", "losses", "update", "data and evaluation", "main"]
 LINES = {"focal.py": 571, "focal_pp.py": 625, "smac.py": 628, "merpo.py": 731, "data.py": 1_689, "envs.py": 1_020}

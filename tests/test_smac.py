@@ -15,7 +15,7 @@ import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
 from matplotlib.figure import Figure
-from test_focal import checkpoint, cuda, metrics, moved, q_values, random_tensors, weights
+from test_focal import checkpoint, cuda, metrics, moved, q_values, random_tensors, same, weights
 from torch.distributions import Normal, kl_divergence
 
 import data
@@ -69,22 +69,11 @@ def test_weights_of_large_advantages_are_finite():
 
 # ------------------------------------------------------------------- one update against a loop over single transitions
 RATE, NOISE = 0.25, 0.3
-LOOPS = [
-    ("", False),
-    ("--actor sac", False),
-    ("--actor bc --final-lr 0.5", False),
-    ("--encoder-loss q", False),
-    ("--encoder-loss reward+q", False),
-    ("--pearl-weight 0.6 --final-lr 0.5", True),
-    ("--pearl-weight 0", True),
-    ("--actor sac", True),
-    ("--actor bc", True),
-    ("--encoder-loss q", True),
-    ("--encoder-loss reward+q", True),
-    ("--online-rewards oracle", True),
-    ("--online-rewards oracle --encoder-loss q --actor sac", True),
-    ("--online-rewards oracle --encoder-loss reward+q", True),
-]
+OFFLINE = ["", "--actor sac", "--actor bc --final-lr 0.5", "--encoder-loss q", "--encoder-loss reward+q"]
+ONLINE = ["--pearl-weight 0.6 --final-lr 0.5", "--pearl-weight 0", "--actor sac", "--actor bc", "--encoder-loss q"]
+ONLINE += ["--encoder-loss reward+q", "--online-rewards oracle", "--online-rewards oracle --encoder-loss reward+q"]
+ONLINE += ["--online-rewards oracle --encoder-loss q --actor sac"]
+LOOPS = [*((more, False) for more in OFFLINE), *((more, True) for more in ONLINE)]
 
 
 def descend(network, gradients, rate):
@@ -206,11 +195,6 @@ def test_the_slow_target_begins_as_the_critic(files):
     assert same(agent.target, agent.critic)
 
 
-# ------------------------------------------------------------------------------------------------ who trains whom
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------------- buffers
 def buffers(rows, joining, horizon=3, context_data=4):
     """The buffers of three tasks."""
@@ -248,13 +232,16 @@ def test_what_is_drawn_from_the_buffers():
     assert set(latest.tolist()) == {7, 8} and set(others.tolist()) == {11}  # where there are no offline rows: any
 
 
-def test_tasks_without_data_are_not_drawn(files):
+def test_the_oracle_of_test_tasks_has_buffers_of_their_own_not_drawn_from_while_they_are_empty(files):
     k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle --meta-batch-size 4")
     assert k.agent.replay.filled.tolist() == [60] * 4 + [0] * 2
     drawn, draw = [], k.agent.replay._draw
     k.agent.replay._draw = lambda *args: drawn.append(args[0]) or draw(*args)
     k.update(online=True)
-    assert all(set(task.tolist()) == {0, 1, 2, 3} for task in drawn)
+    assert [set(task.tolist()) for task in drawn] == [{0, 1, 2, 3}] * 2
+    smac.collect(k.args, k.agent, k.world, 0)
+    counts = np.bincount(smac.schedule(k.args, 2, 1)[0], minlength=2)
+    assert k.agent.replay.filled.tolist() == [60] * 4 + [20 * count for count in counts]
 
 
 def test_the_schedule_visits_all_tasks_alike():
@@ -268,19 +255,13 @@ def test_the_schedule_visits_all_tasks_alike():
 
 
 @pytest.mark.parametrize("contexts", ["all", "offline"])
-def test_an_update_draws_two_independent_histories(files, monkeypatch, contexts):
-    k = build(WIND, files[WIND], f"--online-contexts {contexts}")
+def test_the_rows_that_an_update_takes_as_contexts(files, contexts):
+    k, seen = build(WIND, files[WIND], f"--online-contexts {contexts}"), []
+    draw = k.agent.replay.histories
+    k.agent.replay.histories = lambda task, size, offline: seen.append(offline) or draw(task, size, offline)
     for online in (False, True):
-        drawn = []
-        for name in ("histories", "transitions"):
-            draw = getattr(smac.Replay, name)
-            note = lambda *args, draw=draw, **more: drawn.append([*args[1:], *more.values()]) or draw(*args, **more)
-            monkeypatch.setattr(smac.Replay, name, note)
         k.update(online=online)
-        monkeypatch.undo()
-        (task, size, offline), (task2, size2) = drawn
-        assert torch.equal(task, task2) and len(set(task.tolist())) == 3
-        assert (size, size2) == (k.args.context_size, k.args.batch_size) and offline == (contexts == "offline")
+    assert seen == [contexts == "offline"] * 2
 
 
 # ----------------------------------------------------------------------------------------------- the online phase
@@ -336,9 +317,8 @@ def test_collected_trajectories_are_real_and_go_where_they_belong(files, name, m
             assert torch.allclose(r[:, 0], true, atol=1e-5) == ("oracle" in more)
             assert not d.any()  # a time limit is not the MDP's end
         else:
-            assert torch.equal(
-                d[:, 0] > 0, torch.from_numpy(envs.family(name).terminated((s2 * k.world.std + k.world.mean).numpy()))
-            )
+            fell = envs.family(name).terminated((s2 * k.world.std + k.world.mean).numpy())
+            assert torch.equal(d[:, 0] > 0, torch.from_numpy(fell))
 
 
 def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
@@ -370,23 +350,12 @@ def test_every_round_has_tasks_of_its_own(files, tmp_path, no_plots, monkeypatch
     assert rounds == [0, 1]
 
 
-def test_the_oracle_of_test_tasks_has_buffers_of_their_own(files):
-    k = build(WIND, files[WIND], "--online-tasks test --online-rewards oracle")
-    smac.collect(k.args, k.agent, k.world, 0)
-    counts = np.bincount(smac.schedule(k.args, 2, 1)[0], minlength=2)
-    assert k.agent.replay.filled.tolist() == [60] * 4 + [20 * count for count in counts]
-
-
 @pytest.mark.parametrize("more", ["", "--encoder-loss reward+q", "--online-tasks test", "--z-every step"])
 def test_no_true_reward_reaches_the_online_phase(files, tmp_path, no_plots, monkeypatch, more):
     """Other rewards change what evaluations report, and nothing that is learnt, drawn or stored."""
     honest = run(tmp_path / "a", WIND, files[WIND], more)
-    row = envs.FAMILIES[WIND]
-    monkeypatch.setitem(
-        envs.FAMILIES,
-        WIND,
-        dataclasses.replace(row, reward=lambda task, *_: np.random.default_rng().normal(size=len(task))),
-    )
+    lies = lambda task, *_: np.random.default_rng().normal(size=len(task))
+    monkeypatch.setitem(envs.FAMILIES, WIND, dataclasses.replace(envs.FAMILIES[WIND], reward=lies))
     lying = run(tmp_path / "b", WIND, files[WIND], more)
     test_focal.assert_equal(checkpoint(honest)["agent"], checkpoint(lying)["agent"])
     for x, y in zip(metrics(honest), metrics(lying), strict=True):
@@ -394,28 +363,18 @@ def test_no_true_reward_reaches_the_online_phase(files, tmp_path, no_plots, monk
         assert all(x[key] == y[key] for key in smac.Agent.METRICS)
 
 
-def test_encoder_and_decoder_stand_still_online(files, tmp_path, no_plots):
-    offline = run(tmp_path / "a", WIND, files[WIND], "--online-rewards none")
-    whole = run(tmp_path / "b", WIND, files[WIND])
-    assert len(metrics(offline)) == 2 and len(metrics(whole)) == 6
-    assert [row["online_steps"] for row in metrics(whole)] == [0, 0, 60, 60, 120, 120]
+@pytest.mark.parametrize("more", ["", "--encoder-loss reward+q"])
+def test_encoder_and_decoder_stand_still_online(files, tmp_path, no_plots, more):
+    """But for an encoder that Q trains; labels come from the encoder at the end of the offline phase."""
+    offline = run(tmp_path / "a", WIND, files[WIND], f"{more} --online-rewards none")
+    whole = run(tmp_path / "b", WIND, files[WIND], more)
+    assert [row["online_steps"] for row in metrics(whole)] == [0, 0, 60, 60, 120, 120] and len(metrics(offline)) == 2
     a, b = (checkpoint(x)["agent"] for x in (offline, whole))
     for key in a:
-        if key.startswith(("encoder", "decoder")):
-            assert torch.equal(a[key], b[key])
-            if key.startswith("encoder"):
-                assert torch.equal(b[key], b[key.replace("encoder", "labeller", 1)])
-    assert moved(a, b) >= {"actor", "critic", "target"}
-
-
-def test_labels_come_from_the_encoder_at_the_end_of_the_offline_phase(files, tmp_path, no_plots):
-    more = "--encoder-loss reward+q"
-    offline = checkpoint(run(tmp_path / "a", WIND, files[WIND], f"{more} --online-rewards none"))["agent"]
-    whole = checkpoint(run(tmp_path / "b", WIND, files[WIND], more))["agent"]
-    for key in offline:
         if key.startswith("encoder"):
-            assert torch.equal(offline[key], whole[key.replace("encoder", "labeller", 1)])
-            assert not torch.equal(offline[key], whole[key])
+            assert torch.equal(a[key], b[key.replace("encoder", "labeller", 1)])
+            assert torch.equal(a[key], b[key]) == (not more)
+    assert "decoder" not in moved(a, b) and moved(a, b) >= {"actor", "critic", "target"}
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -451,10 +410,8 @@ def test_evaluation_follows_both_protocols(files, monkeypatch):
     for name, total in zip(("prior_", "", "short_", "offline_"), (first.total, *(x for x, _ in scored)), strict=True):
         for prefix, part in (("train_", slice(4)), ("", slice(4, None))):
             own = total[part].reshape(2, 2)
-            assert (
-                row[f"{prefix}{name}return_mean"] == own.mean()
-                and row[f"{prefix}{name}return_std"] == own.mean(1).std()
-            )
+            assert row[f"{prefix}{name}return_mean"] == own.mean()
+            assert row[f"{prefix}{name}return_std"] == own.mean(1).std()
     for i, name in enumerate(("", "short_", "offline_")):
         kl = smac.gaussian_kl(*forward(seen[i])).detach()
         assert row[f"train_{name}kl"] == pytest.approx(kl[:4].mean().item(), rel=1e-5)
@@ -527,9 +484,8 @@ def test_what_a_run_writes(files, tmp_path, capsys):
     assert {file.name for file in path.iterdir()} - {"started.py", ".lock"} == set(names)
     rows = metrics(path)
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18]
-    assert {"return_mean", "offline_return_mean", "short_return_mean", "prior_return_mean", "kl", "offline_kl"} <= set(
-        rows[0]
-    )
+    expected = {f"{name}return_mean" for name in ("", "offline_", "short_", "prior_")} | {"kl", "offline_kl"}
+    assert expected <= rows[0].keys()
     assert all(0 <= row[f"{name}return_mean"] <= 20 for row in rows for name in ("", "prior_"))  # the sparse return
     assert "offline context" in capsys.readouterr().out
 
@@ -597,14 +553,12 @@ def test_observations_are_kept_within_a_bound(files):
     assert build(WIND, files[WIND]).world.scaled(far).tolist() == [[10.0, 10.0]]
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("--data-size 61", "--data-size.*expected 61 rows.*found 60 rows"),
-        ("--data-until 90", "--data-until.*up to row 90, found 60 rows"),
-        ("--meta-batch-size 5", "--meta-batch-size.*at most 4"),
-    ],
-)
+MORE = [("--data-size 61", "--data-size.*expected 61 rows.*found 60 rows")]
+MORE += [("--data-until 90", "--data-until.*up to row 90, found 60 rows")]
+MORE += [("--meta-batch-size 5", "--meta-batch-size.*at most 4")]
+
+
+@pytest.mark.parametrize(("more", "message"), MORE)
 def test_more_than_the_data_have_is_refused(files, more, message):
     with pytest.raises(data.DataError, match=message):
         build(WIND, files[WIND], more)
@@ -623,7 +577,7 @@ def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, ca
 
 
 def test_a_run_of_another_length_is_not_looked_for(files, tmp_path, no_plots, capsys):
-    run(tmp_path, WIND, files[WIND])
+    run(tmp_path, WIND, files[WIND], "--online-rewards none")
     smac.main([*flags(WIND, files[WIND], "--steps 9 --online-rewards none --resume"), "--run-dir", str(tmp_path)])
     assert "from the start" in capsys.readouterr().out
 
@@ -693,17 +647,13 @@ def test_a_saved_replay_of_a_family_with_sparse_rewards_holds_them(tmp_path, no_
     np.testing.assert_allclose(dataset.rewards, -distance, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ("--actor bc", ["--actor: PEARL"]),
-        ("--obs-bound 5", ["--obs-bound: PEARL"]),
-        ("--steps 5", ["--steps: PEARL"]),
-        ("--data-size 7", ["--data-size: PEARL"]),
-        ("--online-envs 2", ["--online-envs 2", "at least 3"]),
-        ("--online-steps 60", ["--online-steps 60", "at least 120"]),
-    ],
-)
+NOT_PEARL = [(more, [f"{more.split()[0]}: PEARL"])
+             for more in ("--actor bc", "--obs-bound 5", "--steps 5", "--data-size 7")]  # fmt: skip
+NOT_PEARL += [("--online-envs 2", ["--online-envs 2", "at least 3"])]
+NOT_PEARL += [("--online-steps 60", ["--online-steps 60", "at least 120"])]
+
+
+@pytest.mark.parametrize(("more", "words"), NOT_PEARL)
 def test_pearl_says_in_one_line_what_it_cannot(tmp_path, no_plots, capsys, more, words):
     ended(capsys, pearl, [*flags(WIND, None, f"{COUNTS} {more}"), "--run-dir", str(tmp_path)], *words)
 

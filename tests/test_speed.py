@@ -27,9 +27,7 @@ import merpo
 import smac
 import trained
 
-ROOT = Path(focal.__file__).resolve().parent
 META = torch.device("meta")
-REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 PEARL = "--encoder probabilistic --encoder-loss bellman --alpha 0"
 SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --threads 1 --no-small --letter"
 CONTEXT = f"{SIZES} --encoder-hidden 16 --context-size 8 --latent 3"
@@ -107,7 +105,7 @@ def holds(*updates):
         assert mode.count > 50
 
 
-@pytest.mark.parametrize("more", ["--alpha 0", REGULARISED, "--coupled --final-lr 0.1", PEARL])
+@pytest.mark.parametrize("more", ["--alpha 0", test_focal.REGULARISED, "--coupled --final-lr 0.1", PEARL])
 def test_an_update_of_focal(adam, files, more):
     holds(*updates_of(focal, files[WALKER], more))
 
@@ -250,9 +248,8 @@ def test_replays_neither_wait_nor_allocate(files, script):
 def test_a_run_goes_on_with_graphs_after_it_was_resumed(files, tmp_path):
     more = "--device cuda --encoder-steps 6 --eval-every 8"
     whole = test_focal.run(tmp_path / "whole", WIND, files[WIND], f"{more} --steps 24")
-    parts = go_on(
-        test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8"), files, f"{more} --steps 24"
-    )
+    short = test_focal.run(tmp_path / "parts", WIND, files[WIND], f"{more} --steps 8")
+    parts = go_on(short, files, f"{more} --steps 24")
     for x, y in zip(test_focal.metrics(whole)[1:], test_focal.metrics(parts)[1:], strict=True):
         for key in ("step", "critic_loss", "actor_loss", "q_mean"):
             assert x[key] == pytest.approx(y[key], rel=5e-2, abs=1e-3)
@@ -292,11 +289,8 @@ def test_the_speed_table(tmp_path):
     rows = speed.main([*words, "--env", WIND, "--flags", f"{flags} --encoder-hidden 16 --context-size 8 --alpha 1"])
     with open(out) as file:
         stored = list(csv.DictReader(file))
-    assert (
-        [row["update"] for row in stored]
-        == [row["update"] for row in rows]
-        == ["encoder learns", "encoder stands still"]
-    )
+    kinds = ["encoder learns", "encoder stands still"]
+    assert [row["update"] for row in stored] == [row["update"] for row in rows] == kinds
     learns, stands_still = rows
     assert learns["gflop"] > stands_still["gflop"] > 0
     # 3 tasks x 8 rows; products of 16-wide layers over 2 + 2 + 5 inputs at the least: one pass of the critics
@@ -417,9 +411,8 @@ def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkey
 
 def test_no_part_starts_when_no_time_is_left(tmp_path):
     cuda = script("cuda")
-    assert (
-        cuda.main(["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]) == 1
-    )
+    words = ["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]
+    assert cuda.main(words) == 1
     *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
     assert len(log) == 13 and all("no time left" in line for line in log) and "not done: walker data" in last
 

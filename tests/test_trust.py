@@ -21,8 +21,8 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import WIND, ended
-from test_data import names, run_here, sample
+from conftest import BENCHMARK, WIND, ended
+from test_data import names, run_here, sample, start
 from test_data import prepare as prepare_tiny
 from test_focal import metrics
 from test_runs import FUZZ, contents, mangled
@@ -34,7 +34,6 @@ import focal_pp
 import merpo
 import smac
 
-ROOT = Path(data.__file__).resolve().parent
 SIZES = "--hidden 16 --batch-size 8 --meta-batch-size 3 --eval-episodes 1 --device cpu --threads 1"
 CONTEXT = f"{SIZES} --encoder-hidden 16 --context-size 8 --latent 3"
 FLAGS = {
@@ -65,7 +64,7 @@ def here(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- kills
 def test_killed_at_random_moments_nothing_is_lost():
     """The campaign of benchmark/kill.py, small: real kills of data building and of every script."""
-    command = [sys.executable, ROOT / "benchmark" / "kill.py", "--kills", "1", "--seed", "2", "--no-pictures"]
+    command = [sys.executable, BENCHMARK / "kill.py", "--kills", "1", "--seed", "2", "--no-pictures"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[-1].endswith("the same every time"), done.stdout + done.stderr
@@ -81,15 +80,9 @@ def test_what_a_kill_left_beside_a_whole_behaviour_is_removed(here, tmp_path):
     assert names(folder) == {"behaviour.pt", "mixed.npz", "expert.npz"}
 
 
-def python(code, cwd, **more):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, text=True, **more)
-
-
 def test_two_processes_that_want_the_same_dataset(tmp_path, here):
     code = "import data, test_data; data._run_jobs = test_data.run_here; print(test_data.prepare('.'))"
-    both = [python(code, tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+    both = [start([sys.executable, "-c", code], tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum("building" in text for text in said) == 1  # the other waited, or found it
@@ -116,7 +109,7 @@ def test_a_full_disk_leaves_the_old_file(full, tmp_path, what, size):
 
 
 @pytest.mark.parametrize("name", ["behaviour-part1.pt", "behaviour.pt", "mixed.npz"])
-def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, capsys, name, monkeypatch):
+def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, name):
     full(name)
     with pytest.raises(OSError, match=f"File too large.*{name}"):
         prepare_tiny(tmp_path)
@@ -124,7 +117,6 @@ def test_a_full_disk_while_a_dataset_is_made(full, here, tmp_path, capsys, name,
     for path in folder.glob("*.pt"):
         data.read(path)
     assert name not in names(folder) and not list(folder.glob("*.tmp"))
-    monkeypatch.setattr(data, "write", data.write)
     full("")
     assert data.load(prepare_tiny(tmp_path)).meta["checksum"]
 
