@@ -76,6 +76,7 @@ def parts(args):
         Part("tests", 100, {"tests": pytest}, once=True),
         speed("compiled-focal_pp", 200, "--size", "paper", "--compile", "--only", "focal_pp"),
         profile("profile", 60),
+        speed("speed-wider", 40, "--size", "paper", "--only", "focal", "--flags", "--hidden 320"),  # fits tiles
         Part("focal_pp", 240, seeds("focal_pp", "walker-params"), needs=[walker]),
         Part("smac", 240, seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
              needs=[walker]),

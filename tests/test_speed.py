@@ -414,7 +414,7 @@ def test_no_part_starts_when_no_time_is_left(tmp_path):
     words = ["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]
     assert cuda.main(words) == 1
     *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
-    assert len(log) == 13 and all("no time left" in line for line in log) and "not done: walker data" in last
+    assert len(log) == 14 and all("no time left" in line for line in log) and "not done: walker data" in last
 
 
 def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(tmp_path):
