@@ -1023,8 +1023,8 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
     """Makes the rewards that contexts show sparse, FOCAL++'s Eq. 35 on the full rewards, and returns its R.
 
     Without a threshold R is the one that leaves half of the training tasks' transitions non-zero, as the paper chose
-    its own (for point robots, whose goal has a radius, the paper's). Rewards themselves, which
-    actor, critic and returns use, stay as they are. DataError where there is no such R.
+    its own (on sparse-point-robot: the paper's). Rewards themselves, which actor, critic and returns use, stay as
+    they are. DataError where there is no such R.
     """
     row = envs.FAMILIES.get(dataset.meta.get("env"))
     if threshold is None and row is not None and not row.xml:

@@ -20,8 +20,8 @@ Where we differ from the paper:
   Table 5b presupposes. Contexts: dense rewards, on sparse-point-robot FOCAL's sparse ones; `--sparse`: FOCAL++'s.
 - Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
   cannot settle while z moves under it; z is then one of 64 kept for each task. Other settings: SMALL, OURS.
-- D in the target (`--value-penalty`): FOCAL's 7 put into its 8 gives it the weight gamma^2 alpha; BRAC's gamma alpha
-  is meant. D(s') is of the data's next action, and 0 where an episode ends.
+- D in the target (`--value-penalty`): FOCAL's (7) in its (8) gives it the weight gamma^2 alpha; its (6), as BRAC, means
+  gamma alpha. D(s') is of the data's next action, and 0 where an episode ends.
 - The critic steps before the actor (Algorithm 1: after it). One c'_j of a task serves all its pairs. Q has a twin;
   the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
@@ -83,7 +83,7 @@ class Args(data.Args):
     actor: Literal["brac", "clone"] = "brac"  # clone: behaviour cloning given z; Q learns, unused
     attention: Literal["both", "batch", "seq", "none"] = "both"  # over transitions (batch), their parts (seq)
     next_obs: bool = True  # s' in the context; in PEARL's code only where dynamics differ
-    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # contrast: 2+ tasks; dml: FOCAL; bellman: PEARL
+    encoder_loss: Literal["contrast", "dml", "bellman"] = "contrast"  # contrast: FOCAL++; dml: FOCAL; bellman: PEARL
     coupled: bool = False  # the critic's loss trains the encoder too (FOCAL, section 5.2.3)
     dml: Literal[tuple(LAWS)] = "inverse-square"  # law of FOCAL's Eq. 13's negative pairs
 
@@ -108,7 +108,7 @@ class Args(data.Args):
             self.encoder_steps = self.steps if self.critic_trains_encoder else last  # Q changes as the policy does
         idle = partial(data.refuse_idle, given)
         without = "--actor clone" if self.actor == "clone" else "--alpha 0"
-        idle("alpha tune_alpha", self.actor == "clone", without)
+        idle("alpha tune_alpha alpha_lr alpha_max target_divergence", self.actor == "clone", without)
         idle("value_penalty discriminator_lr discriminator_steps", not self.regularised, without)
         idle("alpha_lr alpha_max target_divergence", not self.tune_alpha, "--no-tune-alpha")
         idle("coupled", self.encoder_loss == "bellman", "--encoder-loss bellman")
@@ -121,8 +121,8 @@ class Args(data.Args):
 # from one checkpoint (the paper's: fourteen or more) and leave Q ignorant of actions that lead away from the goal.
 # (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
-MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6
-TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # Table 6: 4 x 256, of two tasks
+MUJOCO = {"alpha": 500, "tune_alpha": True, "lr": 3e-3, "encoder_lr": 3e-3}  # FOCAL++'s Table 6 instead
+TWO = MUJOCO | {"value_penalty": True, "meta_batch_size": 2, "batch_size": 512}  # Table 6: 4 x 256; no task twice
 TABLE = {
     "sparse-point-robot": POINT,
     "point-robot-wind": POINT,
@@ -150,10 +150,10 @@ SMALL_TWO |= {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
 SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1}
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO) | {"cheetah-vel": SMALL_MUJOCO}
-# Directions of a body: with the two-task families' alpha of 100 humanoids end below their data.
+# Directions of a body: with the two-task families' alpha of 100 FOCAL's humanoids end below their data.
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER)
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
-# What is ours at the papers' sizes, on walkers alone: there the paper's table (--letter) ends below its data.
+# What is ours at the papers' sizes, on walkers alone: there FOCAL's table (--letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
 OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}  # where FOCAL++ has others
@@ -215,7 +215,7 @@ class Critic(nn.Module):
 class Encoder(nn.Module):
     """q_phi: C transitions (M tasks, C, width) -> z (M, l) in (-1, 1), a mean over them; and 0 (M,): it has no KL."""
 
-    stochastic = False  # of one context it gives always the same z
+    stochastic = False  # whether z is drawn (focal.py's ProbabilisticEncoder)
 
     def __init__(self, widths, args):
         super().__init__()
@@ -386,7 +386,7 @@ class Agent(data.Learner):
         args = self.args
         self.step += 1
         self.set_rates(encoder_learns)
-        # Algorithm 1, its loop over tasks: M tasks, for each two contexts c_i, c'_i and a minibatch b_i drawn apart
+        # Algorithm 1's loop over tasks, as one batch: M tasks, their b_i and, in `embed`, c_i and c'_i, drawn apart
         task = self.batches.tasks()
         b = self.batches.transitions(task)
         z, encoder_loss = self.embed(task) if encoder_learns else (self.settled_embedding(task), 0)
@@ -404,10 +404,10 @@ class Agent(data.Learner):
 
     def set_rates(self, encoder_learns):
         """Actor's, critic's rates fall linearly, the encoder's to 0: it stands still from then on; g's stays."""
-        args, step, rates = self.args, self.step, {"critic": self.args.lr, "actor": self.args.lr}
-        data.anneal(self.optimisers, rates, args.final_lr, step, args.steps)
+        args = self.args
+        data.anneal(self.optimisers, {"critic": args.lr, "actor": args.lr}, args.final_lr, self.step, args.steps)
         if encoder_learns:
-            data.anneal(self.optimisers, {"encoder": args.encoder_lr}, 0, step, args.encoder_steps)
+            data.anneal(self.optimisers, {"encoder": args.encoder_lr}, 0, self.step, args.encoder_steps)
 
     def embed(self, task):
         """z (M, l) of contexts c_i of tasks (M,), and the loss of the encoder."""
@@ -459,23 +459,22 @@ class Agent(data.Learner):
         args, (s, a, *_) = self.args, b
         policy = self.actor(s, z)  # mean and log std
         if self.discriminator is not None:
-            self.learn_discriminator(s, z, a, policy)
+            self.learn_discriminator(s, z, a, *policy)
         a_pi, log_pi = sample_tanh_gaussian(*policy)
         divergence = torch.zeros_like(self.alpha) if self.discriminator is None else self.divergence(s, z, a_pi, a)
         loss = actor_loss(log_pi, self.critic(s, z, a_pi), divergence, self.alpha)  # FOCAL's Eq. 28
         loss = clone_loss(*policy, a) if args.actor == "clone" else loss
         data.descend(self.optimisers["actor"], loss)  # only the policy learns from it
-        if args.tune_alpha:  # the authors' code: alpha <- alpha + lr (mean D - target), from 0 to alpha_max
+        if args.tune_alpha and args.regularised:  # the authors': alpha + lr (mean D - target), in [0, alpha_max]
             with torch.no_grad():
                 self.alpha += args.alpha_lr * (divergence.mean() - args.target_divergence)
                 self.alpha.clamp_(0, args.alpha_max)
         self.note(actor_loss=loss, divergence=divergence.mean())
 
-    def learn_discriminator(self, s, z, a, policy):
+    def learn_discriminator(self, s, z, a, mean, log_std):
         """Steps of g, while the policy stands still: its actions for all of them are drawn at once."""
         steps, x = self.args.discriminator_steps, torch.cat([s, z], -1)
         with torch.no_grad():
-            mean, log_std = policy
             a_pi = torch.tanh(mean + log_std.exp() * torch.randn(steps, *mean.shape, device=a.device))
             mix = torch.rand(steps, len(a), 1, device=a.device)
             between = torch.cat([x.expand(steps, *x.shape), mix * a + (1 - mix) * a_pi], -1)  # (steps, N, d)
@@ -546,7 +545,7 @@ class World(data.World):
 
     def __init__(self, args, device):
         train, test = data.open_datasets(args, device)
-        if args.sparse:  # in contexts only; FOCAL++'s R on point robots, else half of the rewards are above R
+        if args.sparse:  # in contexts only; FOCAL++'s R on sparse-point-robot, else the rewards' median
             data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)
         self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]

@@ -10,7 +10,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
             pi_n <- ascend Q_n + lambda alpha log pi_n(data) - lambda (1 - alpha) KL(pi_n || pi_c) (9)
             lambda rises where pi_n is far from the behaviour and from pi_c
         with --adaptive alpha_n by (11); pi_c <- descend lambda (1 - alpha) KL(pi_n || pi_c) (10)
-        Q_meta <- mean of Q_n, its slow target <- mean of theirs
+        Q_meta's weights <- mean of the Q_n's, its slow target's <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
     python merpo.py --env point-robot-wind    # no GPU, 11 minutes: the meta-policy -7.9, adapted -5.9 (data -7.70)
@@ -20,7 +20,7 @@ Where we differ from the paper:
   rollouts, where the paper draws one of them. Task batches are Table 2's, in both stages; Algorithm 2 has all tasks.
 - A policy fitted to each task's data is pi_beta in lambda's rule and (11); the paper fits none, nor says what is.
 - xi_q is 1: with Table 2's 1e-3 a weight of Q_meta moves 1e-5 an iteration. Table 2's outer critic lr is not used.
-- Observations are standardised; so are, for the models, rewards and changes of observations.
+- Observations are standardised; so are, for the models, rewards and changes of observations. Goals' are dense, too.
 Where it is silent, or says two things:
 - Entropy, of a fixed temperature, is in the critic's target (A.2.1), not in (9) (`--actor-entropy`: there too).
 - In (1) E_rho is over fresh actions of pi_n at states where D_model's transitions begin (H = 1: states of D_n). D_model
@@ -28,9 +28,9 @@ Where it is silent, or says two things:
 - log beta moves by its rate up or down (as Adam on a scalar while the sign stays); lambda is clipped at ten times its
   initial value, its divergences at 10. h steps adapt a task's models in stage 1 and after it.
 - With pi_n and Q_n fixed only the KL of (10) depends on pi_c: the outer step distils the task policies, with weights
-  of mean 1. The paper has no number for eta, tau, ent, actions, rollouts, rollout_buffer, steps and model_steps.
-What we learned. Only the first is done at every size, the rest in small runs of many tasks (where, too, beta and lambda
-stay where they begin, there is no entropy, (10) has five steps, the meta-model moves half-way to its tasks' mean):
+  of mean 1. The paper has no number for eta, our tau, ent, actions, rollouts, rollout_buffer, steps and model_steps.
+What we learned. Only the first is done at every size, the rest in small runs of many tasks (where, too, rates fall,
+beta and lambda stay fixed, there is no entropy, (10) has five steps, the meta-model moves half-way to its tasks' mean):
 - Q_meta needs a slow target that lasts: copied from it in each meta-iteration it is not slow, and cheetahs' Q explodes.
 - beta and, in (9), lambda are shares of mean |Q| (`--relative`), whatever the scale of rewards. Lambda is 0.01, for
   two tasks 0.04 (Table 2 has more there, too); at 0.04 new speeds hardly leave pi_c and walkers end below their data.
@@ -77,7 +77,7 @@ class Args(data.Args):
     inner_steps: Count = 10  # J, steps of RAC in a meta-iteration
     adapt_steps: Count = 100  # steps of RAC on a test task
     adapt_batch_size: Count = 256  # transitions of a test task in each of --adapt-steps
-    adapt_lr: Number | None = None  # of a test task's critic and policy (A.2.2: 8e-5); unless given: --lr, --actor-lr
+    adapt_lr: Number | None = None  # of a test task's networks (A.2.2, of one task: 8e-5); or --lr, --actor-lr
     tau: Share = 0.005  # rate of the slow target (the paper's tau is --threshold)
     discount: Share = 0.99  # discount factor
     ent: Number = 0.2  # temperature of the entropy in the critic's target
@@ -124,7 +124,7 @@ class Args(data.Args):
         idle("alpha", self.single in ("combo", "combo-3"), f"--single {self.single}")
         idle("meta_policy", not self.single, "many tasks")
         idle("lambda_initial lambda_lr target_divergence meta_policy", self.single == "combo", "--single combo")
-        idle("real_ratio rollouts rollout_length rollout_buffer", not self.model, "--no-model")
+        idle("real_ratio rollouts rollout_length rollout_buffer eta model_task_lr", not self.model, "--no-model")
         idle("alpha_lr", not self.adaptive, "a fixed alpha")
         idle("actor_entropy", self.ent == 0, "--ent 0")
         idle("threshold", self.beta_lr == 0, "--beta-lr 0")
@@ -154,12 +154,12 @@ TABLE = {
     "ant-fwd-back": TWO | {"lr": 8e-4, "actor_lr": 5e-4},
     "walker-params": {},
 }
-# Table 1, RAC alone on one task (`--single`). Not on `mixed` data: they hold many gaits, and RAC loses what it learns.
+# Table 1 and A.2.1, RAC alone on one task (`--single`). Not on `mixed` data: many gaits; RAC loses what it learns.
 # Stage 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "eta": 0.0,
     "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
-    "steps": 20_000,  # of J steps of RAC: the paper's 200 episodes of 1,000
+    "steps": 20_000,  # of J steps of RAC: 200 episodes of 1,000, as 5.1's good meta-policy
 }  # fmt: skip
 TABLE |= {
     **dict.fromkeys(("halfcheetah", "hopper"), SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4}),
@@ -235,7 +235,7 @@ class Critic(nn.Module):
 
 
 # ================================================================================================= 3. task encoder
-# MerPO has none: what tells tasks apart are their dynamics models, adapted from one meta-model.
+# MerPO has none: what tells tasks apart are their dynamics models, adapted from the meta-models.
 MODELS, KEPT = 7, 5  # of a task: those that learn, and the best of them
 BEHAVIOUR_STEPS = 500  # gradient steps on a behaviour
 
@@ -296,7 +296,7 @@ def meta_policy_loss(kl_meta, lam, alpha):
 # ======================================================================================================= 5. update
 # Networks of M tasks lie in one batch, a task's own side by side: models M x 7 (M x 5 kept), critics M x 2, policies M.
 def by_task(networks, meta):
-    """Pairs of weights: of all tasks' networks, with an axis for the tasks, and of the meta-network."""
+    """Pairs of weights: of M tasks' networks (M, k, ...), and of the k meta-networks (k, ...); k: 7, 2 or 1."""
     for own, shared in zip(networks.parameters(), meta.parameters(), strict=True):
         yield own.data.unflatten(0, (-1, len(shared))), shared.data
 
@@ -358,7 +358,7 @@ class Tasks(nn.Module):
         """Appends (M, R, D) to D_model of tasks (M,); the oldest make room."""
         place = self.model_count[index, None] + torch.arange(rows.shape[1], device=index.device)
         self.model_rows[index[:, None], place % self.model_rows.shape[1]] = rows
-        self.model_count.index_add_(0, index, torch.full_like(index, rows.shape[1]))
+        self.model_count[index] += rows.shape[1]
 
     def imagined(self, index, size):
         """(M, size, D) rows of D_model."""
@@ -369,11 +369,11 @@ class Tasks(nn.Module):
     def fit_models(self, theta, optimiser, index):
         """h steps of Eq. 3, or 4: 7 models of each task (M,) on bootstrapped data; returns their losses (M x 7,)."""
         task = index.repeat_interleave(MODELS)[:, None]  # (M x 7, 1)
-        mine = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]
+        model = torch.arange(MODELS, device=index.device).repeat(len(index))[:, None]  # which of the 7
         phi = [p.detach().clone() for p in theta.parameters()]  # where they start
         for _ in range(self.args.model_adapt_steps):
             i = torch.randint(self.bootstrap.shape[1], (len(task), self.args.batch_size), device=index.device)
-            x, target = self.world.model_data(self.rows[task, self.bootstrap[mine, i]])
+            x, target = self.world.model_data(self.rows[task, self.bootstrap[model, i]])
             loss = model_loss(*theta(x), target)
             data.gradients([optimiser], loss.sum())
             # the gradient of eta |theta - phi|^2, added by hand: fewer operations
@@ -477,7 +477,7 @@ class RAC(nn.Module):
         gap = (q_rho.mean(-1) - q_data.mean(-1)).detach().mean(0)  # (M,)
         # appendix A.2.2, "Tune beta": up where the gap is above the threshold, else down
         log_beta = tasks.log_beta[index] + args.beta_lr * torch.sign(gap - args.threshold)
-        tasks.log_beta.index_copy_(0, index, log_beta)
+        tasks.log_beta[index] = log_beta
         loss = critic_loss(q_rho, q_data, q, y, log_beta.exp() * self.unit(q))
         data.descend(self.optimisers["critic"], loss)
         data.follow(self.target, self.critic, args.tau)
@@ -500,7 +500,7 @@ class RAC(nn.Module):
         # A.2.2, "Tune lambda": + lr (alpha D(pi_n, pi_beta) + (1 - alpha) D(pi_n, pi_c) - target)
         lam = lam + args.lambda_lr * (alpha * d_behaviour + (1 - alpha) * d_meta - args.target_divergence)
         lam = lam.clamp(0, 10 * args.lambda_initial)
-        tasks.lam.index_copy_(0, index, lam)
+        tasks.lam[index] = lam
         log = {"actor_loss": loss / len(lam), "lambda": lam.mean(), "alpha": alpha.mean()}
         return log | {"d_behaviour": d_behaviour.mean(), "d_meta": d_meta.mean()}
 
@@ -578,7 +578,7 @@ class Agent(data.Learner):
                 real = tasks.draw(index, args.batch_size).split(self.world.split, -1)[0]
                 # Eq. 11: alpha <- alpha + lr (D(pi_n, pi_beta) - D(pi_n, pi_c)), in [0.1, 0.5]
                 alpha = tasks.alpha[index] + args.alpha_lr * (rac.from_behaviour(real) - kl.detach().mean(-1))
-                tasks.alpha.index_copy_(0, index, alpha.clamp(0.1, 0.5))
+                tasks.alpha[index] = alpha.clamp(0.1, 0.5)
             loss = meta_policy_loss(kl, tasks.lam[index], tasks.alpha[index])  # line 17: Eq. 10
             data.descend(self.optimisers["meta_policy"], loss)
         outer_step(self.meta_q, rac.critic, args.meta_q_lr)  # Q_meta <- Q_meta - xi_q (Q_meta - mean_n Q_n)
@@ -601,7 +601,7 @@ def choose_rows(dataset, trajectories, row):
         if len(rows) % length or len(rows) < trajectories * length:
             found = f"{trajectories} of {length} steps each, of the {len(rows)} rows of a task"
             raise DataError(f"--test-trajectories: expected whole ones that are there, found {found}")
-        parts = rows.unflatten(0, (-1, length))  # the middle one of as many equal stretches: data begin with the worst
+        parts = rows.unflatten(0, (-1, length))  # the middle of as many equal parts: mixed data begin with the worst
         rows = parts[((torch.arange(trajectories) + 0.5) * len(parts) / trajectories).long()].flatten()
     return rows
 

@@ -9,14 +9,14 @@ Given datasets D_i of training tasks T_i (Algorithm 1; numbers in brackets are t
     self-supervised, repeat: roll out pi(. | s, z), z from the prior, in a training task, without any reward
         label the trajectory by the decoder (4) with z ~ q_phi of an OFFLINE history of D_i; append it to D_i
         w, theta as above, the actor also by PEARL's loss; h and h' now hold the labelled trajectories too
-At meta-test time the agent explores for two episodes with z from the prior, then acts on one z of the posterior.
+At meta-test time, with rewards, it explores two episodes with z from the prior, then acts on a z of the posterior.
 
     python smac.py --env cheetah-vel    # on a CPU: data 59 core-minutes, then 12; -128 (three seeds: -118; data -208)
 
 Where we differ from the paper:
 - The paper's data are the buffers of one PEARL run (benchmark/pearl.py makes such), sawyer's a script's, as here. Ours
   are the last rows of the early replay of one SAC agent for each task (point robots: the first); at small sizes, on
-  MuJoCo, of half-trained policies, with two tasks of policies of all stages. A context h is of the last 400 of these
+  MuJoCo, of half-trained policies, in two-task families of those of all stages. A context h is of the last 400 of these
   rows, which RL has too, and of what is collected (sawyer, small two-task: of all rows); the paper's are exploration's.
 - Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. (1) has no d; in ours
   nothing follows where d is 1. Q is the lower of twins, in (1), in (2) and in PEARL's loss; log std is in [-5, 2].
@@ -68,7 +68,7 @@ class Args(data.Args):
     batch_size: Count = 256  # transitions of each task in a gradient step
     context_size: Count = 64  # transitions in a context
     lr: Number = 3e-4  # learning rate of every network
-    final_lr: Share = 1.0  # share of --lr that is left at the last step of both phases; it falls linearly
+    final_lr: Share = 1.0  # share of --lr that is left at the run's last step; it falls linearly
     tau: Share = 0.005  # rate of the slow target
     discount: Share = 0.99  # discount factor
     reward_scale: Number = 5.0  # multiplies rewards in the critic's target only
@@ -82,7 +82,7 @@ class Args(data.Args):
     online_envs: Count = 25  # trajectories collected side by side
     updates: Positive = 4.0  # gradient steps for each environment step of the online phase
     # ablations
-    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # what trains the encoder; online only q (Figure 7)
+    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # trains the encoder; online, unless oracle: q alone
     actor: Literal["awac", "sac", "bc"] = "awac"  # sac, bc: the paper's ablations
     online_rewards: Literal["decoder", "oracle", "none"] = "decoder"  # none: no online phase
     online_tasks: Literal["train", "test"] = "train"  # where trajectories are collected (Figure 9)
@@ -101,6 +101,7 @@ class Args(data.Args):
         self.online_steps = 0 if none else self.online_steps
         without = "--online-rewards none" if none else "--online-steps 0"
         idle("online_envs updates online_tasks online_contexts pearl_weight", self.online_steps == 0, without)
+        idle("online_rewards", not none and self.online_steps == 0, without)
         idle("awac_lambda pearl_weight", self.actor != "awac", f"--actor {self.actor}")
         if self.steps == 0 and (self.online_steps == 0 or self.online_rewards == "decoder"):
             expected = "more, or --online-rewards oracle and an online phase"
@@ -108,7 +109,7 @@ class Args(data.Args):
 
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
-# On cheetah-vel the encoder's buffer stays offline (appendix C.2, where RL's is the first 1,200 rows, here the last).
+# On cheetah-vel the encoder's buffer stays offline (appendix C.2, where RL's is the first 1,200 rows, here all).
 # What is not here is as in Args: Table 1, and of Table 2 the cheetah's column. So it is in families that are not in the
 # paper, but point robots have a discount for their shorter horizon, a larger scale for their smaller rewards, and SAC's
 # first rows (it is an expert by the last). Sawyer has one buffer for contexts and RL, and no data but its script's.
@@ -345,7 +346,7 @@ class Agent(data.Learner):
         args, optimisers, replay = self.args, self.optimisers, self.replay
         self.step += 1
         data.anneal(optimisers, dict.fromkeys(optimisers, args.lr), args.final_lr, self.step, self.total)  # both phases
-        taught = not online or args.online_rewards == "oracle"  # true rewards train encoder and decoder
+        taught = not online or args.online_rewards == "oracle"  # true rewards teach decoder and, unless q, encoder
         by_reward, by_q = taught and "reward" in args.encoder_loss, "q" in args.encoder_loss
         # Algorithm 1, lines 3 and 4 (10 and 11 online): histories h and h' of tasks, z ~ q_phi(z | h)
         task = replay.tasks(args.meta_batch_size)
@@ -395,9 +396,9 @@ class Agent(data.Learner):
 
     @torch.no_grad()
     def label(self, task, rows):
-        """Rewards (E, H) for trajectories (E, H, D) of tasks (E,), whose own column of rewards is ignored (Eq. 4).
+        """Rewards (E, H) for trajectories (E, H, D) by the buffers (E,) that they join; their own are not read (Eq. 4).
 
-        r = r_phi_d(s, a, z), z ~ q_phi_e(z | h), h from the offline rows of the task's buffer, one z for a trajectory.
+        r = r_phi_d(s, a, z), z ~ q_phi_e(z | h), h of a buffer's offline rows, one z for a trajectory.
         """
         z = sample(*self.labeller(self.replay.histories(task, self.args.context_size, offline=True)))
         s, a, *_ = rows.split(self.split, -1)
@@ -515,7 +516,7 @@ def explore(args, agent, world):
 
 def posteriors(args, agent, world, rows, counted):
     """Mean and variance (B, l) of q_phi(z | h) by the prefix that their columns have in metrics.csv: "" where h is all
-    that was explored, "short_" `context_size` of its rows (if fewer count, others weigh 0), "offline_" of the data."""
+    that was explored, "short_" as many rows as in training (missing ones weigh 0), "offline_" of the data."""
     size, counted = args.context_size, counted.float()
     index = torch.multinomial(counted.clamp_min(1e-9), size, replacement=size > rows.shape[1])
     found = {"": agent.encoder(rows, counted)}
@@ -544,8 +545,7 @@ def evaluate(args, agent, world):
     """Columns of metrics.csv, and the means (tasks, E, l) of the last kind of posteriors.
 
     Each meta-episode of a task is a sub-environment: two episodes with z from the prior, then one on each kind of
-    posterior, where the deterministic action is scored. What is drawn is the same at every evaluation and takes nothing
-    from the run's own random numbers.
+    posterior, where the deterministic action is scored. It has random numbers of its own, from one seed each time.
     """
     with torch.random.fork_rng([world.mean.device] if world.mean.is_cuda else []):
         torch.manual_seed(args.seed)

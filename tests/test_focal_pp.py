@@ -55,6 +55,12 @@ def test_slow_networks_begin_as_the_fast_ones(files):
     assert same(agent.target, agent.critic) and same(agent.key_encoder, agent.encoder)
 
 
+def test_a_clone_of_the_data_has_no_alpha_to_tune(files):
+    k = build(WALKER, files[WALKER], "--actor clone")
+    k.update()
+    assert k.args.tune_alpha and k.agent.alpha == k.args.alpha == 500
+
+
 def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     k = build(WIND, files[WIND], "--dropout 0.5 --encoder-steps 1000000 --meta-batch-size 4")
     disturbed(k.agent.key_encoder).float()  # a key is made without dropout, which a fresh block does not show

@@ -337,11 +337,13 @@ def test_episodes_may_be_numbered_in_any_way(tmp_path):
 
 OWN = {focal: ["--eps 0"], focal_pp: ["--eps 0", "--temperature 0"], smac: ["--awac-lambda 0", "--updates 0"]}
 OWN[smac] += ["--updates 1e300", *(f"{flag} --data x.npz" for flag in ("--train-tasks 3", "--test-tasks 3"))]
-OWN[smac] += ["--steps 0 --online-rewards oracle --online-steps 0", "--updates 2 --online-steps 0", "--steps 0"]
+OWN[smac] += ["--steps 0 --online-steps 0", "--updates 2 --online-steps 0", "--steps 0"]
+OWN[smac] += ["--online-rewards oracle --online-steps 0"]
 OWN[smac] += [f"--{flag} --online-rewards none" for flag in ("steps 0", "online-steps 20", "online-envs 2")]
 OWN[smac] += ["--pearl-weight 2 --online-rewards none", "--awac-lambda 2 --actor bc", "--actor td3"]
 OWN[merpo] = ["--meta-policy runs", "--real-ratio 0.3 --no-model", "--rollouts 4", "--rollouts 10001"]
 OWN[merpo] += ["--rollouts 5001 --rollout-length 2", "--rollouts 20 --no-model", "--alpha-lr 1", "--alpha 1.5"]
+OWN[merpo] += ["--eta 1 --no-model"]
 OWN[merpo] += ["--actor-entropy --ent 0", "--threshold 3 --beta-lr 0", "--target-divergence 1 --lambda-lr 0"]
 OWN[merpo] += ["--lambda-initial 2 --env halfcheetah --single combo", "--alpha 0.7 --env hopper --single combo-3"]
 OWN[merpo] += ["--single rac", "--env hopper", "--test-start nowhere", "--adapt-steps 0"]
