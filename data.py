@@ -697,6 +697,8 @@ def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) ->
     command = [sys.executable, "-c", WORKER, str(Path(envs.__file__).resolve().parent)]
     how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, "stdin": subprocess.PIPE}
     how["start_new_session"] = True  # Ctrl-C is for the parent to answer
+    # files that are there are whole, or nearly: so what is left is shared out evenly
+    order = sorted(enumerate(jobs), key=lambda job: job[1]["path"].exists())
     running, said = [], ["a process failed or was killed (no memory?); the same command goes on from its save"]
     try:
         with open(reader) as reports:  # once it is closed, each worker's next report fails and ends it
@@ -704,7 +706,7 @@ def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) ->
                 for k in range(workers):
                     running.append(subprocess.Popen(command, stdout=pipe, **how))
                     with contextlib.suppress(BrokenPipeError), running[-1].stdin as file:
-                        pickle.dump([*enumerate(jobs)][k::workers], file)
+                        pickle.dump(order[k::workers], file)
             for line in reports:
                 report = json.loads(line)
                 said.append(report) if isinstance(report, str) else show(*report)

@@ -421,6 +421,18 @@ def test_a_killed_worker_ends_the_build_in_one_line_and_it_goes_on(folder, tmp_p
     assert again.meta["checksum"] == data.load(prepare(folder)).meta["checksum"]
 
 
+def test_what_is_left_of_a_build_is_shared_out_evenly(tmp_path, monkeypatch):
+    """Though every second part is done, which would be one worker's."""
+    jobs, seen = [{"path": tmp_path / str(i)} for i in range(12)], {}
+    for job in jobs[::2]:
+        job["path"].touch()
+    who = "for i, _ in pickle.load(sys.stdin.buffer): os.write(1, f'{json.dumps([i, os.getpid()])}\\n'.encode())"
+    monkeypatch.setattr(data, "WORKER", f"import json, os, pickle, sys\n{who}")
+    data._run_in_workers(jobs, 2, seen.__setitem__)
+    left = [pid for i, pid in sorted(seen.items()) if i % 2]
+    assert len(seen) == 12 and len({*left}) == 2 and left.count(left[0]) == 3
+
+
 @pytest.mark.parametrize(
     ("patch", "error"),
     [
