@@ -127,9 +127,8 @@ def _distance_reward(goal):
     return lambda task, state, action, next_state, dt: -np.linalg.norm(next_state - goal(task), axis=1)
 
 
-def _sparse_goal_reward(task, state, action, next_state, dt):
-    """1 - distance inside the goal radius, else 0 (FOCAL appendix D.2)."""
-    distance = np.linalg.norm(next_state - task, axis=1)
+def _sparse_reward(distance):
+    """1 - distance to the goal inside its radius, else 0 (FOCAL appendix D.2)."""
     return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0)
 
 
@@ -143,11 +142,6 @@ def _reachable_distance(goal, drift, horizon):
     moved = np.cumsum(np.full(horizon, STEP))[None, :, None]  # a sum, for the rounding of play: 8 steps reach < 0.8
     gap = np.maximum(np.abs(goal[:, None] - k * drift[:, None]) - moved, 0)
     return np.linalg.norm(gap, axis=2)
-
-
-def _optimum_sparse(tasks, horizon):
-    distance = _reachable_distance(tasks, np.zeros_like(tasks), horizon)
-    return np.where(distance <= GOAL_RADIUS, 1 - distance, 0.0).sum(1)
 
 
 # -------------------------------------------------------------------------------------------------- MuJoCo families
@@ -292,9 +286,10 @@ FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
         papers="Sparse-Point-Robot (FOCAL, FOCAL++)", **POINT, means="a goal (x, y) on the half circle, y from 0 to 1",
         train=80, test=20, differs="reward", sample=lambda rng, n: _heading(rng.uniform(0, np.pi, size=(n, 1))),
-        reward=_distance_reward(lambda task: task),
+        reward=_distance_reward(lambda task: task), goal=lambda task: task, sparse_threshold=-0.2,
         drawn=lambda task: (abs(np.linalg.norm(task, axis=1) - 1) < 1e-6) & (task[:, 1] > -1e-6),
-        sparse_reward=_sparse_goal_reward, sparse_threshold=-0.2, optimum=_optimum_sparse, goal=lambda task: task,
+        sparse_reward=lambda task, s, a, s2, dt: _sparse_reward(np.linalg.norm(s2 - task, axis=1)),
+        optimum=lambda tasks, horizon: _sparse_reward(_reachable_distance(tasks, np.zeros_like(tasks), horizon)).sum(1),
     ),
     "point-robot-wind": Family(
         papers="Point-Robot-Wind (FOCAL, FOCAL++, MerPO)", **POINT,
