@@ -424,9 +424,6 @@ class PointPhysics:
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
-    def close(self):
-        pass
-
 
 def _compile(xml):
     """A model from its text, or from a file, gymnasium's if it has one of this name."""
@@ -661,7 +658,8 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         return tuple(self.physics.render(i, self._full[i], trails[i], self.render_size) for i in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any):
-        self.physics.close()
+        if self.family.xml:  # point robots hold nothing
+            self.physics.close()
 
     def state_dict(self) -> dict[str, Array]:
         """Everything needed to go on from here exactly."""
