@@ -28,7 +28,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -412,14 +411,13 @@ class PointPhysics:
         from matplotlib.figure import Figure
         from matplotlib.patches import Circle
 
-        circle = partial(Circle, alpha=0.6, linewidth=0)
         figure = Figure(figsize=(size / 100, size / 100), dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
         if self.row.goal:
-            axes.add_patch(circle(self.row.goal(self.tasks)[i, :2], GOAL_RADIUS, color="tab:green"))
+            axes.add_patch(Circle(self.row.goal(self.tasks)[i, :2], GOAL_RADIUS, color=("tab:green", 0.6), linewidth=0))
         path = np.array([*trail, full])[:, 1:3]
         axes.plot(*path.T, color="tab:blue", linewidth=1.5)
-        axes.add_patch(circle(path[-1], 0.05, color="tab:blue"))
+        axes.add_patch(Circle(path[-1], 0.05, color=("tab:blue", 0.6), linewidth=0))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
