@@ -574,11 +574,9 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.trail, self.reached = [], self._full  # of point robots: full states before the last steps, and after them
         if self.observe().shape != (self.num_envs, self.family.obs_dim):
             raise ValueError(f"{name}: obs_dim is {self.family.obs_dim}, but observe gives {self.observe().shape}")
-        self.metadata = {
-            "autoreset_mode": gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"],
-            "render_modes": ["rgb_array"],
-            "render_fps": max(1, round(1 / self.physics.dt)) if self.family.xml else 10,
-        }
+        mode = gymnasium.vector.AutoresetMode["SAME_STEP" if autoreset else "DISABLED"]
+        fps = max(1, round(1 / self.physics.dt)) if self.family.xml else 10
+        self.metadata = {"autoreset_mode": mode, "render_modes": ["rgb_array"], "render_fps": fps}
         box, several = gymnasium.spaces.Box, gymnasium.vector.utils.batch_space
         self.single_observation_space = box(-np.inf, np.inf, (self.family.obs_dim,), np.float64)
         self.single_action_space = box(-1.0, 1.0, (self.family.act_dim,), np.float32)
