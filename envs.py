@@ -132,11 +132,9 @@ def _sparse_reward(distance):
 
 
 def _reachable_distance(goal, drift, horizon):
-    """(n, horizon) smallest possible distance to the goal after 1..horizon steps.
-
-    After k steps the robot can be anywhere in a box of half-width 0.1 k around k x drift, and a path that heads for
-    the goal at full speed on each axis is as close as possible at every k at once.
-    """
+    """(n, horizon) smallest possible distance to the goal after 1..horizon steps."""
+    # after k steps the robot can be anywhere in a box of half-width 0.1 k around k x drift, and a path that heads for
+    # the goal at full speed on each axis is as close as possible at every k at once
     k = np.arange(1, horizon + 1)[None, :, None]
     moved = np.cumsum(np.full(horizon, STEP))[None, :, None]  # a sum, for the rounding of play: 8 steps reach < 0.8
     gap = np.maximum(np.abs(goal[:, None] - k * drift[:, None]) - moved, 0)
@@ -221,10 +219,8 @@ def _observe_humanoid(state):
 
 
 def _humanoid_reward(task, state, action, next_state, dt):
-    """r = 0.25 (displacement of the centre of mass . direction) / timestep - 0.1 |ctrl|^2 + 5; ctrl = 0.4 a.
-
-    The published reward divides by the timestep of the physics, a fifth of dt. Its contact cost is zero here.
-    """
+    """r = 0.25 (displacement of the centre of mass . direction) / timestep - 0.1 |ctrl|^2 + 5; ctrl = 0.4 a."""
+    # the published reward divides by the timestep of the physics, a fifth of dt; its contact cost is zero here
     along = ((next_state[:, -2:] - state[:, -2:]) * _heading(task)).sum(1) / (dt / 5)
     return 0.25 * along - 0.1 * np.square(0.4 * action).sum(1) + 5
 
@@ -471,10 +467,7 @@ class MujocoPhysics:
         return full if self.workers is None else self._derive(rows, full, np.zeros((len(rows), self.base.nu)))
 
     def step(self, full: Array, action: Array) -> tuple[Array, Array]:
-        """The next full state and which rows of it are sound.
-
-        When the physics blows up, MuJoCo starts again from the initial pose and time 0: the time alone tells.
-        """
+        """The next full state and which rows of it are sound."""
         self.control[:] = (action * self.control_scale)[:, None]
         self.pool.rollout(
             self.models, self.data, np.ascontiguousarray(full[:, : self.size]), self.control,
@@ -483,6 +476,7 @@ class MujocoPhysics:
         after = self.out[:, -1].copy()
         if self.workers is not None:
             after = self._derive(np.arange(len(after)), after, self.control[:, -1])
+        # when the physics blows up, MuJoCo starts again from the initial pose and time 0: the time alone tells
         on_time = np.abs(after[:, 0] - full[:, 0] - self.dt) < 0.5 * self.base.opt.timestep
         return after, on_time & np.isfinite(after).all(1)
 
@@ -906,10 +900,8 @@ def _achieved(task, obs):
 
 
 def _act_by_script(task, obs):
-    """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone.
-
-    The hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there.
-    """
+    """(B, 4) actions that perform each task's behaviour; what to do next follows from the observation alone."""
+    # the hand rises, travels, sinks onto its place (handle, button, object or tray) with open fingers, and works there
     hand, fingers, thing = obs[:, :3], obs[:, 3], obs[:, 10:13]
     move, top, bottom, carry = (task[:, BEHAVIOUR] == i for i in range(4))
     mirror = np.stack([task[:, SIDE], *np.ones((2, len(task)))], axis=1)
