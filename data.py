@@ -782,17 +782,6 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
             show(i, iterations)
 
 
-@contextlib.contextmanager
-def _one_thread():
-    """For PyTorch: what several compute may differ in its last bits, now and then from one time to the next."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------------------- stage 2: rollouts
 def play_policies(env: str, tasks: np.ndarray, policies: torch.Tensor, settings: Settings, seed: int) -> Arrays:
     """Rolls out policies (T, k, parameters), `settings.trajectories` / k trajectories each, with sampled actions; what
@@ -1130,7 +1119,9 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     train, test = train or row.train, test or row.test
     path = Path(data_dir) / env / f"{train}+{test}-seed{seed}" / f"{quality}.npz"
     if not path.exists():
-        with locked(path.parent):
+        with locked(path.parent), contextlib.ExitStack() as after:
+            after.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # what several compute may differ in its last bits, even from one time to the next
             if not path.exists():  # another process may have built it meanwhile
                 _build(path, env, train, test, seed, settings, device, workers=workers, flags=flags)
                 return path
@@ -1140,7 +1131,6 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     return path
 
 
-@_one_thread()
 def _build(path, env, train, test, seed, settings, device, **how):
     """Makes the dataset of `path` and saves it, unless something in it is not finite or not in its range."""
     row, quality = envs.family(env), path.stem
