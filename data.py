@@ -885,16 +885,14 @@ def roll_out(env: str, tasks: np.ndarray, quality: str, behaviour: dict, setting
     policies = behaviour["policies"].transpose(0, 1)  # (T, checkpoints, parameters)
     count = max(settings.trajectories, Settings.trajectories if quality == "medium" else 0)
     spread = np.linspace(0, policies.shape[1] - 1, count).round().astype(int)  # of `mixed`
-    if quality == "mixed":
-        return play_policies(env, tasks, policies[:, spread], settings, stream)
-    chosen = torch.zeros(len(tasks), dtype=torch.long) if quality == "random" else torch.full((len(tasks),), -1)
+    chosen = {"random": np.array([[0]]), "expert": np.array([[-1]]), "mixed": spread[None]}.get(quality)
     if quality == "medium":  # chosen among 50 policies or more, even where fewer trajectories of it are wanted
         probe = dataclasses.replace(settings, trajectories=count)
         returns = roll_out(env, tasks, "mixed", behaviour, probe, seed)["first_return"]
         smooth = np.apply_along_axis(lambda r: np.convolve(np.pad(r, 1, "edge"), np.ones(3) / 3, "valid"), 1, returns)
         half = (smooth[:, :1] + smooth[:, -1:]) / 2
-        chosen = torch.from_numpy(spread[np.abs(smooth - half).argmin(1)])
-    return play_policies(env, tasks, policies[torch.arange(len(tasks)), chosen][:, None], settings, stream)
+        chosen = spread[np.abs(smooth - half).argmin(1)][:, None]
+    return play_policies(env, tasks, policies[np.arange(len(tasks))[:, None], chosen], settings, stream)  # (T, k, ...)
 
 
 def sparse(rewards: Any, threshold: float) -> Any:
