@@ -562,10 +562,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
     """What `torch.save` wrote. Nothing in the file is run, and it is refused if any byte of a record has changed
     (torch.load does not look at the records' checksums); raises whatever the reader does."""
     with zipfile.ZipFile(path) as file:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist()):
-            raise zipfile.BadZipFile("torch.save compresses nothing")
-        if file.testzip() is not None:
-            raise zipfile.BadZipFile("a record does not match its checksum")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in file.infolist()) or file.testzip() is not None:
+            raise zipfile.BadZipFile("a record is compressed, as torch.save's are not, or does not match its checksum")
     return torch.load(path, map_location=device, weights_only=True)
 
 
