@@ -1054,10 +1054,8 @@ def _check(arrays: Arrays, env: str | None) -> None:
     """Gives each array its type; DataError, which says what is wrong, if this is no dataset, or not one of `env`."""
     missing = [name for name in REQUIRED if name not in arrays]
     refuse((missing, f"lacks {', '.join(missing)}"))
-    sizes = {}
-    if env is not None:
-        row = envs.family(env)
-        sizes = {"d": row.obs_dim, "m": row.act_dim, "P": envs.sample_tasks(env, 1, 0).shape[1]}
+    row = None if env is None else envs.family(env)
+    sizes = {"d": row.obs_dim, "m": row.act_dim, "P": envs.sample_tasks(env, 1, 0).shape[1]} if row else {}
     for name in [name for name in REQUIRED | OPTIONAL if name in arrays]:
         given, (axes, dtype) = arrays[name], (REQUIRED | OPTIONAL)[name]
         wrong = given.ndim != len(axes) or given.dtype.kind not in "biuf"
@@ -1087,11 +1085,11 @@ def _check(arrays: Arrays, env: str | None) -> None:
         refuse((not good, f"{name} holds {index!s:.60}, expected different numbers from 0 to {t - 1}"))
     both = sorted({*train} & {*test})
     refuse((both and {*train} != {*test}, f"tasks {both!s:.60} are both training and test tasks"))
-    if env is not None:
+    if row:
         known = envs.is_task(env, arrays["tasks"], drawn=True)
-        i, means = known.argmin(), envs.family(env).means
+        i = known.argmin()
         found = f"task {i} is {str(arrays['tasks'][i].tolist()):.60}"
-        refuse((not known.all(), f"{found}; expected tasks of {env}, each {means}"))
+        refuse((not known.all(), f"{found}; expected tasks of {env}, each {row.means}"))
 
 
 def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", **flags: Any) -> Path:
