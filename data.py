@@ -1028,14 +1028,13 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
 
 def _read(path: Path) -> tuple[Arrays, dict]:
     """The arrays that a dataset needs, and `meta`; DataError where they cannot be read."""
-    names, name = [*REQUIRED, *OPTIONAL, "meta"], "the file"
+    arrays, name = {}, "the file"
     try:
         with zipfile.ZipFile(path) as file:
             for info in file.infolist():
                 file.open(info).close()  # a zip says each name twice: a damaged one cannot hide an array
-        arrays = {}
         with np.load(path, allow_pickle=False) as file:
-            for name in (name for name in names if name in file.files):
+            for name in [key for key in (*REQUIRED, *OPTIONAL, "meta") if key in file.files]:
                 arrays[name] = np.asarray(file[name])
         meta = json.loads(str(arrays.pop("meta", "{}")))
     except OSError as error:
