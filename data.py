@@ -798,8 +798,6 @@ def play_policies(env: str, tasks: np.ndarray, policies: torch.Tensor, settings:
 
 
 PATIENCE, LINGER = 50, 5  # steps after which a script gives a behaviour up, and that it stays once it is achieved
-GAIN, NOISE = 0.85, 0.1  # what a script's actions are multiplied by, and what is added: few reach the rim of [-1, 1],
-# where a tanh-Gaussian has no density
 
 
 class Performer:
@@ -818,8 +816,8 @@ class Performer:
         self.left = np.where(achieved, np.minimum(self.left, LINGER), self.left) - 1
         for i in np.flatnonzero(self.left < 0):
             self.doing[i], self.left[i] = self.script.another(self.rng, self.tasks[i]), PATIENCE
-        action = GAIN * self.script.act(self.doing, obs)
-        return np.clip(action + NOISE * self.rng.standard_normal(action.shape), -1, 1)
+        action = 0.85 * self.script.act(self.doing, obs)  # few reach the rim, where a tanh-Gaussian has no density
+        return np.clip(action + 0.1 * self.rng.standard_normal(action.shape), -1, 1)
 
 
 def trajectories_of(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
