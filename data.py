@@ -835,7 +835,6 @@ def trajectories_of(env: str, tasks: np.ndarray, act: Any, trajectories: int, se
     for _ in range(2 * steps):
         action = act(obs)
         following, reward, terminated, truncated, info = vector.step(action)
-        ended = terminated | truncated
         rows = {"observations": obs, "actions": action, "rewards": reward}
         rows |= {"next_observations": info.get("final_obs", following), "terminals": terminated}
         rows |= {"sparse_rewards": info.get("sparse_reward", reward), "episodes": episode}
@@ -844,7 +843,7 @@ def trajectories_of(env: str, tasks: np.ndarray, act: Any, trajectories: int, se
         for key, value in rows.items():
             out[key][good, filled[good]] = value[good]
         filled[good] += 1
-        episode += ended
+        episode += terminated | truncated
         obs = following
         if filled.min() == steps:
             break
