@@ -905,9 +905,8 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
     t, n = len(tasks), arrays["rewards"].shape[1]
     drawn = np.random.default_rng(seed).choice(len(train) * n, n, replace=False)
     task, i = train[drawn // n], drawn % n
-    s, a, s2 = (arrays[key][task, i] for key in ("observations", "actions", "next_observations"))
-    rewards = np.stack([row.reward(np.repeat(task[None], n, axis=0), s, a, s2, 1.0) for task in tasks])
-    alike = {"observations": s, "actions": a, "next_observations": s2}
+    alike = {key: arrays[key][task, i] for key in ("observations", "actions", "next_observations")}  # s, a, s'
+    rewards = np.stack([row.reward(np.repeat(task[None], n, axis=0), *alike.values(), 1.0) for task in tasks])
     alike |= {"terminals": np.zeros(n), "episodes": np.arange(n)}
     arrays = {key: np.repeat(value[None], t, axis=0) for key, value in alike.items()}
     return arrays | {"rewards": rewards, "sparse_rewards": sparse(rewards, -0.5)}
