@@ -344,9 +344,8 @@ class SAC(nn.Module):
     def __init__(self, tasks: int, obs_dim: int, act_dim: int, settings: Settings, generator: torch.Generator | None):
         super().__init__()
         self.tasks, self.obs_dim, self.act_dim, self.settings = tasks, obs_dim, act_dim, settings
-        hidden = settings.hidden
-        self.actor = BatchedMLP(tasks, obs_dim, hidden, 2 * act_dim, generator)
-        self.critic = BatchedMLP(2 * tasks, obs_dim + act_dim, hidden, 1, generator)  # twins: two blocks of T
+        self.actor = BatchedMLP(tasks, obs_dim, settings.hidden, 2 * act_dim, generator)
+        self.critic = BatchedMLP(2 * tasks, obs_dim + act_dim, settings.hidden, 1, generator)  # twins: two blocks of T
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((tasks,), math.log(settings.alpha)))
 
