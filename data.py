@@ -1417,7 +1417,6 @@ class Run:
     def __init__(self, args: Args, script: Path):
         self.args, self.script, self.device = args, script, choose_device(args.device)
         self.folder = args.run_dir / script.stem / args.env / args.variant / f"seed{args.seed}"
-        self.agent = self.world = None
         self.step, self.rows, self.marks = 0, [], ()
         self.saved = None  # step of the checkpoint that stands
         self.curve = {"train_": "training tasks", "": "test tasks"}  # prefixes of return_mean, _low, _high in the rows
