@@ -102,8 +102,7 @@ def refuse_idle(given: dict[str, Any], names: str, idle: bool, why: str) -> None
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cuda" or "cpu" stands for; DataError if it is not there. On CUDA float32 matrix products
-    are TF32 from then on."""
+    """The device that is meant; DataError if it is not there. On CUDA float32 matrix products are TF32 from then on."""
     cuda = torch.cuda.is_available()
     refuse((name == "cuda" and not cuda, "--device cuda: no CUDA device was found; expected one, or --device cpu"))
     device = torch.device(name if name != "auto" else "cuda" if cuda else "cpu")
@@ -358,10 +357,8 @@ class SAC(nn.Module):
         return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def loss(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Losses of critics, actor and temperature: means over the minibatch, sums over tasks.
-
-        rows (T, B, D), noise (2, T, B, m). Each network gets the gradient of its own loss only.
-        """
+        """Losses of critics, actor and temperature: means over the minibatch, sums over tasks. rows (T, B, D), noise
+        (2, T, B, m). Each network gets the gradient of its own loss only."""
         d, m = self.obs_dim, self.act_dim
         obs, action, reward, next_obs, weight = rows.split([d, m, 1, d, 1], dim=-1)
         alpha = self.log_alpha.exp()
@@ -688,8 +685,7 @@ def work() -> None:
 
 
 def _run_in_workers(jobs: list[dict[str, Any]], workers: int, show: Callable) -> None:
-    """Shares the shards out among processes of one thread each, which all report through one pipe; raises what one of
-    them does, DataError if one is killed."""
+    """Trains the shards in processes of one thread each; raises what one of them does, DataError if one is killed."""
     reader, writer = os.pipe()
     command = [sys.executable, "-c", WORKER, str(Path(envs.__file__).resolve().parent)]
     how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, "stdin": subprocess.PIPE}
@@ -822,9 +818,8 @@ class Performer:
 def trajectories_of(env: str, tasks: np.ndarray, act: Any, trajectories: int, seed: int) -> Arrays:
     """So many trajectories of each task under act: (n, d) observations -> (n, m) actions.
 
-    Every trajectory is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be
-    cut short. Returns the arrays of a dataset, and "first_return" (T, trajectories): the return of each trajectory's
-    first episode over the family's horizon.
+    Each is `data_horizon` steps long; where an episode ends early the next one begins, and the last may be cut short.
+    Returns a dataset's arrays and "first_return" (T, trajectories): of first episodes, over the family's horizon.
     """
     row = envs.family(env)
     steps, n = row.data_horizon, len(tasks) * trajectories
@@ -912,8 +907,7 @@ def relabel(env: str, tasks: np.ndarray, train: np.ndarray, arrays: dict, seed: 
 
 
 def _replay(env: str, tasks: np.ndarray, early: torch.Tensor) -> Arrays:
-    """SAC's first transitions (T, iterations, envs, [s, a, r, s', terminal, ended]), episode by episode, in the order
-    in which they began."""
+    """SAC's first transitions (T, iterations, envs, [s, a, r, s', terminal, ended]), episodes in order of beginning."""
     row, (t, steps, e, width) = envs.family(env), early.shape
     rows, n = early.transpose(1, 2).numpy(), e * steps
     first = np.concatenate([np.ones((t, e, 1), bool), rows[:, :, :-1, -1] > 0], axis=2)
@@ -1089,9 +1083,8 @@ def _check(arrays: Arrays, env: str | None) -> None:
 def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datasets", **flags: Any) -> Path:
     """The path of the dataset of this quality; builds what is missing, one step after the other, and says so.
 
-    `flags` are `train`, `test`, `device` and `workers` (see `Build`), and changes of `Settings`. DataError, in one
-    sentence, for what there is not, and where another setting made what is there; FloatingPointError if the agents
-    diverge.
+    `flags` are `train`, `test`, `device` and `workers` (see `Build`), and changes of `Settings`. DataError for what
+    there is not, and where another setting made what is there; FloatingPointError if the agents diverge.
     """
     train, test, workers = (flags.pop(key, None) for key in ("train", "test", "workers"))
     row, device = envs.family(env), choose_device(flags.pop("device", "auto"))
@@ -1230,8 +1223,7 @@ class Args:
 
 def parse(cls: type[Args], table: dict, small: dict, argv: list[str] | None = None, ours: dict | None = None) -> Args:
     """The arguments: the command line's, over small[env]'s if the sizes are small, else ours[env]'s unless --letter,
-    over table[env]'s, over the defaults of `cls`. Also names the variant. DataError, in one line, for what cannot be.
-    """
+    over table[env]'s, over the defaults of `cls`. Also names the variant. DataError for what cannot be."""
     parser, flags = flags_of(cls, list(table), sys.modules[cls.__module__].__doc__)
     given = vars(parser.parse_args(argv))
     env, show_help, sized = given.get("env", cls.env), given.pop("help", False), given.get("small")
@@ -1611,8 +1603,7 @@ def start(train: Callable, parse_args: Callable, argv: list[str] | None = None) 
 
 # ---------------------------------------------------------------------------------------------- runs: their pictures
 def describe_returns(returns: np.ndarray, prefix: str = "") -> dict[str, float]:
-    """Columns of metrics.csv: the mean of returns (n tasks, E), and over tasks their standard deviation, their tenth
-    (low) and ninetieth (high) percentile."""
+    """Columns of metrics.csv: mean of returns (n tasks, E); over tasks std, low and high (10th, 90th percentile)."""
     each = returns.mean(1)
     low, high = np.quantile(each, (0.1, 0.9))
     row = {"mean": returns.mean(), "std": each.std(), "low": low, "high": high}
