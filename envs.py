@@ -69,8 +69,7 @@ class Script:
 class Family:
     """One row of `FAMILIES`. B is the number of sub-environments, P the number of task parameters.
 
-    `state` is (B, nq + nv), MuJoCo's qpos and qvel side by side, and what `derived` adds to them; for point robots it
-    is the position, (B, act_dim).
+    `state` is (B, nq + nv): MuJoCo's qpos, qvel, then what `derived` adds; of point robots the position (B, act_dim).
     """
 
     papers: str  # what the papers call it, and which papers
