@@ -271,10 +271,8 @@ EPISODE = {"horizon": 200, "data_horizon": 200, "discount": 0.99}
 DIRECTION = {"differs": "reward", "goal": _heading, "drawn": _between(0, 2 * np.pi), "means": "a direction in radians"}
 DIRECTIONS = DIRECTION | {"sample": lambda rng, n: rng.uniform(0, 2 * np.pi, size=(n, 1))}
 PARAMETERS = {"differs": "dynamics", "reward": _forward_reward(1, 0.001), "timestep": 0.004, "modify": _multiply_body}
-SINGLE = {  # one task, with gymnasium's own reward, for MerPO's section 5.1; its one parameter means nothing
-    "horizon": 1000, "data_horizon": 1000, "discount": 0.99, "train": 1, "test": 1, "differs": "nothing",
-    "only": ((0.0,),),
-}  # fmt: skip
+# one task, with gymnasium's own reward, for MerPO's section 5.1; its one parameter means nothing
+SINGLE = EPISODE | {"horizon": 1000, "data_horizon": 1000, "train": 1, "test": 1, "differs": "nothing", "only": ((0,),)}
 
 FAMILIES: dict[str, Family] = {
     "sparse-point-robot": Family(
