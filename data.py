@@ -565,8 +565,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it says that memory is short, as PyTorch on a CPU does by a plain RuntimeError."""
-    text = f"{type(error).__name__}: {error}"
-    return any(word in text for word in ("MemoryError", "out of memory", "allocate"))
+    return bool(re.search("MemoryError|out of memory|allocate", f"{type(error).__name__}: {error}"))
 
 
 @contextlib.contextmanager
