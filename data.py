@@ -739,13 +739,12 @@ def build_behaviour(
     On a CPU shards of tasks are spread over processes of one thread each, the fastest way found to use the cores; on
     CUDA all tasks are one batch. "policies" is (checkpoints, T, parameters), "early" SAC's first transitions.
     """
-    path, label, on_cpu = folder / "behaviour.pt", _label(env, settings, tasks), device.type == "cpu"
+    path, label, cpu = folder / "behaviour.pt", _label(env, settings, tasks), device.type == "cpu"
     if not path.exists():
-        job = {"env": env, "settings": label["settings"], "device": str(device)}
-        job["threads"] = 1 if on_cpu else envs.cores()
+        job = {"env": env, "settings": label["settings"], "device": str(device), "threads": 1 if cpu else envs.cores()}
         jobs = [
             job | {"path": folder.resolve() / f"behaviour-part{i}.pt", "tasks": shard, "seed": 1_000_003 * seed + i}
-            for i, shard in enumerate(np.array_split(tasks, math.ceil(len(tasks) / settings.shard) if on_cpu else 1))
+            for i, shard in enumerate(np.array_split(tasks, math.ceil(len(tasks) / settings.shard) if cpu else 1))
         ]
         _run_jobs(jobs, min(how["workers"] or envs.cores(), len(jobs)))
         parts = [_load_behaviour(job["path"], _label(env, settings, job["tasks"])) for job in jobs]
