@@ -13,15 +13,13 @@ trains a few tasks in each of its processes: `--tasks 7 --threads 1` is one of t
 """
 
 import argparse
-import sys
 import time
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import torch
+from retest import main_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import envs
 
@@ -116,11 +114,11 @@ def measure(args, device, wider):
     return row
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--env", choices=[name for name, row in envs.FAMILIES.items() if row.xml], default="walker-params"
-    )
+    bodies = [name for name, row in envs.FAMILIES.items() if row.xml]
+    parser.add_argument("--env", choices=bodies, default="walker-params")
     parser.add_argument("--wider", nargs="+", type=int, default=[1, 2, 4], help="times the small sub-environments")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each of a row's two measurements")
     parser.add_argument("--tasks", type=int, help="how many; default: all of the family")
@@ -128,8 +126,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not in graphs")
     args = parser.parse_args(argv)
-    with data.endings("building.py", lambda: "nothing was written"):
-        device = data.choose_device(args.device)
+    device = data.choose_device(args.device)
     data.GRAPHS = not args.no_graph
     print(" ".join(f"{column:>8}" for column in COLUMNS), flush=True)
     for wider in args.wider:
