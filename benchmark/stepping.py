@@ -5,20 +5,13 @@ python benchmark/stepping.py
 
 import argparse
 import sys
-import time
 from pathlib import Path
+from timeit import timeit
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-
-
-def steps_per_second(call, batch, repeats=40):
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return repeats * batch / (time.perf_counter() - began)
 
 
 def main():
@@ -42,13 +35,10 @@ def main():
                 )  # fmt: skip
                 state[:] = physics.out[:, -1]
 
-            def full(env=env, action=action):
-                env.step(action)
-
-            pairs = []
+            pairs, full = [], lambda: env.step(action)
             for _ in range(5):
                 start[:] = env._full[:, : physics.size]  # both step the same states
-                pairs.append((steps_per_second(bare, len(tasks)), steps_per_second(full, len(tasks))))
+                pairs.append([40 * len(tasks) / timeit(call, "gc.enable()", number=40) for call in (bare, full)])
             slow, fast = np.median(pairs, axis=0)
             ratio = np.median([full / bare for bare, full in pairs])
             print(f"{name:<16} {threads:>7} {slow:>10,.0f} {fast:>10,.0f} {ratio:>6.0%}")
