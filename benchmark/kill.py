@@ -6,8 +6,7 @@ python benchmark/kill.py smac merpo --kills 5 --seed 1 --no-pictures
 Each kill is a run from nothing, ended by SIGKILL, then the same command again (with --resume) to its end. Compared with
 an uninterrupted run: metrics.csv but for its column `seconds`, the checkpoint's weights, optimisers and random states;
 of data building the datasets' bytes. At the moment of the kill no file may stand half-written under a final name. Runs
-are forks of this process, which has everything imported, on one thread. Pictures take most of such small runs:
-`--no-pictures` leaves them out.
+are forks of this process, which has everything imported, on one thread.
 """
 
 import argparse
@@ -51,23 +50,11 @@ NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
 
 
 # ------------------------------------------------------------------------------------------------- runs and their ends
-def without_pictures():
-    data.plot = lambda *_: None
-
-
 def build(folder):
     """Both stages, in this process, which saves many times."""
     data.SAVE_EVERY = 0.05
     for quality in ("mixed", "replay"):
         data.prepare(WIND, quality, 1, folder, workers=1, **SIZES, **BEHAVIOUR)
-
-
-def dataset_in(folder):
-    """The file that build() makes there, in a process of its own: the threads of its pool must not be forked."""
-    code, _ = run(lambda: build(folder), log := folder.with_suffix(".log"))
-    if code != 0:
-        sys.exit(f"kill.py: data building ended with exit code {code}: {log.read_text()[-300:]}")
-    return next(folder.rglob("mixed.npz"))
 
 
 def learn(module, folder, dataset):
@@ -100,6 +87,14 @@ def run(job, log, seconds=math.inf):
     process.kill()
     process.join()
     return process.exitcode, took
+
+
+def run_whole(name, job, log):
+    """The processor time that job() takes."""
+    code, took = run(job, log)
+    if code != 0:
+        sys.exit(f"kill.py: {name} ended with exit code {code}: {log.read_text()[-300:]}")
+    return took
 
 
 def outcome(folder):
@@ -173,9 +168,7 @@ def campaign(name, kills, rng, root, dataset):
     """Kills one program; True if every kill ended well."""
     module = NAMES[name]
     job = lambda folder: lambda: learn(module, folder, dataset) if module else build(folder)
-    code, took = run(job(root / "whole"), root / "log")
-    if code != 0:
-        sys.exit(f"kill.py: {name} ended with exit code {code}: {(root / 'log').read_text()[-300:]}")
+    took = run_whole(name, job(root / "whole"), root / "log")
     expected, well = outcome(root / "whole"), True
     for kill in range(kills):
         # one in each part of the run, but for its last tenth: runs differ a little in the time they take
@@ -207,14 +200,16 @@ def main():
     if not set(args.programs) <= set(NAMES):
         parser.error(f"expected some of {', '.join(NAMES)}")
     if args.no_pictures:
-        without_pictures()
+        data.plot = lambda *_: None
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # imports much, once
     well, rng = {}, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        dataset = dataset_in(root / "dataset")
+        # in a process of its own: the threads of its pool must not be forked
+        run_whole("data building", lambda: build(root / "dataset"), root / "log")
+        dataset = next((root / "dataset").rglob("mixed.npz"))
         for name in args.programs or NAMES:
             (root / name).mkdir()
             well[name] = campaign(name, args.kills, rng, root / name, dataset)
