@@ -14,7 +14,6 @@ twelve take longest. Data are random numbers: speed does not depend on them.
 """
 
 import argparse
-import csv
 import gc
 import statistics
 import tempfile
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from retest import whole
+from report import write
+from retest import main_of, whole
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -207,8 +207,8 @@ def each(args, device, work):
         raise SystemExit(f"speed.py: not measured: {'; '.join(failed)}")
 
 
-def table(args, device, write=lambda row: None):
-    """Prints and returns all rows; `write` gets each as it comes."""
+def table(args, device):
+    """Prints and returns all rows, and writes them to --out as they come."""
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = []
@@ -219,7 +219,9 @@ def table(args, device, write=lambda row: None):
             row = measure(script, name, size, device, kind, args.seconds, args.compile)
             rows.append(row)
             show(row)
-            write(row)
+            if args.out:
+                short = [{key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows]
+                write(args.out, short, COLUMNS)
 
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     each(args, device, work)
@@ -247,27 +249,17 @@ def arguments(argv=None):
     return args
 
 
-def main(argv=None):
+@main_of
+def main(argv):
     args = arguments(argv)
-    with data.endings("speed.py", lambda: "nothing was written"):
-        for flag, path in ("--out", args.out), ("--profile", args.profile):
-            if path and not path.parent.is_dir():
-                raise data.DataError(f"{flag} {path}: there is no folder {path.parent}")
-        device = data.choose_device(args.device)
-    if args.profile:
-        with open(args.profile, "w") as file:
-            return each(args, device, lambda *kind: print(*profile(*kind), sep="\n", file=file, flush=True))
-    if not args.out:
+    device = data.choose_device(args.device)
+    for flag, path in ("--out", args.out), ("--profile", args.profile):
+        if path and not path.parent.is_dir():
+            raise data.DataError(f"{flag} {path}: there is no folder {path.parent}")
+    if not args.profile:
         return table(args, device)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-
-        def write(row):
-            writer.writerow({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()})
-            file.flush()
-
-        return table(args, device, write)
+    with open(args.profile, "w") as file:
+        each(args, device, lambda *kind: print(*profile(*kind), sep="\n", file=file, flush=True))
 
 
 if __name__ == "__main__":
