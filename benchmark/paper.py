@@ -325,15 +325,14 @@ def metrics(folder):
     return [{key: float(value) for key, value in row.items()} for row in report.read(path)]
 
 
-def returns_of(folder):
-    """Of a run's evaluations that had test tasks to score: stage 1 of MerPO has none."""
-    return [row["return_mean"] for row in metrics(folder) if not np.isnan(row["return_mean"])]
+def scored(history, key="return_mean"):
+    """A column of the evaluations that had test tasks to score: stage 1 of MerPO has none."""
+    return [row.get(key, np.nan) for row in history if not np.isnan(row["return_mean"])]
 
 
-def last(history, key, n=3):
-    """Mean of a column over the last evaluations; stage 1 of MerPO has none."""
-    values = [row.get(key, np.nan) for row in history if not np.isnan(row["return_mean"])][-n:]
-    return float(np.mean(values)) if values else np.nan
+def last(history, key):
+    """Its mean over the last three."""
+    return float(np.mean(scored(history, key)[-3:] or np.nan))
 
 
 def summarise(script, runs, folders):
@@ -364,16 +363,15 @@ def summarise(script, runs, folders):
 
 def draw(script, figure, env, runs, folders, suffix, rows):
     _, _, variants, columns = FIGURES[script][figure]
-    groups = {
-        name: [folder for run, folder in zip(runs, folders, strict=True) if run.variant == name] for name in variants
-    }
     path = ROOT / "results" / f"{script}-{figure}-{env}{suffix}.png"
     title = f"{script}, {figure} on {env}"
     if (script, figure) == AVERAGED:
         draw_shares(path, title, rows)
-    elif runs[0].tested or all(len(returns_of(folder)) < 2 for folder in folders):  # there is no curve
+    elif runs[0].tested or all(len(scored(metrics(folder))) < 2 for folder in folders):  # there is no curve
         draw_tests(path, title, {name: [row for row in rows if row["variant"] == name] for name in variants})
     else:
+        pairs = list(zip(folders, runs, strict=True))
+        groups = {name: [folder for folder, run in pairs if run.variant == name] for name in variants}
         draw_curves(path, title, groups, columns, STEPS[script])
 
 
