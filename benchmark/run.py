@@ -2,8 +2,6 @@
 
 python benchmark/run.py                                        # everything, side by side on the cores, CPU sizes
 python benchmark/run.py --scripts focal smac --envs cheetah-vel --seeds 5
-python benchmark/run.py --same-data                            # SMAC on the data that the other scripts learn from
-python benchmark/run.py --collect                              # runs nothing: adds what is there to the table
 sbatch --array=0-107 --wrap 'python benchmark/run.py --task $SLURM_ARRAY_TASK_ID'   # on a cluster: a job for each run
 
 A run that is done is not run again, one that was killed goes on. `--list` numbers the runs, as --task takes them. The
@@ -44,9 +42,8 @@ def arguments(argv=None):
     if args.same_data and args.full:
         parser.error("--same-data: at the papers' sizes SMAC learns other tasks; expected no --full")
     if not plan(args):
-        parser.error(
-            f"none of {', '.join(args.scripts)} has {' or '.join(args.envs)} among its families of several tasks"
-        )
+        has = f"{', '.join(args.scripts)} has {' or '.join(args.envs)}"
+        parser.error(f"none of {has} among its families of several tasks")
     if args.task is not None and not 0 <= args.task < len(plan(args)):
         parser.error(f"--task {args.task}: expected 0 to {len(plan(args)) - 1}")
     return args
@@ -78,10 +75,8 @@ def describe(script, words):
     args, folder = SCRIPTS[script].parse_args(words), paper.path_of(script, words)
     final, rows = json.loads((folder / "final.json").read_text()), paper.metrics(folder)
     row = {"script": script, "env": args.env, "seed": args.seed, "steps": final["step"]}
-    names = (
-        {"online": "return_mean", "offline": "offline_return_mean"} if script == "smac" else {"offline": "return_mean"}
-    )
-    for protocol, name in names.items():
+    names = {"online": "return_mean", "offline": "offline_return_mean"}
+    for protocol, name in names.items() if script == "smac" else [("offline", "return_mean")]:
         returns = [x[name] for x in rows if x[name] == x[name]]
         row |= {f"{protocol}_last": round(returns[-1], 4), f"{protocol}_best": round(max(returns), 4)}
     if (folder / "online.json").exists():
