@@ -38,23 +38,19 @@ def kind_of(settings):
     return "MerPO" if "test_start" in settings else "SMAC" if "online_steps" in settings else "FOCAL"
 
 
-def check(folder, saved, kinds, changes, single):
-    """DataError if a run of these settings is none of these kinds, or cannot be tested so."""
-    kind = kind_of(saved)
-    alone = saved.get("single") and not single
-    data.refuse(
-        (kind not in kinds, f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}"),
-        (alone, f"{folder}: a run with --single has no test tasks; expected another"),
-    )
-    for key in sorted(changes.keys() - set(FLAGS[kind])):
-        raise data.DataError(f"{data.option(key)}: {kind} has no such flag of its tests")
-
-
 def load_run(folder, kinds=("FOCAL",), single=False, **changes):
     """`trained.load_run` on one thread, or DataError for what keeps it from that; `single`: also MerPO's --single."""
     torch.set_num_threads(1)
     try:
-        check(folder, json.loads((folder / "args.json").read_text()), kinds, changes, single)
+        saved = json.loads((folder / "args.json").read_text())
+        kind = kind_of(saved)
+        alone = saved.get("single") and not single
+        strange = ", ".join(map(data.option, sorted(changes.keys() - {*FLAGS[kind]})))
+        data.refuse(
+            (kind not in kinds, f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}"),
+            (alone, f"{folder}: a run with --single has no test tasks; expected another"),
+            (strange, f"{strange}: {kind} has no such flag of its tests"),
+        )
         return trained.load_run(folder, **changes)
     except data.DataError:
         raise
