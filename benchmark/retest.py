@@ -42,23 +42,19 @@ def load_run(folder, kinds=("FOCAL",), single=False, **changes):
     """`trained.load_run` on one thread, or DataError for what keeps it from that; `single`: also MerPO's --single."""
     torch.set_num_threads(1)
     try:
-        saved = json.loads((folder / "args.json").read_text())
-        kind = kind_of(saved)
-        alone = saved.get("single") and not single
-        strange = ", ".join(map(data.option, sorted(changes.keys() - {*FLAGS[kind]})))
-        data.refuse(
-            (kind not in kinds, f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}"),
-            (alone, f"{folder}: a run with --single has no test tasks; expected another"),
-            (strange, f"{strange}: {kind} has no such flag of its tests"),
-        )
-        return trained.load_run(folder, **changes)
-    except data.DataError:
-        raise
+        with data.believing(folder, "a damaged run, or one of another version of the script", "run it again"):
+            saved = json.loads((folder / "args.json").read_text())
+            kind = kind_of(saved)
+            alone = saved.get("single") and not single
+            strange = ", ".join(map(data.option, sorted(changes.keys() - {*FLAGS[kind]})))
+            data.refuse(
+                (kind not in kinds, f"{folder}: a run of {kind}; expected one of {' or '.join(kinds)}"),
+                (alone, f"{folder}: a run with --single has no test tasks; expected another"),
+                (strange, f"{strange}: {kind} has no such flag of its tests"),
+            )
+            return trained.load_run(folder, **changes)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}; expected the folder of a run"
-    except Exception as error:  # whatever a reader raises
-        message = f"{folder}: a damaged run, or one of another version of the script ({error!r:.100}); run it again"
-    raise data.DataError(message)
+        raise data.DataError(f"{error.filename}: {error.strerror}; expected the folder of a run") from None
 
 
 def main_of(tool):
