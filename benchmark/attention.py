@@ -37,14 +37,9 @@ def weights_of(script, args, world, encoder, informative, silent):
     generator = torch.Generator().manual_seed(0)
     n, count, _ = world.train_rows.shape
     index = torch.randint(count, (n, 8 * args.context_size), generator=generator)
-    seen, useful, useless = [], [], []
-    for part in index.split(args.context_size, 1):
-        rows = torch.stack([task[i] for task, i in zip(world.train_rows, part, strict=True)])
-        seen.append(encoder.transitions(script.context_of(rows, world.split, args))[1])
-        useful.append(informative.gather(1, part))
-        useless.append(silent[part])
-    w, useful, useless = (torch.cat(parts, 1).numpy() for parts in (seen, useful, useless))
-    return w[useless], w[useful]
+    drawn = [torch.take_along_dim(world.train_rows, i[..., None], 1) for i in index.split(args.context_size, 1)]
+    w = torch.cat([encoder.transitions(script.context_of(rows, world.split, args))[1] for rows in drawn], 1)
+    return w[silent[index]].numpy(), w[informative.gather(1, index)].numpy()
 
 
 @torch.no_grad()
