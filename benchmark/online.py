@@ -58,16 +58,11 @@ def evaluate(script, args, agent, world):
     qualities = {args.quality, args.test_quality, data.load(args.data).meta.get("quality") if args.data else None}
     data.refuse(
         (args.sparse, "the environments do not give --sparse rewards; expected a run without"),
-        (
-            "relabelled" in qualities,
-            "the environments do not give rewards as relabelled data have; expected others",
-        ),
+        ("relabelled" in qualities, "the environments do not give rewards as relabelled data have; expected others"),
     )
     e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
     n, count, width = world.train_rows.shape
-
-    def on(z):
-        return lambda s: agent.act(s, z, generator)
+    on = lambda z: lambda s: agent.act(s, z, generator)
 
     def known():
         """(B, l) embeddings of training tasks, one drawn for each sub-environment."""
