@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from retest import load_run, main_of
 
+import data
 import focal
 
 STEPS, CONTEXTS = 4_000, 64
@@ -42,9 +43,7 @@ def fit(z, target):
             adam.param_groups[0]["lr"] = 1e-3 * (1 - step / STEPS)
             i = torch.randint(len(flat), (256,))
             loss = (net(flat[i]) - wanted[i]).square().sum(-1).mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
+            data.descend(adam, loss)
     return net
 
 
