@@ -128,12 +128,10 @@ def film(path, gif, count=4, seed=0):
     if scripted:
         act = data.Performer(row, dataset.tasks[shown], seed).act
         return data.write(gif, lambda file: envs.film(vector, act, file))
-    try:
+    with data.believing(trained, "no policies to film there", "expected those that made the data"):
         agents = data.read(trained)
         policies = agents["policies"][0 if dataset.meta["quality"] == "random" else -1, shown]
         actor = data.load_policies(policies, row, agents["settings"]["hidden"])
-    except Exception as error:
-        raise data.DataError(f"{trained}: no policies to film there ({type(error).__name__})") from None
 
     @torch.no_grad()
     def policy(obs):
