@@ -9,7 +9,6 @@ where to.
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -59,26 +58,22 @@ def plot(seen, world):
     points = np.concatenate(own, 1) if own else None
     bins = np.linspace(0, max(kl.max() for kls, _ in seen.values() for kl in kls.values()) * 1.02, 30)
     for path, (kls, walked) in seen.items():
-        plot_one(path, kls, walked, world, bins, points)
-
-
-def plot_one(path, kls, walked, world, bins, points):
-    walked = {name: found for name, found in walked.items() if found}
-    figure = Figure(figsize=(4.2 * (1 + len(walked)), 3.8), layout="constrained")
-    left, *others = figure.subplots(1, 1 + len(walked), squeeze=False)[0]
-    for name, kl in kls.items():
-        left.hist(kl, bins, color="tab:orange" if name == "short_" else "tab:blue", alpha=0.5, label=NAMES[name])
-    left.set(title=path.stem.removeprefix("shift-"), xlabel="KL(q(z | h) || p(z))", ylabel="contexts of test tasks")
-    left.legend(fontsize="small")
-    for axes, (name, found) in zip(others, walked.items(), strict=True):
-        plot_paths(axes, found, points, world)
-        axes.set_title(NAMES[name])
-    data.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+        walked = {name: found for name, found in walked.items() if found}
+        figure = Figure(figsize=(4.2 * (1 + len(walked)), 3.8), layout="constrained")
+        left, *others = figure.subplots(1, 1 + len(walked), squeeze=False)[0]
+        for name, kl in kls.items():
+            left.hist(kl, bins, color="tab:orange" if name == "short_" else "tab:blue", alpha=0.5, label=NAMES[name])
+        left.set(title=path.stem.removeprefix("shift-"), xlabel="KL(q(z | h) || p(z))", ylabel="contexts of test tasks")
+        left.legend(fontsize="small")
+        for axes, (name, found) in zip(others, walked.items(), strict=True):
+            plot_paths(axes, found, points, world)
+            axes.set_title(NAMES[name])
+        data.write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def plot_paths(axes, found, points, world):
     """The paths `found` of the test tasks on axes that show all `points` (2, n)."""
-    goal = world.row.goal(world.test_tasks)[:, :2].T if world.row.goal else np.full((2, len(found)), math.nan)
+    goal = world.row.goal(world.test_tasks)[:, :2].T if world.row.goal else np.full((2, len(found)), np.nan)
     goal = goal * (np.abs(points).max() if world.row.xml else 1)  # a body's is a direction
     colour = pictures.task_colours(world.test_tasks)[0]
     for path, own in zip(found, colour, strict=True):
