@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 COLUMNS = ["part", "run", "step", "seconds", "return_mean", "return_std", "train_return_mean", "offline_return_mean"]
 COLUMNS += ["meta_return_mean", "esr", "q_mean", "critic_loss", "actor_loss"]
 DATA = "walker-params/20+5-seed0", "point-robot-wind/40+10-seed0"
@@ -48,11 +49,9 @@ def parts(args):
     walker, wind = (args.work / "datasets" / name / "mixed.npz" for name in DATA)
     place = ["--data-dir", str(args.work / "datasets"), "--device", args.device]
 
-    def steps(script, words, runs="runs"):
-        return [f"{script}.py", "--env", *words.split(), *place, "--run-dir", str(args.work / runs), "--resume"]
-
     def seeds(script, words):
-        return {f"{script} seed {k}": steps(script, f"{words} --seed {k}") for k in range(args.seeds)}
+        command = [f"{script}.py", "--env", *words.split(), *place, "--run-dir", str(args.work / "runs"), "--resume"]
+        return {f"{script} seed {k}": [*command, "--seed", str(k)] for k in range(args.seeds)}
 
     def build(name, limit, path, *more):
         words = ["data.py", "--env", path.parent.parent.name, *place, *more]
@@ -62,10 +61,7 @@ def parts(args):
         words = ["benchmark/speed.py", "--out", str(args.out / f"{name}.csv"), "--seconds", "0.5", *more]
         return Part(name, limit, {name: words}, once=True)
 
-    def profile(name, limit):
-        words = ["benchmark/speed.py", "--profile", str(args.out / f"{name}.txt"), "--size", "paper"]
-        return Part(name, limit, {name: words}, once=True)
-
+    profile = ["benchmark/speed.py", "--profile", str(args.out / "profile.txt"), "--size", "paper"]
     pytest = ["-m", "pytest", "-q", "-n", "0", "--tb=short", "-rf", "-p", "no:cacheprovider", "-m", "cuda", "tests"]
     tasks = "--train-tasks 20 --test-tasks 5 --quality mixed"
     plan = [
@@ -75,7 +71,7 @@ def parts(args):
         speed("compiled", 150, "--size", "paper", "--compile", "--only", "focal"),
         Part("tests", 100, {"tests": pytest}, once=True),
         speed("compiled-focal_pp", 200, "--size", "paper", "--compile", "--only", "focal_pp"),
-        profile("profile", 60),
+        Part("profile", 60, {"profile": profile}, once=True),
         speed("speed-wider", 40, "--size", "paper", "--only", "focal", "--flags", "--hidden 320"),  # fits tiles
         Part("focal_pp", 240, seeds("focal_pp", "walker-params"), needs=[walker]),
         Part("smac", 240, seeds("smac", f"walker-params {tasks} --steps 20000 --online-steps 20000 --updates 1"),
@@ -174,15 +170,10 @@ def folder_of(words):
     """Where a run writes, None if these are no script's words."""
     if words[0] not in SCRIPTS:
         return None
-    module = imported(words[0])
+    # not at the top: torch, for whom this file is on its path, asks for a module named cuda
+    module = __import__(words[0].removesuffix(".py"))
     args = module.parse_args([word if word != "cuda" else "auto" for word in words[1:]])
     return args.run_dir / module.__name__ / args.env / args.variant / f"seed{args.seed}"
-
-
-def imported(script):  # not at the top: torch, for whom this file is on its path, asks for a module named cuda
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return __import__(script.removesuffix(".py"))
 
 
 def stop(process):
@@ -245,9 +236,7 @@ def settled(part, results, again):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "cuda-benchmark", help="data and runs"
-    )
+    parser.add_argument("--work", type=Path, default=f"{tempfile.gettempdir()}/cuda-benchmark", help="data and runs")
     parser.add_argument("--minutes", type=float, default=9, help="for everything; nothing starts or goes on after that")
     parser.add_argument("--seeds", type=int, default=1, help="runs of a part, side by side")
     parser.add_argument("--only", nargs="+", help="these parts")
