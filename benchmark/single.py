@@ -32,18 +32,14 @@ def cut(path, env, tasks):
 @main_of
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", choices=list(envs.FAMILIES), help="whose data; with --data what that file is made for")
-    parser.add_argument("--quality", choices=data.QUALITIES, help="unless given: mixed")
+    parser.add_argument("--env", choices=list(envs.FAMILIES), help="whose `mixed` data; with --data what that is for")
     number = partial(data.parse_value, data.Whole)
     parser.add_argument("--tasks", nargs="+", type=number, required=True, help="their numbers in the dataset")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own instead")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="a dataset of your own or of another quality")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    data.refuse(
-        (not (args.env or args.data), "expected --env or --data"),
-        (args.quality and args.data, "--quality: --data is one file; expected one of them"),
-    )
-    arrays, env = cut(args.data or data.prepare(args.env, args.quality or "mixed"), args.env, args.tasks)
+    data.refuse((not (args.env or args.data), "expected --env or --data"))
+    arrays, env = cut(args.data or data.prepare(args.env, "mixed"), args.env, args.tasks)
     data.save(args.out, arrays, {"env": env} if env else {})
     returns = ", ".join(f"{x:.1f}" for x in arrays["returns"]) if "returns" in arrays else "not known"
     print(f"{args.out}: {arrays['observations'].shape[1]} transitions of each task, return {returns}")
