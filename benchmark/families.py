@@ -4,7 +4,6 @@ python benchmark/families.py       # results/families.png
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,14 +28,12 @@ def moment(name):
         obs = env.step(action)[0]
     picture = env.render()[0]
     env.close()
-    drift = row.drift(env.tasks)[0] if row.drift else None
-    return picture, drift
+    return picture, row.drift(env.tasks)[0] if row.drift else None
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "families.png", help="the picture")
-    path = parser.parse_args(argv).out
+def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    path = ROOT / "results" / "families.png"
     names = [name for name, row in envs.FAMILIES.items() if row.differs != "nothing"]
     rows = -(-len(names) // COLUMNS)
     figure = Figure(figsize=(8, 1.9 * rows), dpi=150, layout="constrained")
