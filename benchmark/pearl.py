@@ -49,9 +49,8 @@ class World(smac.World):
     def __init__(self, args, device):
         super().__init__(args, device)
         n = len(self.train_tasks)
-        if self.buffers.size < 2 * n:
-            least = f"at least {2 * n * self.row.horizon}, two trajectories in each of {n} tasks"
-            raise data.DataError(f"--online-steps {args.online_steps}: expected {least}")
+        least = f"at least {2 * n * self.row.horizon}, two trajectories in each of {n} tasks"
+        data.refuse((self.buffers.size < 2 * n, f"--online-steps {args.online_steps}: expected {least}"))
 
     def open_data(self, args, device):
         row, n, k = self.row, args.train_tasks or self.row.train, args.test_tasks or self.row.test
@@ -103,8 +102,7 @@ def save_replay(path, args, agent, world):
     arrays |= {"train_tasks": np.arange(n), "test_tasks": np.arange(n) if only else np.arange(n, len(tasks))}
     if world.row.sparse_reward:
         flat = (x.reshape(len(tasks) * count, -1) for x in (s, a, s2))
-        sparse = world.row.sparse_reward(tasks.repeat(count, axis=0), *flat, 1.0)
-        arrays["sparse_rewards"] = sparse.reshape(len(tasks), count)
+        arrays["sparse_rewards"] = world.row.sparse_reward(tasks.repeat(count, axis=0), *flat, 1.0).reshape(-1, count)
     data.save(path, arrays, {"env": args.env, "quality": "replay", "seed": args.seed, "script": "pearl.py"})
 
 
