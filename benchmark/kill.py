@@ -47,6 +47,7 @@ FLAGS = {
     " --inner-steps 2 --adapt-steps 5 --model-adapt-steps 5 --rollouts 20 --rollout-buffer 400",
 }  # fmt: skip
 NAMES = {"data": None} | {module.__name__: module for module in FLAGS}
+STORED = "step", "agent", "optimisers", "random", "dataset", "policies", "early"  # of a checkpoint and of behaviour
 
 
 # ------------------------------------------------------------------------------------------------- runs and their ends
@@ -106,12 +107,8 @@ def outcome(folder):
         elif path.name == "metrics.csv":
             with open(path) as file:
                 found[key] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-        elif path.name == "checkpoint.pt":
-            stored = data.read(path)
-            found[key] = [stored[part] for part in ("step", "agent", "optimisers", "random", "dataset")]
-        elif path.name == "behaviour.pt":
-            stored = data.read(path)
-            found[key] = [stored["policies"], stored["early"]]
+        elif path.suffix == ".pt":
+            found[key] = {part: value for part, value in data.read(path).items() if part in STORED}
         else:
             found[key] = None  # it is there
     return found
