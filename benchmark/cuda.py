@@ -138,7 +138,7 @@ class Results:
                 with open(path) as file:
                     for row in csv.DictReader(file):
                         self.rows[part, name, row["step"]] = row | {"part": part, "run": name}
-        self.write("results.csv", lambda file: self.write_rows(file))
+        self.write("results.csv", self.write_rows)
 
     def write_rows(self, file):
         table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
@@ -157,11 +157,10 @@ class Results:
 
     def pack(self, folders):
         """All curves so far in one file, and whatever the commands printed in another."""
-        found = [(folder / name) for folder in folders for name in ("curve.png", "embeddings.png")]
+        found = [folder / name for folder in folders for name in ("curve.png", "embeddings.png")]
         with tarfile.open(self.args.out / "pictures.tar", "w") as tar:
-            for path in found:
-                if path.exists():
-                    tar.add(path, "-".join(path.parts[-5:]))
+            for path in filter(Path.exists, found):
+                tar.add(path, "-".join(path.parts[-5:]))
         with tarfile.open(self.args.out / "logs.tar", "w:gz") as tar:
             tar.add(self.args.work / "logs", "logs")
 
@@ -195,12 +194,10 @@ def execute(part, limit, results, args):
     logs.mkdir(parents=True, exist_ok=True)
     folders = {name: folder for name, words in part.commands.items() if (folder := folder_of(words))}
     processes, began = {}, time.time()
+    how = {"cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": "1"}, "start_new_session": True}
     for name, words in part.commands.items():
         with open(logs / f"{part.name}-{name}.txt".replace(" ", "-"), "w") as log:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-            processes[name] = subprocess.Popen(
-                [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            processes[name] = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, **how)
     seen = began
     while any(process.poll() is None for process in processes.values()) and time.time() - began < limit:
         time.sleep(0.1)
