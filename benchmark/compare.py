@@ -37,12 +37,11 @@ def main(argv):
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture")
     args = parser.parse_args(argv)
     groups = {label: seeds(folder) for label, folder in zip(labels(args.folders), args.folders, strict=True)}
-    for folder in (run for runs in groups.values() for run in runs):
-        found = paper.metrics(folder)[:1]
+    first = {run: row for runs in groups.values() for run in runs for row in paper.metrics(run)[:1]}
+    for run, row in first.items():
         for column in args.columns:
-            strange = found and column not in found[0]
-            data.refuse((strange, f"{folder}: no column {column}; expected one of {', '.join(dict(*found))}"))
-    stages = any("model_loss" in row for runs in groups.values() for row in paper.metrics(runs[0])[:1])
+            data.refuse((column not in row, f"{run}: no column {column}; expected one of {', '.join(row)}"))
+    stages = any("model_loss" in row for row in first.values())
     try:
         paper.draw_curves(args.out, "", groups, args.columns, paper.STEPS["merpo" if stages else "focal"])
     except (OSError, ValueError) as error:  # no such folder, no such format
