@@ -9,11 +9,8 @@ bias, that of the mean fit from the truth. Beside them the distance on the train
 where z bends, and on the test tasks that of always guessing the training tasks' mean.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from retest import load_run, main_of
+from retest import load_run, main_of, runs_of
 
 import data
 import focal
@@ -77,9 +74,7 @@ def errors(train, again, test, tasks, test_tasks):
 
 @main_of
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL or FOCAL++")
-    for run in parser.parse_args(argv).runs:
+    for run in runs_of(argv, __doc__, "FOCAL or FOCAL++"):
         script, args, world, agent = load_run(run)
         n, tasks = len(world.train_rows), torch.as_tensor(world.tasks, dtype=torch.float32).flatten(1)
         train, test = embeddings(script, args, world, agent, seed=0)

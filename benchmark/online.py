@@ -9,14 +9,12 @@ adapts its models and its policy to them. The third is scored: the mean return o
 the one with contexts, or data, of others' making. Writes online.json into each run's folder, for run.py.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from retest import kind_of, load_run, main_of
+from retest import kind_of, load_run, main_of, runs_of
 
 import data
 
@@ -99,9 +97,7 @@ def evaluate_merpo(script, args, agent, world):
 
 @main_of
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of FOCAL, FOCAL++ or MerPO")
-    for run in parser.parse_args(argv).runs:
+    for run in runs_of(argv, __doc__, "FOCAL, FOCAL++ or MerPO"):
         script, args, world, agent = load_run(run, ("FOCAL", "MerPO"))
         if kind_of(vars(args)) == "MerPO":
             offline = script.evaluate(args, agent, world)[args.adapt_steps]

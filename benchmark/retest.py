@@ -67,6 +67,13 @@ def main_of(tool):
     return main
 
 
+def runs_of(argv, doc, scripts):
+    """The folders on the command line of a tool that takes nothing else."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"folder of a run of {scripts}")
+    return parser.parse_args(argv).runs
+
+
 def test(folder, changes):
     """What retest/<flags>.json holds: returns of the test tasks, and by steps of adaptation with MerPO."""
     script, args, world, agent = load_run(folder, FLAGS, **changes)

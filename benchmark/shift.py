@@ -8,13 +8,10 @@ where tasks lie in the plane, the paths of exploration and of the policy on both
 where to.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from retest import load_run, main_of
+from retest import load_run, main_of, runs_of
 
 import data
 import pictures
@@ -101,9 +98,7 @@ def draw(run):
 
 @main_of
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of smac.py")
-    for run in parser.parse_args(argv).runs:
+    for run in runs_of(argv, __doc__, "smac.py"):
         print(*draw(run), flush=True)
 
 
