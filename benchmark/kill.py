@@ -147,18 +147,6 @@ def broken(folder):
     return found
 
 
-def where(folder):
-    """How far a killed run had come, in words."""
-    for path in folder.rglob("checkpoint.pt"):
-        return f"after the checkpoint of step {data.read(path)['step']}"
-    names = {path.name for path in folder.rglob("*") if path.is_file()}
-    if "behaviour.pt" in names:
-        done = [name for name in sorted(names) if name.endswith(".npz") and not name.startswith(".")]
-        return f"stage 2, {', '.join(done) or 'no dataset'} there"
-    parts = sum(name.startswith("behaviour-part") for name in names)
-    return f"stage 1, {parts} parts there" if parts else "before the first save"
-
-
 # ------------------------------------------------------------------------------------------------------------- campaign
 def campaign(name, kills, rng, root, dataset):
     """Kills one program; True if every kill ended well."""
@@ -170,14 +158,14 @@ def campaign(name, kills, rng, root, dataset):
         # one in each part of the run, but for its last tenth: runs differ a little in the time they take
         folder, moment = root / f"kill{kill}", 0.9 * took * (kill + rng.random()) / kills
         killed, _ = run(job(folder), root / "log", moment)
-        half, place = broken(folder), where(folder)
+        half, saved = broken(folder), sorted(path.name for path in folder.rglob("*") if path.suffix in (".pt", ".npz"))
         left = sum(1 for _ in folder.rglob("*.tmp"))
         code, _ = run(job(folder), root / "log")
         good = killed in (0, -9) and code == 0 and not half and same(outcome(folder), expected)
         kind = "killed" if killed == -9 else f"ended before ({killed})"
         print(
-            f"{name:<8} {kind} at {moment:5.2f} of {took:.2f} s, {place}; {left} temporary files left; "
-            f"half-written: {', '.join(half) or 'none'}; resumed (exit code {code}): "
+            f"{name:<8} {kind} at {moment:5.2f} of {took:.2f} s, {', '.join(saved) or 'nothing'} saved; "
+            f"{left} temporary files left; half-written: {', '.join(half) or 'none'}; resumed (exit code {code}): "
             f"{'the same' if good else 'NOT the same'}",
             flush=True,
         )
