@@ -2,7 +2,6 @@
 
 python benchmark/paper.py focal figure2 table6          # three seeds, small sizes
 python benchmark/paper.py focal_pp table1 --env point-robot-wind --seeds 5
-python benchmark/paper.py focal figure4 --full          # the paper's sizes
 
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
 row for each run, and a PNG: bands of learning curves go from the lowest to the highest seed, those of tests are the

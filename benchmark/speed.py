@@ -1,8 +1,6 @@
 """Gradient steps per second of every script, eagerly and as one CUDA graph, and how far that is from the floor.
 
 python benchmark/speed.py                                    # what this machine has: CUDA, else the CPU
-python benchmark/speed.py --only smac --size paper --threads 1 2 4
-python benchmark/speed.py --only focal --size paper --compile
 python benchmark/speed.py --only focal --size paper --profile profile.txt
 
 A row is one kind of update: while FOCAL's encoder learns and once it stands still, SMAC's two phases, an iteration of
