@@ -130,22 +130,21 @@ WALKER = MUJOCO | {"alpha_max": 1e4}
 TABLE |= dict.fromkeys(("walker-params", "hopper-params", "ant-dir", "humanoid-dir", "sawyer"), WALKER)
 # What differs on a machine without a GPU.
 SMALL_NETWORKS = {"hidden": 128, "meta_batch_size": 8, "batch_size": 64, "tau": 0.02, "final_lr": 0.1, "threads": 1}
+SMALL_NETWORKS |= {"encoder_hidden": 128}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 10_000, "encoder_steps": 400, "eval_every": 1_000}
 SMALL_POINT |= {"encoder_hidden": 64}
-SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 16_000, "encoder_steps": 800, "context_size": 64, "eval_every": 2_000}
-SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "encoder_hidden": 128}
+SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 12_000, "encoder_steps": 800, "context_size": 64, "eval_every": 2_000}
+SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "alpha": 50}
 # FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
-SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000}
-SMALL_WALKER |= {"steps": 12_000, "final_lr": 0.02}
-# A policy that learns faster than the discriminator outruns it: cheetah-fwd-back then stays at 200 to 700.
-SMALL_SLOW = SMALL_MUJOCO | {"steps": 12_000, "lr": 3e-4, "discriminator_steps": 3}
-# FOCAL's alpha of 500 and 1e6, times one sample of D, drowns the target.
-SMALL_TWO = SMALL_SLOW | {"meta_batch_size": 4, "batch_size": 128, "alpha": 100}
+SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000, "final_lr": 0.02}
+# FOCAL's alpha drowns the target; a policy faster than the discriminator outruns it: cheetahs stay at 200 to 700.
+SMALL_TWO = SMALL_MUJOCO | {"lr": 3e-4, "discriminator_steps": 3, "alpha": 100}
+SMALL_TWO |= {"meta_batch_size": 4, "batch_size": 128}
 # With more numbers in z unseen walkers lie apart from those that the policy has learned on.
 SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1}
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
-SMALL |= {"cheetah-vel": SMALL_SLOW | {"encoder_steps": 6_000}}  # z tells new speeds to 0.13 m/s, after 800 to 0.2
+SMALL |= {"cheetah-vel": SMALL_MUJOCO | {"discriminator_steps": 3, "final_lr": 0.02, "encoder_steps": 6_000}}
 # Directions of a body: with the two-task families' alpha of 100 FOCAL's humanoids end below their data.
 SMALL |= dict.fromkeys(("ant-dir", "humanoid-dir"), SMALL_WALKER)
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
