@@ -181,6 +181,7 @@ def naive_attention(x, block, heads=8):
 def test_a_block_and_the_encoder_against_plain_loops():
     args = focal_pp.parse_args(["--env", WIND, "--encoder-hidden", "16", "--latent", "3", "--blocks", "2"])
     encoder = disturbed(focal_pp.Encoder([2, 2, 2, 1], args))
+    assert len(encoder.blocks) == 2
     (context,) = test_focal.random_tensors((2, 5, 7))
     with torch.no_grad():
         z, w = encoder.transitions(context)
