@@ -2,17 +2,19 @@
 
 python benchmark/decode.py runs/focal_pp/sparse-point-robot/*/seed*
 
-Fits the parameters of the training tasks (a goal, a wind) from embeddings of 64 contexts of each. Prints the mean
-distance between the fit and the truth, in the parameters' own units, on other contexts of the same tasks and on the
-test tasks. In brackets what it is made of: noise, the distance of a context's fit from the mean fit of its task, and
-bias, that of the mean fit from the truth. Beside them the distance on the training tasks of a linear fit, which grows
-where z bends, and on the test tasks that of always guessing the training tasks' mean.
+Fits the parameters of the training tasks (a goal, a wind; a direction as a unit vector) from embeddings of 64 contexts
+of each. Prints the mean distance between the fit and the truth, in the parameters' own units, on other contexts of the
+same tasks and on the test tasks. In brackets what it is made of: noise, the distance of a context's fit from the mean
+fit of its task, and bias, that of the mean fit from the truth. Beside them the distance on the training tasks of a
+linear fit, which grows where z bends, and on the test tasks that of always guessing the training tasks' mean.
 """
 
+import numpy as np
 import torch
 from retest import load_run, main_of, runs_of
 
 import data
+import envs
 import focal
 
 STEPS, CONTEXTS = 4_000, 64
@@ -76,7 +78,8 @@ def errors(train, again, test, tasks, test_tasks):
 def main(argv):
     for run in runs_of(argv, __doc__, "FOCAL or FOCAL++"):
         script, args, world, agent = load_run(run)
-        n, tasks = len(world.train_rows), torch.as_tensor(world.tasks, dtype=torch.float32).flatten(1)
+        row, n, tasks = envs.family(args.env), len(world.train_rows), np.asarray(world.tasks)
+        tasks = torch.as_tensor(row.goal(tasks) if row.goal and row.differs == "reward" else tasks).float().flatten(1)
         train, test = embeddings(script, args, world, agent, seed=0)
         again = embeddings(script, args, world, agent, seed=1)[0]
         seen, unseen, linear, guess = errors(train, again, test, tasks[:n], tasks[n:])
