@@ -1,4 +1,5 @@
-"""What the datasets hold: for each family that is built, tasks, mean return of each quality, size of a file.
+"""What the datasets hold: for each family that is built, tasks, mean return of each quality, size of a file; beside
+them what doing nothing returns, an action of zeros in every step.
 
 for env in cheetah-vel ant-dir; do time python data.py --env $env --quality random medium expert mixed; done
 python benchmark/datasets.py            # a table of what is under datasets/, added to results/datasets.csv
@@ -15,7 +16,7 @@ import report
 import envs
 
 QUALITIES = ("random", "medium", "expert", "mixed")
-COLUMNS = ["env", "tasks", "transitions", *QUALITIES, "megabytes"]
+COLUMNS = ["env", "tasks", "transitions", "still", *QUALITIES, "megabytes"]
 
 
 def describe(env, folder):
@@ -31,6 +32,13 @@ def describe(env, folder):
     return row
 
 
+def still(env, tasks):
+    """Mean return of doing nothing in so many tasks, those of a dataset."""
+    world = envs.make(env, envs.sample_tasks(env, tasks, 0))
+    nothing = np.zeros(world.action_space.shape, np.float32)
+    return round(float(world.returns(lambda obs: nothing, seed=0).mean()), 1)
+
+
 def collect(root, path):
     """The table's rows, {(env, number of tasks): row}, those under `root` over those of `path`; written there."""
     rows = {(row["env"], int(row["tasks"])): row for row in report.read(path)} if path.exists() else {}
@@ -39,6 +47,7 @@ def collect(root, path):
             row = describe(env, folder)
             if len(row) > 1:
                 rows[env, row["tasks"]] = rows.get((env, row["tasks"]), {}) | row
+    rows = {key: row | {"still": still(*key)} for key, row in rows.items()}
     rows = dict(sorted(rows.items(), key=lambda item: list(envs.FAMILIES).index(item[0][0])))
     report.write(path, list(rows.values()), COLUMNS)
     return rows

@@ -684,3 +684,8 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
     argv = f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split()
     ended(capsys, single, argv, "--tasks: expected numbers from 0 to 5, found [6]")
     ended(capsys, single, f"--tasks 6 --out {out}".split(), "expected --env or --data")
+
+
+def test_doing_nothing_returns_what_a_still_body_is_paid():
+    still = script("datasets").still
+    assert still("sawyer", 2) == -50 and 190 < still("ant-dir", 2) < 210  # -1 and about +1 a step
