@@ -305,7 +305,7 @@ FAMILIES: dict[str, Family] = {
         train=2, test=2, only=((0.0,), (np.pi,)), reward=_ant_reward,
     ),
     "ant-dir": Family(
-        papers="Ant Direction (SMAC)", **ANT, **EPISODE, **DIRECTIONS, train=100, test=20, reward=_ant_reward,
+        papers="Ant Direction (SMAC)", **ANT, **EPISODE, **DIRECTIONS, train=20, test=5, reward=_ant_reward,
     ),
     "walker-params": Family(
         papers="Walker-2D-Params (FOCAL, FOCAL++, MerPO), Walker Param (SMAC)", **WALKER, **EPISODE, **PARAMETERS,

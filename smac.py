@@ -123,7 +123,7 @@ TABLE = {
     "cheetah-vel": {"train_tasks": 100, "test_tasks": 30, "online_contexts": "offline"},
     "cheetah-fwd-back": TWO,
     "ant-fwd-back": TWO,
-    "ant-dir": {},
+    "ant-dir": {"train_tasks": 100, "test_tasks": 20},
     "walker-params": {"data_size": 1200, "train_tasks": 50, "test_tasks": 5},
     "hopper-params": {"data_size": 1200},
     "humanoid-dir": {"data_size": 1200},
@@ -147,7 +147,6 @@ SMALL = dict.fromkeys(TABLE, SMALL_MUJOCO) | {
     "point-robot-wind": SMALL_POINT,
     "cheetah-fwd-back": SMALL_TWO,
     "ant-fwd-back": SMALL_TWO,
-    "ant-dir": SMALL_MUJOCO | {"train_tasks": 40, "test_tasks": 10},  # ants take long to learn to walk
     "sawyer": SMALL_SAWYER,
 }
 

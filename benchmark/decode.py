@@ -6,7 +6,8 @@ Fits the parameters of the training tasks (a goal, a wind; a direction as a unit
 of each. Prints the mean distance between the fit and the truth, in the parameters' own units, on other contexts of the
 same tasks and on the test tasks. In brackets what it is made of: noise, the distance of a context's fit from the mean
 fit of its task, and bias, that of the mean fit from the truth. Beside them the distance on the training tasks of a
-linear fit, which grows where z bends, and on the test tasks that of always guessing the training tasks' mean.
+linear fit, which grows where z bends, and on the test tasks that of always guessing the training tasks' mean. `own` is
+the share of contexts whose z lies nearest to the mean z of its own task, among training tasks and among test tasks.
 """
 
 import numpy as np
@@ -29,6 +30,17 @@ def embeddings(script, args, world, agent, seed):
         contexts = (script.context_of(rows, world.split, args) for rows in drawn)
         out.append(torch.stack([agent.encoder(context, generator)[0] for context in contexts]))
     return out
+
+
+def described(env, tasks):
+    """What z is read for (T, k): the tasks' parameters (T, P), or where in the plane goals or directions are."""
+    row = envs.family(env)
+    return torch.as_tensor(row.goal(tasks) if row.goal and row.differs == "reward" else tasks).float().flatten(1)
+
+
+def own(z):
+    """The share of embeddings (n, C, l) that lie nearest to the mean of their own task's."""
+    return (torch.cdist(z, z.mean(1)).argmin(-1) == torch.arange(len(z))[:, None]).double().mean().item()
 
 
 def fit(z, target):
@@ -78,14 +90,13 @@ def errors(train, again, test, tasks, test_tasks):
 def main(argv):
     for run in runs_of(argv, __doc__, "FOCAL or FOCAL++"):
         script, args, world, agent = load_run(run)
-        row, n, tasks = envs.family(args.env), len(world.train_rows), np.asarray(world.tasks)
-        tasks = torch.as_tensor(row.goal(tasks) if row.goal and row.differs == "reward" else tasks).float().flatten(1)
+        n, tasks = len(world.train_rows), described(args.env, np.asarray(world.tasks))
         train, test = embeddings(script, args, world, agent, seed=0)
         again = embeddings(script, args, world, agent, seed=1)[0]
         seen, unseen, linear, guess = errors(train, again, test, tasks[:n], tasks[n:])
         split = "{:.3f} (noise {:.3f}, bias {:.3f})"
         print(f"{run}  training tasks {split.format(*seen)}  test tasks {split.format(*unseen)}", end="  ")
-        print(f"linear {linear:.3f}  guess {guess:.3f}", flush=True)
+        print(f"linear {linear:.3f}  guess {guess:.3f}  own {own(again):.2f}, {own(test):.2f}", flush=True)
 
 
 if __name__ == "__main__":

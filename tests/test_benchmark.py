@@ -657,13 +657,20 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
     assert linear > 2 * seen
     (seen, *_), (test, *_), linear, guess = decode.errors(noise(60, 1), noise(60, 1), noise(10, 1), tasks, unseen)
     assert seen > 2 and linear > 2 and test > 0.8 * guess  # noise says nothing
+    apart = say(tasks[:3]) + torch.tensor([0.0, 1e3, 2e3])[:, None, None]
+    mixed = torch.cat([apart[:, :6], apart.roll(1, 0)[:, 6:]], 1)  # of each task two contexts of eight are another's
+    assert [decode.own(z) for z in (apart, mixed)] == [1, 0.75] and decode.own(noise(60, 1)) < 0.2
+    at = lambda env, *tasks: decode.described(env, np.array(tasks)).tolist()
+    assert at("ant-dir", [0.0], [np.pi / 2]) == [pytest.approx(x, abs=1e-6) for x in ([1, 0], [0, 1])]
+    assert at("point-robot-wind", [0.5, 2.0]) == at(SPARSE, [0.5, 2.0]) == [[0.5, 2]]
+    assert at("cheetah-vel", [2.0]) == [[2]]
     run = ran(focal, tmp_path, f"--env {SPARSE} --data {files[SPARSE]} --steps 2 --eval-every 2")
     dataset, given = data.load(files[SPARSE]), []
     answer = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.7, 0.8
     monkeypatch.setattr(decode, "errors", lambda *args: given.append(args) or answer)
     decode.main([str(run)])
     expected = "  training tasks 0.100 (noise 0.200, bias 0.300)  test tasks 0.400 (noise 0.500, bias 0.600)"
-    assert f"{expected}  linear 0.700  guess 0.800" in capsys.readouterr().out
+    assert f"{expected}  linear 0.700  guess 0.800  own " in capsys.readouterr().out
     ((train, again, test, tasks, test_tasks),) = given
     assert train.shape == again.shape == (4, 64, 5) and test.shape == (2, 64, 5) and not torch.equal(train, again)
     for found, chosen in ((tasks, dataset.train_tasks), (test_tasks, dataset.test_tasks)):
