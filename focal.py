@@ -11,18 +11,18 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 
     python focal.py --env sparse-point-robot    # from nothing, 2 CPU cores: 4 minutes, test return 12.1
 
-(FOCAL++'s Table 1 has FOCAL at 11.84 there, FOCAL++ at 12.96; optimum 13.09. Ours are small networks on data of all
-stages of SAC. Contexts and returns are sparse, actor and critic learn from dense rewards, as FOCAL++'s do.)
+(FOCAL's Table 6 has 8.16 there, on experts' data; FOCAL++'s Table 1 11.84, FOCAL++ 12.96; optimum 13.09. Ours are small
+networks on data of all stages of SAC. Contexts and returns are sparse, RL has dense rewards, as in FOCAL++'s paper.)
 Where we differ from the paper:
-- Every step draws its tasks, and from D_i their contexts and minibatches: there are no C_i (FOCAL++: b_i = c_i). (13),
-  (27), (28) are means where FOCAL's Algorithm 1 has sums, and so is |d|^2 in (13), over latent dimensions, as its
-  Table 5b presupposes. Contexts: dense rewards, on sparse-point-robot FOCAL's sparse ones; `--sparse`: FOCAL++'s.
+- Every step draws its tasks, and from D_i contexts and minibatches: there are no buffers C_i, and b_i is not c_i, as
+  FOCAL++'s is. (13), (27), (28) and |d|^2 are means, not sums (FOCAL's Table 5b presupposes the last). Contexts have
+  dense rewards, on sparse-point-robot FOCAL's sparse ones; `--sparse`: FOCAL++'s (35), there on cheetahs and ants too.
 - Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
   cannot settle while z moves under it; z is then one of 64 kept for each task. Other settings: SMALL, OURS.
 - D in the target (`--value-penalty`): FOCAL's (7) in its (8) gives it the weight gamma^2 alpha; its (6), as BRAC, means
-  gamma alpha. D(s') is of the data's next action, and 0 where an episode ends.
-- The critic steps before the actor (Algorithm 1: after it). One c'_j of a task serves all its pairs. Q has a twin;
-  the entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
+  gamma alpha. D(s') compares pi with the data's next action, and is 0 where an episode ends.
+- The critic steps before the actor (Algorithm 1: after it). One c'_j serves all pairs (i, j). Q has a twin; the
+  entropy (FOCAL's appendix F) has weight 1 in target and actor; g, in D, has a penalty on its slope.
 What we learned: alpha too small lets Q diverge, too large holds the policy at the data's return; a policy that learns
 faster than the discriminator outruns it; the point robots' experts are too narrow as data (see TABLE).
 """
@@ -62,7 +62,7 @@ class Args(data.Args):
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # unless given: a table's or steps / 5, at most steps / 2 (all if Q trains it)
+    encoder_steps: Count | None = None  # gradient steps; unset: a table's, or steps / 5; <= half (all if Q trains it)
     beta: Number = 1.0  # weight of FOCAL's Eq. 13's negative pairs, times that in LAWS (its Table 5b)
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
