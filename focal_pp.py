@@ -240,7 +240,7 @@ class Encoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over a transition's tokens and over a context's transitions in parallel; at first the identity (B.2)."""
+    """Attention over a transition's tokens and, beside it, a context's transitions; begins as the identity (B.2)."""
 
     def __init__(self, hidden, attention, dropout):
         super().__init__()
