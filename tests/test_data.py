@@ -387,14 +387,11 @@ def output_of(process):
     return [text.decode() for text in said]
 
 
-@pytest.mark.parametrize("way", ["script", "standard input"])
-def test_a_script_without_a_guard_builds_with_workers(way, folder, tmp_path):
+def test_a_script_without_a_guard_builds_with_workers(folder, tmp_path):
     """Workers do not run it again: it would build, in each of them, what its first run builds."""
     (tmp_path / "script.py").write_text("print('once')\n" + UNGUARDED)
-    with open(tmp_path / "script.py") as script:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": script}
-        words = [sys.executable, "script.py" if way == "script" else "-"]
-        out, err = output_of(start(words, tmp_path, **pipes))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    out, err = output_of(start([sys.executable, "script.py"], tmp_path, **pipes))
     assert out.count("once") == 1 and out.splitlines()[-1].endswith("mixed.npz") and err == ""
     made = tmp_path / WIND / "3+2-seed3" / "mixed.npz"
     assert data.load(made).meta["checksum"] == data.load(prepare(folder)).meta["checksum"]
@@ -453,15 +450,14 @@ def test_what_a_worker_raises_is_raised(patch, error, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_a_build(number, tmp_path):
     """Killed, or interrupted at a terminal, whose Ctrl-C reaches workers too; the last save stands."""
-    slow = worker("step = data.Trainer.step\ndata.Trainer.step = lambda t: [step(t), time.sleep(0.1)]\n")
+    ran = "[step(t), open(f'ran{os.getpid()}', 'w').close(), time.sleep(0.1)]"
+    slow = worker(f"step = data.Trainer.step\ndata.Trainer.step = lambda t: {ran}\n")
     code = f"import data\ndata.WORKER = {slow!r}\n{UNGUARDED}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     process = start([sys.executable, "-c", code], tmp_path, **pipes)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(lambda: len(children.read_text().split()) == 2, process)
+    wait_for(lambda: len(list(tmp_path.glob("ran*"))) == 2, process)  # their imports take seconds
     workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
-    wait_for(lambda: all("data.work" in (path / "cmdline").read_text() for path in workers), process)
-    time.sleep(4)  # their imports
     (process.kill if number == signal.SIGKILL else lambda: os.killpg(process.pid, number))()
     err = output_of(process)[1]
     until = time.time() + 60
@@ -1198,8 +1194,8 @@ def wide(env):
     return arrays | ({"train_tasks": index, "test_tasks": index} if row.only else {})
 
 
-@pytest.mark.parametrize("env", list(envs.FAMILIES))
-def test_every_family_has_a_picture_of_its_data(env, picture, tmp_path):
+@pytest.mark.parametrize("env", [SPARSE, "cheetah-vel", "ant-dir", WALKER, "halfcheetah", "sawyer"])
+def test_every_kind_of_family_has_a_picture_of_its_data(env, picture, tmp_path):
     data.save(tmp_path / "x.npz", wide(env), {"env": env})
     drawn = picture.plot(tmp_path / "x.npz")
     assert drawn == tmp_path / "x.png" and drawn.read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import SPARSE, WALKER, WIND
 from test_focal import checkpoint, cuda, moved, same, weights
 
+import data
 import focal
 import focal_pp
 
@@ -62,7 +63,8 @@ def test_a_clone_of_the_data_has_no_alpha_to_tune(files):
 
 
 def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
-    k = build(WIND, files[WIND], "--dropout 0.5 --encoder-steps 1000000 --meta-batch-size 4")
+    more = "--dropout 0.5 --encoder-steps 1000000 --meta-batch-size 4 --temperature 0.4"
+    k = build(WIND, files[WIND], more)
     disturbed(k.agent.key_encoder).float()  # a key is made without dropout, which a fresh block does not show
     tasks, contexts, losses, loss = [], [], [], focal_pp.contrast_loss
     draw = k.batches.contexts
@@ -80,11 +82,30 @@ def test_the_update_descends_the_contrast_loss_of_its_own_draws(files):
     with torch.no_grad():
         torch.testing.assert_close(z_k, before.key_encoder(c_k)[0])
     assert z_q.requires_grad and not z_k.requires_grad
-    assert torch.equal(same, torch.eye(4, dtype=torch.bool)) and tau == 0.5 and not torch.equal(c_q, c_k)
+    assert torch.equal(same, torch.eye(4, dtype=torch.bool)) and tau == 0.4 and not torch.equal(c_q, c_k)
     assert k.agent.metrics[0, 0] == loss(z_q, z_k, same, tau)
     with torch.no_grad():
         after = loss(k.agent.encoder(c_q)[0], before.key_encoder(c_k)[0], same, tau)
     assert after < loss(z_q, z_k, same, tau)
+
+
+@pytest.mark.parametrize("more", ["", "--coupled --value-penalty", "--encoder-loss bellman"])
+def test_with_focals_encoder_and_loss_an_update_is_focals(files, monkeypatch, more):
+    class Encoder(focal.Encoder):
+        def __init__(self, widths, args):
+            args.encoder, args.kl_weight, args.momentum = "deterministic", 0.0, 1.0  # the key encoder stands still
+            super().__init__(widths, args)
+
+    monkeypatch.setattr(focal_pp, "Encoder", Encoder)
+    more = f"{test_focal.NAIVE} --alpha 2 --no-tune-alpha --encoder-loss dml {more}"
+    more = more.replace("--encoder-hidden 6", "--encoder-hidden 16")
+    test_focal.check_update(test_focal.build(WIND, files[WIND], more, script=focal_pp), monkeypatch)
+
+
+def test_flags_without_effect_are_refused():
+    for flag in ("--temperature 0.2", "--momentum 0.2"):
+        with pytest.raises(data.DataError, match=f"{flag.split()[0]} .*no effect with --encoder-loss dml"):
+            focal_pp.parse_args(f"--env {WALKER} --encoder-loss dml {flag}".split())
 
 
 def test_what_is_kept_of_a_task_has_no_dropout(files):
@@ -206,9 +227,7 @@ def test_a_block_and_the_encoder_against_plain_loops():
 
 
 # ------------------------------------------------------------------------------------------------ who trains whom, runs
-VARIANTS = [
-    f"--attention {a} --encoder-loss {b}" for a in ("both", "batch", "seq", "none") for b in ("contrast", "dml")
-]
+VARIANTS = ["", "--attention batch", "--attention seq", "--attention none", "--encoder-loss dml"]
 VARIANTS += ["--sparse", "--encoder-loss bellman", "--coupled", "--no-next-obs"]
 
 

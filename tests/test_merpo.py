@@ -117,8 +117,12 @@ def test_spreads_are_bounded():
 def test_packed_rows_are_the_datas(files):
     k, stored = build(WALKER, files[WALKER]), data.load(files[WALKER])
     assert stored.terminals[TRAIN].any() and stored.terminals[TEST].any()
+    seen = stored.observations[TRAIN].flatten(0, 1)  # no test task's
+    torch.testing.assert_close((k.world.mean, k.world.std), (seen.mean(0), seen.std(0)), atol=1e-4, rtol=1e-3)
     for rows, tasks in ((k.world.train_rows, TRAIN), (k.world.test_rows, TEST)):
-        _, a, r, _, d = rows.split(k.world.split, -1)
+        s, a, r, s2, d = rows.split(k.world.split, -1)
+        for ours, theirs in ((s, stored.observations), (s2, stored.next_observations)):
+            torch.testing.assert_close(ours, (theirs[tasks] - k.world.mean) / k.world.std, atol=1e-4, rtol=1e-4)
         assert torch.equal(a, stored.actions[tasks]) and torch.equal(r[..., 0], stored.rewards[tasks])
         assert torch.equal(d[..., 0], stored.terminals[tasks])
 
@@ -437,6 +441,8 @@ def test_model_rollouts(files):
         k.rac.actor.net[-1].bias[..., k.world.split[1] :] = -5  # hardly any noise
         k.rac.actor.net[-1].weight[..., k.world.split[1] :] = 0
     rows = k.rac.roll_out(k.tasks.draw(k.index, 10))
+    noise = rows.split(k.world.split, -1)[1].atanh() - k.rac.actor(rows.split(k.world.split, -1)[0])[0]
+    assert noise.std().item() == pytest.approx(math.exp(-5), rel=0.2)  # it acts by samples
     assert rows.shape == (3, 30, k.tasks.rows.shape[-1])
     s, a, r, s2, d = rows.split(k.world.split, -1)
     fell = envs.family(WALKER).terminated((s2 * k.world.std + k.world.mean).flatten(0, 1).numpy())
@@ -536,6 +542,12 @@ def test_the_target_is_slow_across_meta_iterations(files, tau, low, high):
         k.learn_policy()
     s, a = k.tasks.rows[:1, :, :2], k.tasks.rows[:1, :, 2:4]
     assert low < k.agent.meta_q(s, a).mean() < high
+
+
+def test_every_network_has_its_own_learning_rate(files):
+    k = build(WIND, files[WIND], "--lr 0.1 --actor-lr 0.2 --outer-lr 0.3 --model-task-lr 0.4")
+    test_focal.check_rates(k.agent, critic=0.1, actor=0.2, meta_policy=0.3)
+    assert k.agent.task_models[1].param_groups[0]["lr"].item() == pytest.approx(0.4)
 
 
 def test_rates_fall_to_their_last_share_in_training_and_on_test_tasks(files, monkeypatch):

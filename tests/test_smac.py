@@ -11,6 +11,7 @@ import numpy as np
 import pearl
 import pytest
 import shift
+import test_data
 import test_focal
 import torch
 from conftest import SPARSE, TEST, TRAIN, WALKER, WIND, collect, ended
@@ -244,6 +245,10 @@ def test_the_oracle_of_test_tasks_has_buffers_of_their_own_not_drawn_from_while_
     assert k.agent.replay.filled.tolist() == [60] * 4 + [20 * count for count in counts]
 
 
+def test_all_networks_have_the_flag_s_learning_rate(files):
+    test_focal.check_rates(build(WIND, files[WIND], "--lr 0.1"), phi=0.1, critic=0.1, actor=0.1)
+
+
 def test_the_schedule_visits_all_tasks_alike():
     args = smac.parse_args(flags(WIND, "x", "--online-envs 5 --online-steps 2000 --seed 3"))
     assert smac.rounds(args) == (20, 10)
@@ -335,6 +340,26 @@ def test_the_collector_s_environment_knows_no_reward(files, monkeypatch):
     assert k.agent.replay.rows.isfinite().all()
 
 
+def test_labels_are_of_a_sample_of_the_posterior_one_for_a_trajectory(files, monkeypatch):
+    k, seen = build(WIND, files[WIND]), []
+    monkeypatch.setattr(smac, "sample", lambda mean, variance: seen.append((mean, variance)) or mean + 7 + variance)
+    k.agent.decoder.forward = lambda s, z, a: z.sum(-1)
+    labels = k.agent.label(torch.tensor([2, 0]), torch.zeros(2, 20, k.agent.replay.rows.shape[-1]))
+    ((mean, variance),) = seen
+    torch.testing.assert_close(labels, (mean + 7 + variance).sum(-1)[:, None].expand(2, 20))
+
+
+@pytest.mark.parametrize("at", [(), (2,)])
+def test_what_followed_a_blow_up_is_marked(files, monkeypatch, at):
+    monkeypatch.setattr(envs, "make", test_data.Fragile)
+    monkeypatch.setattr(test_data.Fragile, "at", at)
+    k = build(WALKER, files[WALKER])
+    k.agent.act = lambda s, z, sampled=False: torch.zeros(len(s), 6)
+    _, counted, _, sound = smac.play(k.agent, k.world, k.world.env, torch.zeros(k.world.env.num_envs, 3), 0)
+    assert sound.tolist() == [True, not at, True, True]
+    assert counted[:, :5].tolist() == [[True] * 5, [True, True, not at, True, True], [True] * 5, [True] * 5]
+
+
 def test_a_trajectory_whose_physics_blew_up_is_dropped(files, monkeypatch):
     k, play = build(WIND, files[WIND]), smac.play
     monkeypatch.setattr(smac, "play", lambda *args, **more: (*play(*args, **more)[:3], torch.arange(3) != 1))
@@ -396,7 +421,8 @@ def test_evaluation_follows_both_protocols(files, monkeypatch):
     assert torch.equal(state, torch.get_rng_state())  # it takes nothing from the run's random numbers
     first, second = played
     assert all(p.more == {"anew": "episode"} for p in played) and first.seed != second.seed
-    assert np.array_equal(k.world.env.tasks, k.world.tasks.repeat(2, axis=0))
+    stored = test_focal.load_arrays(files[WIND])["tasks"][TRAIN[:2] + TEST]
+    assert np.array_equal(k.world.env.tasks, stored.repeat(2, axis=0)) and np.array_equal(k.world.tasks, stored)
     assert {seed for _, seed in scored} == {k.args.seed}
     assert torch.equal(seen[0], torch.cat([first.rows, second.rows], 1))
     assert seen[1].shape[1] == seen[2].shape[1] == k.args.context_size
