@@ -75,7 +75,7 @@ Procedure = Callable[[], None]
 FORMAT = 1
 QUALITIES = ("random", "medium", "expert", "mixed", "replay", "relabelled")
 SAVE_EVERY = 60.0  # seconds between saves of a behaviour in the making
-GRAPHS = True  # on CUDA: SAC's update is one graph
+GRAPHS = True  # on CUDA: SAC's update is one graph, its choice of actions another
 
 
 class DataError(Exception):
@@ -191,7 +191,7 @@ def settings_for(env: str, device: torch.device, **changes: Any) -> Settings:
     words = f"--sac-steps: with {s.steps} nothing would be learned; expected more, or less --start, --nstep, --sac-envs"
     refuse(
         (s.checkpoints < 2, "--checkpoints: expected at least 2, the untrained policy and the last one, found 1"),
-        (most < max(s.start, s.nstep * s.envs), words),
+        (most - s.envs * (device.type == "cuda") < max(s.start, s.nstep * s.envs), words),  # CUDA learns first
         (s.replay < s.envs, f"--replay {s.replay}: expected {s.envs} or more, a step of each of the --sac-envs"),
     )
     return s
@@ -411,7 +411,7 @@ class Trainer:
         width = 2 * row.obs_dim + row.act_dim + 3  # s, a, r, s', terminal, ended
         # row t of the replay is the t-th step of every sub-environment
         self.replay = torch.zeros(self.n, self.iterations, e, width, device=device)  # nothing is ever dropped
-        self.filled = torch.zeros((), device=device)  # how many rows; on the device, where a graph can read it
+        self.filled = torch.zeros((), device=device)  # transitions of each task; there, so that a graph can read it
         self.host_obs, self.host_rows = (torch.zeros(self.n, e, k, pin_memory=cuda) for k in (row.obs_dim, width))
         self.seen, self.action = self.host_obs.to(device), torch.zeros(self.n, e, row.act_dim, device=device)
         self.marks = np.linspace(0, self.iterations, settings.checkpoints).round().astype(int)
@@ -633,7 +633,6 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ stage 1: behaviour
-BUILT_IN = dict(envs.FAMILIES)  # the families that a worker, which never runs the user's script, knows too
 WORKER = "import sys; sys.path[0] = sys.argv[1]; import data; data.work()"
 
 
@@ -766,7 +765,7 @@ def _run_jobs(jobs: list[dict[str, Any]], workers: int) -> None:
         done[i] = iterations * settings["envs"] * len(jobs[i]["tasks"])
         bar.show(sum(done.values()))
 
-    if workers > 1 and envs.family(env) is BUILT_IN.get(env):
+    if workers > 1 and envs.family(env) is envs.BUILT_IN.get(env):
         return _run_in_workers(jobs, workers, show)
     for i, job in enumerate(jobs):
         for iterations in _train_shard(**job):
@@ -1140,7 +1139,7 @@ def _build(path, env, train, test, seed, settings, device, **how):
 
 def _announce(path: Path, settings: Settings, env: str, device: torch.device, workers: int | None, tasks: int) -> None:
     row, begun = envs.family(env), any(path.parent.glob("behaviour-part*.pt"))
-    cores = min(workers or envs.cores(), math.ceil(tasks / settings.shard)) if row is BUILT_IN.get(env) else 1
+    cores = min(workers or envs.cores(), math.ceil(tasks / settings.shard)) if row is envs.BUILT_IN.get(env) else 1
     share = tasks / (len(row.only) or row.train + row.test) * settings.steps / settings_for(env, device).steps
     about = f", about {math.ceil(settings.core_minutes * share / cores)} min on {cores} core{'s' * (cores > 1)}"
     how = f"SAC in every task ({settings.steps:,} steps each), then rollouts{about if device.type == 'cpu' else ''}"
@@ -1195,7 +1194,6 @@ class Args:
     run_dir: Path = Path("runs")  # where runs are kept
     resume: bool = False  # go on from the run's checkpoint, if there is one
     overwrite: bool = False  # begin anew where a run stands already
-    film: bool = False  # write film.gif at the end: the agent in unseen tasks
     # data
     data: Path | None = None  # a dataset of your own (.npz, see data.py)
     data_dir: Path = Path("datasets")  # where datasets are kept and built
@@ -1205,7 +1203,7 @@ class Args:
 
     # Flags that do not change the result of a run (but for rounding), or are in its path anyway.
     ELSEWHERE = ("env", "small", "seed", "device", "threads", "graph", "compile", "run_dir", "resume", "overwrite")
-    ELSEWHERE += ("film", "data_dir")
+    ELSEWHERE += ("data_dir",)
     GROWS = ("steps",)  # flags that may be larger than those of the checkpoint that a run goes on from
     ONE_FILE = ("quality", "test_quality", "data_seed")  # flags that choose among data that are built here
 
@@ -1401,7 +1399,7 @@ class Learner(nn.Module):
 # ----------------------------------------------------------------------------------------------- runs: their folders
 class Run:
     """<run-dir>/<script>/<env>/<variant>/seed<k>/ and what is written there: args.json, source.py, metrics.csv,
-    curve.png, checkpoint.pt, final.json; of some embeddings.png, paths.png, film.gif, and started.py, the file that was
+    curve.png, checkpoint.pt, final.json; of some embeddings.png, paths.png, and started.py, the file that was
     run where it is not the script. On the CPU a run that is killed and resumed gives what it would have given."""
 
     def __init__(self, args: Args, script: Path):
@@ -1428,13 +1426,15 @@ class Run:
         elif checkpoint.exists() and args.resume:
             self._resume(checkpoint)
             print(f"going on from step {self.step} of {checkpoint}", flush=True)
+            if checkpoint.parent != self.folder:  # from now on it is this run's
+                write(self.folder / "checkpoint.pt", checkpoint.read_bytes())
         elif final.exists():
             with believing(final, "damaged", "--resume mends it from the checkpoint, --overwrite begins anew"):
                 then, otherwise = json.loads(final.read_text()), "expected --overwrite, or another --run-dir"
                 check_same(self.folder, then["args"], self._seen(), option, otherwise)
                 other = then["dataset_checksums"] != world.checksum
                 refuse((other, f"{self.folder}: a run on other data; {otherwise}"))
-            print(f"this run is finished: {self.folder} (--resume --film films it, --overwrite begins anew)")
+            print(f"this run is finished: {self.folder} (--overwrite begins anew)")
             raise SystemExit(0)
         elif checkpoint.exists():
             raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
@@ -1449,9 +1449,10 @@ class Run:
                 write(self.folder / name, path.read_bytes())
 
     def _checkpoint(self) -> Path:
-        """Of this run or, to --resume, of the longest such run that has no more --steps, if they may grow."""
+        """Of this run or, to --resume one not yet begun, of the longest such run with no more --steps."""
         own = self.folder / "checkpoint.pt"
-        if own.exists() or not self.args.resume or "steps" not in self.args.GROWS:
+        begun = own.exists() or (self.folder / "args.json").exists()
+        if begun or not self.args.resume or "steps" not in self.args.GROWS:
             return own
         same = self.args.variant.partition(",steps=")[0]
         runs = self.folder.parent.parent.glob(f"*/{self.folder.name}/checkpoint.pt")
@@ -1515,10 +1516,6 @@ class Run:
         }  # fmt: skip
         bad = [key for key, value in final.items() if isinstance(value, float) and not math.isfinite(value)]
         write(self.folder / "final.json", json.dumps(final | dict.fromkeys(bad), indent=1).encode())
-        if self.args.film:
-            film = str(Path(__file__).resolve().parent / "benchmark/animate.py"), str(self.folder)
-            failed = subprocess.run([sys.executable, *film]).returncode
-            refuse((failed, f"--film: there is no film, but the run is whole in {self.folder}"))
         print(f"curve, metrics and checkpoint: {self.folder}")
 
     def _save(self, seconds: float) -> None:

@@ -296,7 +296,7 @@ FAMILIES: dict[str, Family] = {
         reward=_cheetah_vel_reward, drawn=_between(0, 3), means="a target speed in m/s",
     ),
     "cheetah-fwd-back": Family(
-        papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++), Cheetah-Dir (MerPO)", **CHEETAH, **EPISODE,
+        papers="Half-Cheetah-Fwd-Back (FOCAL, FOCAL++, MerPO)", **CHEETAH, **EPISODE,
         train=2, test=2, differs="reward", only=((-1.0,), (1.0,)),
         reward=_cheetah_direction_reward, means="a direction, -1 or 1",
     ),
@@ -944,6 +944,7 @@ FAMILIES["sawyer"] = Family(
         BEHAVIOUR, ("move hand", "open top drawer", "open bottom drawer"),
     ),
 )  # fmt: skip
+BUILT_IN = dict(FAMILIES)  # those that a process which never runs the user's script knows too
 
 
 # ------------------------------------------------------------------------------------------------------ command line

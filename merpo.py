@@ -20,7 +20,7 @@ Where we differ from the paper:
   rollouts, where the paper draws one of them. Task batches are Table 2's, in both stages; Algorithm 2 has all tasks.
 - A policy fitted to each task's data is pi_beta in lambda's rule and (11); the paper fits none, nor says what is.
 - xi_q is 1: with Table 2's 1e-3 a weight of Q_meta moves 1e-5 an iteration. Table 2's outer critic lr is not used.
-- Observations are standardised; so are, for the models, rewards and changes of observations. Goals' are dense, too.
+- Observations are standardised, for the models also rewards and changes of observations. Goals give dense rewards.
 Where it is silent, or says two things:
 - Entropy, of a fixed temperature, is in the critic's target (A.2.1), not in (9) (`--actor-entropy`: there too).
 - In (1) E_rho is over fresh actions of pi_n at states where D_model's transitions begin (H = 1: states of D_n). D_model
@@ -155,7 +155,7 @@ TABLE = {
     "walker-params": {},
 }
 # Table 1 and A.2.1, RAC alone on one task (`--single`). Not on `mixed` data: many gaits; RAC loses what it learns.
-# Stage 1 trains its models by maximum likelihood: one Adam from end to end, no outer step (line 6), no proximal term.
+# Stage 1 trains its models by maximum likelihood: one Adam from end to end, no proximal term; theta is phi_m (line 6).
 SINGLE = {
     "hidden": 256, "layers": 4, "model_task_lr": 1e-3, "lambda_initial": 1, "eta": 0.0,
     "beta_lr": 0.0, "lambda_lr": 0.0, "quality": "medium",
@@ -261,9 +261,9 @@ def model_loss(mean, log_var, target):
     return 0.5 * ((target - mean).square() * (-log_var).exp() + log_var).sum(-1).mean(-1)
 
 
-def critic_target(r, d, q_next, log_pi_next, discount, ent):
+def critic_target(r, done, q_next, log_pi_next, discount, ent):
     """B Q of Eq. 1, clipped double Q with maximum entropy; q_next (2, n, B) of the slow target at a' ~ pi_n(. | s')."""
-    return r + discount * (1 - d) * (q_next.amin(0) - ent * log_pi_next)
+    return r + discount * (1 - done) * (q_next.amin(0) - ent * log_pi_next)
 
 
 def critic_loss(q_rho, q_data, q, y, beta):
@@ -335,7 +335,7 @@ class Tasks(nn.Module):
         super().__init__()
         self.args, self.world = args, world
         n, count, width = rows.shape
-        # the last tenth (in a random order, the same for every task) is held out from the models
+        # the last tenth (in a random order, the same for every task and seed) is held out from the models
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(rows.device)
         self.rows, self.held_out = rows[:, order], max(1, count // 10)
         drawn = np.random.default_rng(0).integers(count - self.held_out, size=(MODELS, count - self.held_out))
@@ -407,7 +407,7 @@ class Tasks(nn.Module):
 
 
 class RAC(nn.Module):
-    """Algorithm 1 for M tasks at once: their policies, critics and slow targets."""
+    """Algorithm 1, the meta-regularised model-based actor-critic, for M tasks at once: policies, critics, targets."""
 
     def __init__(self, args, world, tasks, count, free):
         super().__init__()

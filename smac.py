@@ -19,7 +19,7 @@ Where we differ from the paper:
   MuJoCo, of half-trained policies, in two-task families of those of all stages. A context h is of the last 400 of these
   rows, which RL has too, and of what is collected (sawyer, small two-task: of all rows); the paper's are exploration's.
 - Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. (1) has no d; in ours
-  nothing follows where d is 1. Q is the lower of twins, in (1), in (2) and in PEARL's loss; log std is in [-5, 2].
+  nothing follows where d is 1, which the simulator tells online too. Q is the lower of twins; log std is in [-5, 2].
 - Algorithm 1's line 8 draws any D_i to label by; here it is that of the task rolled out (`--online-tasks test`: a
   random one), as dynamics may differ. Lines 7 to 9 collect `online_envs` trajectories at once, then their updates
   follow. z is drawn once an episode (`--z-every step`: line 7's z_t). The oracle is this script with true rewards
@@ -274,7 +274,7 @@ def pearl_loss(log_pi, q_pi):
 
 # ======================================================================================================= 5. update
 class Replay(nn.Module):
-    """The buffers D_i: rows s, a, r, s', d of every task, offline data first, then what is collected online."""
+    """The buffers D_i: every task's offline rows s, a, r, s', d (1: the MDP ended), then those collected online."""
 
     def __init__(self, args, world):
         super().__init__()
@@ -532,7 +532,7 @@ def columns(args, world, name, returns, kl=None):
     """What one kind of context gave, as columns of metrics.csv; returns and KLs (B,) of all sub-environments."""
     row = {}
     for prefix, part in (("train_", slice(world.seen)), ("", slice(world.seen, None))):
-        own = returns.reshape(-1, args.eval_episodes)[part]  # (tasks, E)
+        own = returns.reshape(-1, args.eval_episodes)[part]  # (tasks, meta-episodes)
         row |= data.describe_returns(own, f"{prefix}{name}")
         if kl is not None:
             row[f"{prefix}{name}kl"] = kl.reshape(-1, args.eval_episodes)[part].mean()
@@ -541,7 +541,7 @@ def columns(args, world, name, returns, kl=None):
 
 @torch.no_grad()
 def evaluate(args, agent, world):
-    """Columns of metrics.csv, and the means (tasks, E, l) of the last kind of posteriors.
+    """Columns of metrics.csv, and the means (tasks, meta-episodes, l) of the last kind of posteriors.
 
     Each meta-episode of a task is a sub-environment: two episodes with z from the prior, then one on each kind of
     posterior, where the deterministic action is scored. It has random numbers of its own, from one seed each time.

@@ -1,4 +1,4 @@
-"""What runs have learned: an agent from a run's folder, its policy on raw observations. Only --film needs this file.
+"""What runs have learned: an agent from a run's folder, its policy on raw observations. No script needs this file.
 
 import trained
 

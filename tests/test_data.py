@@ -474,6 +474,13 @@ def test_a_family_of_ones_own_needs_no_worker(tmp_path, monkeypatch):
     assert data.load(prepare(tmp_path, env="mine", workers=2)).rewards.shape == (5, 100)
 
 
+def test_a_family_that_was_changed_before_data_is_imported_has_no_worker_either(tmp_path):
+    mine = f"envs.FAMILIES[{WIND!r}] = dataclasses.replace(envs.FAMILIES[{WIND!r}], train=3)"
+    code = f"import dataclasses, envs\n{mine}\nimport data\ndata._run_in_workers = None\n{UNGUARDED}"
+    out, err = output_of(start([sys.executable, "-c", code], tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert out.splitlines()[-1].endswith("mixed.npz") and err == ""
+
+
 # ------------------------------------------------------------------------------------------------ parts of a behaviour
 @pytest.fixture
 def part(tmp_path):
@@ -530,6 +537,13 @@ def test_settings_with_which_nothing_would_be_learned_are_refused_at_once(tmp_pa
     with pytest.raises(data.DataError, match=said):
         prepare(tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_on_cuda_a_step_learns_before_it_collects_and_needs_one_step_more():
+    settings = lambda device, steps: data.settings_for(WIND, torch.device(device), steps=steps, start=400, envs=8)
+    assert settings("cpu", 400) and settings("cuda", 408)
+    with pytest.raises(data.DataError, match="--sac-steps: with 400 nothing would be learned"):
+        settings("cuda", 400)
 
 
 def test_another_settings_is_refused(copied):

@@ -519,11 +519,11 @@ def test_the_sparse_rewards_radius_is_the_training_datas(files, tmp_path):
 
 
 def test_test_tasks_can_have_data_of_another_quality(files, tmp_path):
-    folder = tmp_path / WIND / "40+10-seed0"
+    folder = tmp_path / WIND / "40+10-seed3"
     for quality, reward in (("expert", 1), ("random", 2)):
         rewards = np.full_like(load_arrays(files[WIND])["rewards"], reward)
         changed(files[WIND], folder / f"{quality}.npz", WIND, rewards=rewards, returns=rewards.sum(1))
-    argv = [x for x in flags(WIND, "") if x not in ("--data", "")] + ["--data-dir", str(tmp_path)]
+    argv = [x for x in flags(WIND, "", "--data-seed 3") if x not in ("--data", "")] + ["--data-dir", str(tmp_path)]
     for qualities, stamps in (("--quality expert", (1, 1)), ("--quality expert --test-quality random", (1, 2))):
         world = focal.World(focal.parse_args(argv + qualities.split()), torch.device("cpu"))
         assert (world.train_rows[..., 7] == stamps[0]).all() and (world.test_rows[..., 7] == stamps[1]).all()

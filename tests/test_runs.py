@@ -168,7 +168,7 @@ def test_help_is_in_groups_with_the_defaults_of_the_environment_and_the_size(cap
     assert re.findall(r"^(\w+):$", text, re.M) == ["run", "data", "algorithm", "ablations"]
     groups = dict(re.findall(r"^(\w+):$(.*?)(?=^\w+:$|\Z)", text, re.M | re.S))
     expected = {"run": "env small letter seed device threads graph compile eval-every eval-episodes"}
-    expected["run"] += " run-dir resume overwrite film"
+    expected["run"] += " run-dir resume overwrite"
     expected |= {"data": "data data-dir data-seed quality test-quality", "algorithm": "steps width lr tau eps half"}
     expected |= {"ablations": "law bias"}
     for name, flags in expected.items():
@@ -330,7 +330,7 @@ def test_a_finished_run_says_so_and_is_left_alone(files, tmp_path, capsys):
             with pytest.raises(SystemExit) as end:
                 main(words(files, tmp_path, more))
             out, err = capsys.readouterr()
-            assert end.value.code == 0 and err == "" and f"this run is finished: {path} (--resume --film films" in out
+            assert end.value.code == 0 and err == "" and f"this run is finished: {path} (--overwrite" in out
             assert contents(path).items() == {key: x for key, x in before.items() if key != gone}.items()
 
 
@@ -414,6 +414,19 @@ def test_a_longer_run_goes_on_from_a_shorter_one(files, tmp_path, capsys):
     assert_equal(checkpoint(path)["agent"], checkpoint(whole)["agent"])
     (path / "args.json").write_text("{")
     ended(capsys, HERE, words(files, tmp_path, "--steps 13 --resume"), "damaged args.json in a run there")
+
+
+@pytest.mark.parametrize("more, says", [("", "no checkpoint yet"), ("--resume", "going on from step 4 of")])
+def test_a_run_that_was_begun_does_not_go_on_from_another(files, tmp_path, monkeypatch, capsys, more, says):
+    """From the start, where it had no checkpoint; or from its own copy, once it took up a shorter run's."""
+    shorter = run(files, tmp_path, "--steps 4")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "steps")
+        ended(capsys, HERE, words(files, tmp_path, f"--steps 9 {more}"), code=130)
+    (shorter / "checkpoint.pt").unlink() if more else None
+    path = run(files, tmp_path, "--steps 9 --resume")
+    assert says in capsys.readouterr().out
+    assert more or metrics(path) == metrics(run(files, tmp_path / "whole", "--steps 9"))
 
 
 def test_a_shorter_run_does_not_end_with_the_steps_of_a_longer_one(files, tmp_path, capsys):

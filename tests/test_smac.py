@@ -533,6 +533,14 @@ def test_packed_rows_are_the_datas(files):
             torch.testing.assert_close(ours, k.world.scaled(theirs[tasks]))
 
 
+def test_data_are_built_of_as_many_tasks_as_were_asked_for(files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "prepare", lambda *words, **more: asked.append((words, more)) or files[WIND])
+    args = smac.parse_args(f"--env {WIND} --device cpu --data-seed 3 --train-tasks 4 --test-tasks 2".split())
+    smac.World(args, torch.device("cpu"))
+    assert asked == [((WIND, "replay", 3, args.data_dir), {"device": "cpu", "train": 4, "test": 2})]
+
+
 def test_the_data_are_cut(files):
     k = build(WIND, files[WIND], "--data-size 20 --data-until 50")
     stored = data.load(files[WIND])
