@@ -107,7 +107,7 @@ class Family:
 
 
 # ---------------------------------------------------------------------------------------------------- point robots
-# State = position, from the origin; a step moves by 0.1 x action + drift. FOCAL appendix D.2.
+# State = position, from the origin; a step moves by 0.1 x action + drift. FOCAL's D.2, the half circle FOCAL++'s D.1.
 STEP, GOAL_RADIUS, WIND = 0.1, 0.2, 0.05
 
 
@@ -357,7 +357,7 @@ def sample_tasks(name: str, n: int, seed: int) -> Array:
     if row.only:
         if n > len(row.only):
             raise ValueError(f"{name} has {len(row.only)} tasks, asked for {n}")
-        return np.array(row.only[:n], np.float64).reshape(n, len(row.only[0]))
+        return np.array(row.only, np.float64)[:n]
     rows: dict[bytes, Array] = {}
     for i in range(n):
         rng = np.random.default_rng([_whole(seed, 0, "seed"), i, TASKS])
@@ -425,7 +425,8 @@ def _compile(xml):
 
 
 class MujocoPhysics:
-    """MuJoCo bodies, one compiled model per distinct task, stepped by a pool of `threads` threads."""
+    """MuJoCo bodies, one compiled model per distinct task, stepped by a pool of `threads` threads. The solver starts
+    every step cold (gymnasium: from the last one's forces), so that a state alone determines what follows."""
 
     def __init__(self, row: Family, tasks: Array, threads: int):
         self.row, self.base = row, _compile(row.xml)
@@ -485,7 +486,7 @@ class MujocoPhysics:
             for i in share:
                 model = self.models[rows[i]]
                 mujoco.mj_setState(model, data, full[i], mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-                data.ctrl[:] = control[i]
+                data.ctrl[:], data.qacc_warmstart[:] = control[i], 0
                 mujoco.mj_forward(model, data)
                 found.append(self.row.derived(model, data))
             return found
@@ -543,7 +544,7 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         render_size: int = 240,
         rewards: bool = True,
     ):
-        self.name, self.family, self.tasks = name, family(name), np.ascontiguousarray(tasks, np.float64)
+        self.name, self.family, self.tasks = name, family(name), np.array(tasks, np.float64, order="C", ndmin=1)
         size = sample_tasks(name, 1, 0).shape[1]
         if self.tasks.shape != (max(1, len(self.tasks)), size):
             raise ValueError(f"{name}: tasks have shape {self.tasks.shape}, expected one or more of {size} parameters")
@@ -575,12 +576,12 @@ class TaskVectorEnv(gymnasium.vector.VectorEnv):
         self.action_space = several(self.single_action_space, self.num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """New episodes everywhere; a seed restarts their numbering too. ValueError, and no reset, for what is none."""
+        """New episodes, everywhere or where options["reset_mask"] says so; a seed (ValueError) restarts their count."""
+        rows = np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs)))
         if seed is not None:
-            self._seed[:, 0] = _whole(seed, 0, "seed")
-            self._episode[:] = -1
-        self._reset_rows(np.arange(self.num_envs))
-        self.trail = []
+            self._seed[rows, 0] = _whole(seed, 0, "seed")
+            self._episode[rows] = -1
+        self._reset_rows(rows)
         return self.observe(), {}
 
     def observe(self) -> Array:
@@ -927,8 +928,7 @@ def _act_by_script(task, obs):
 
 
 def _is_scene(task):
-    number, most = task[:, : TARGET.start], (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
-    least = -1 * (np.arange(TARGET.start) == SIDE)
+    number, least, most = task[:, : TARGET.start], (0, 0, 0, 0, 0, -1, 0, 0, 0), (1, 1, 1, 1, 1, 1, 3, 3, CARRY)
     return ((number == number.round()) & (number >= least) & (number <= most)).all(1)
 
 
@@ -953,7 +953,7 @@ def film(vector: TaskVectorEnv, policy: Callable, path: Any):
     episode ends early, by a fall, the picture stands still."""
     from PIL import Image  # comes with matplotlib
 
-    obs, pictures, shown, alive = vector.reset()[0], [], vector.render(), np.ones(vector.num_envs, bool)
+    obs, pictures, shown, alive = vector.reset()[0], [], [None] * vector.num_envs, np.ones(vector.num_envs, bool)
     every = max(1, vector.horizon // 50)
     for t in range(vector.horizon):
         if t % every == 0:
