@@ -1,6 +1,6 @@
 """FOCAL++'s Figures 5c and 6: what its batch-wise attention looks at, from finished runs of focal_pp.py.
 
-python benchmark/attention.py runs/focal_pp/sparse-point-robot/*quality=relabelled/seed*
+python benchmark/attention.py runs/focal_pp/sparse-point-robot/*quality=relabelled,*/seed*
 
 Writes results/focal_pp-attention.csv or --out, one row for each run, and a PNG of the first run: the distribution of W
 over transitions that no task rewards and over those that their task does; the variance of a task's embedding against

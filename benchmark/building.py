@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 
 import torch
-from retest import main_of
+from retest import main_of, whole
 
 import data
 import envs
@@ -119,10 +119,10 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     bodies = [name for name, row in envs.FAMILIES.items() if row.xml]
     parser.add_argument("--env", choices=bodies, default="walker-params")
-    parser.add_argument("--wider", nargs="+", type=int, default=[1, 2, 4], help="times the small sub-environments")
+    parser.add_argument("--wider", nargs="+", type=whole, default=[1, 2, 4], help="times the small sub-environments")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each of a row's two measurements")
-    parser.add_argument("--tasks", type=int, help="how many; default: all of the family")
-    parser.add_argument("--threads", type=int, help="of the physics; default: one for each core")
+    parser.add_argument("--tasks", type=whole, help="how many; default: all of the family")
+    parser.add_argument("--threads", type=whole, help="of the physics; default: one for each core")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--no-graph", action="store_true", help="on CUDA: every operation by itself, not in graphs")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import matplotlib
 import paper
 from matplotlib.figure import Figure
-from retest import ROOT, load_run, main_of
+from retest import load_run, main_of
 
 import data
 import pictures
@@ -50,12 +50,15 @@ def draw(run, path):
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
-    run = parser.parse_args(argv).run.absolute()
-    path = ROOT / "results" / f"{'-'.join(run.parts[-4:-2])}.png"
+    parser.add_argument("--out", type=Path, help="unless given: figure.png in that folder; with it a .csv too")
+    args = parser.parse_args(argv)
+    run = args.run.absolute()
+    path = args.out or run / "figure.png"
     missing = not (run / "paths.png").exists()
     data.refuse((missing, f"{run}: no paths.png there; expected the folder of a run on point robots"))
     draw(run, path)
-    shutil.copy(run / "metrics.csv", path.with_suffix(".csv"))
+    if args.out:
+        shutil.copy(run / "metrics.csv", path.with_suffix(".csv"))
     print(path)
 
 

@@ -1,12 +1,10 @@
-"""FOCAL, FOCAL++ and MerPO without data of the test tasks: runs' agents under the protocol that SMAC is made for.
+"""FOCAL and FOCAL++ without data of the test tasks: runs' agents under the protocol that SMAC is made for.
 
-python benchmark/online.py runs/focal/*/small/seed* runs/merpo/*/small/seed*
+python benchmark/online.py runs/focal/*/small/seed*
 
-In each test task the agent acts for two episodes on what it knows: FOCAL and FOCAL++ on the embedding of a training
-task, drawn anew for each of the two, MerPO by its meta-policy, actions sampled. Those episodes are then all the data
-that it has of the task, for a third one: FOCAL and FOCAL++ act on the embedding of a context drawn from them, MerPO
-adapts its models and its policy to them. The third is scored: the mean return over test tasks and repetitions, beside
-the one with contexts, or data, of others' making. Writes online.json into each run's folder, for run.py.
+In each test task the agent acts for two episodes on the embedding of a training task, drawn anew for each of the two,
+and for a third one on the embedding of a context drawn from those. The third is scored: the mean return over test tasks
+and repetitions, beside the one with contexts of others' making. Writes online.json into each run's folder, for run.py.
 """
 
 import json
@@ -14,15 +12,15 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
-from retest import kind_of, load_run, main_of, runs_of
+from retest import load_run, main_of, runs_of
 
 import data
 
 
 @torch.no_grad()
-def play(act, world, seed, dense=False):
-    """One episode of a = act(s): rows (B, H, D) of s, a, r, s', d (s standardised, r as reported or `dense`), which of
-    them are of the episode (B, H), and its return (B,)."""
+def play(act, world, seed):
+    """One episode of a = act(s): rows (B, H, D) of s, a, r, s', d (s standardised, r as reported), which of them
+    are of the episode (B, H), and its return (B,)."""
     env, rows, counted, scaled = world.env, [], [], world.scaled
     obs, alive, total = env.reset(seed=seed)[0], np.ones(env.num_envs, bool), np.zeros(env.num_envs)
     column = lambda x: torch.as_tensor(x[:, None], dtype=torch.float32)
@@ -30,8 +28,7 @@ def play(act, world, seed, dense=False):
         a = act(scaled(obs))
         following, reward, terminated, truncated, info = env.step(a.numpy())
         reported, after = info.get("sparse_reward", reward), info.get("final_obs", following)
-        r = column(reward if dense else reported)
-        rows.append(torch.cat([scaled(obs), a, r, scaled(after), column(terminated)], -1))
+        rows.append(torch.cat([scaled(obs), a, column(reported), scaled(after), column(terminated)], -1))
         counted.append(alive & ~info["blew_up"])
         total += alive * reported
         alive &= ~(terminated | truncated) | info["blew_up"]
@@ -39,13 +36,10 @@ def play(act, world, seed, dense=False):
     return torch.stack(rows, 1), torch.as_tensor(np.stack(counted, 1)), total
 
 
-def experience(first, second, generator, size=None):
-    """(B, size, D) rows drawn from two episodes, and not from what came after their ends; by default each once, with
-    drawn ones in the place of those after an end."""
+def experience(first, second, generator, size):
+    """(B, size, D) rows drawn from two episodes, and not from what came after their ends."""
     rows, counted = (torch.cat(pair, 1) for pair in zip(first[:2], second[:2], strict=True))
-    index = torch.multinomial(counted.float(), size or rows.shape[1], replacement=True, generator=generator)
-    if size is None:
-        index = torch.where(counted, torch.arange(rows.shape[1]), index)
+    index = torch.multinomial(counted.float(), size, replacement=True, generator=generator)
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
@@ -76,35 +70,12 @@ def evaluate(script, args, agent, world):
     return tuple(returns.reshape(-1, e)[n:] for returns in (total, first[2]))
 
 
-def evaluate_merpo(script, args, agent, world):
-    """Returns (n_test, E) of MerPO adapted to two episodes of its own, and of the first of them. Every repetition is a
-    task by itself, with its own two episodes."""
-    e, generator = args.eval_episodes, torch.Generator().manual_seed(args.seed)
-
-    def explore(s):
-        mean, log_std = (x[0] for x in agent.meta_policy(s[None]))
-        return torch.tanh(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
-
-    first, second = (play(explore, world, args.seed + i, dense=True) for i in (1, 2))  # as its data are
-    world.test_rows = experience(first, second, generator)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(args.seed)
-        agent.test_tasks = script.Tasks(args, world, world.test_rows)
-        agent.test_tasks.settle(agent.meta_model)
-    total = script.evaluate(args, agent, world)[args.adapt_steps]
-    return total, first[2].reshape(-1, e)
-
-
 @main_of
 def main(argv):
-    for run in runs_of(argv, __doc__, "FOCAL, FOCAL++ or MerPO"):
-        script, args, world, agent = load_run(run, ("FOCAL", "MerPO"))
-        if kind_of(vars(args)) == "MerPO":
-            offline = script.evaluate(args, agent, world)[args.adapt_steps]
-            own, blind = evaluate_merpo(script, args, agent, world)
-        else:
-            own, blind = evaluate(script, args, agent, world)
-            offline = script.evaluate(args, agent, world)[1]
+    for run in runs_of(argv, __doc__, "FOCAL or FOCAL++"):
+        script, args, world, agent = load_run(run)
+        own, blind = evaluate(script, args, agent, world)
+        offline = script.evaluate(args, agent, world)[1]
         row = {"online_return": own.mean(), "first_episode": blind.mean(), "offline_return": offline.mean()}
         row = {key: round(float(value), 4) for key, value in row.items()}
         data.write(run / "online.json", json.dumps(row | {"step": int(agent.step)}, indent=1).encode())

@@ -53,6 +53,8 @@ class World(smac.World):
         data.refuse((self.buffers.size < 2 * n, f"--online-steps {args.online_steps}: expected {least}"))
 
     def open_data(self, args, device):
+        fixed = self.row.only and (args.train_tasks or args.test_tasks)
+        data.refuse((fixed, f"{args.env}: all its tasks are for training and for testing; their number is fixed"))
         row, n, k = self.row, args.train_tasks or self.row.train, args.test_tasks or self.row.test
         try:
             tasks = envs.sample_tasks(args.env, len(row.only) or n + k, args.data_seed)

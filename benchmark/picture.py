@@ -1,7 +1,7 @@
 """A dataset at a glance: returns in the order of the data, and what its tasks are about; or a film of who acted.
 
-python benchmark/picture.py datasets/cheetah-vel/10+5-seed0/mixed.npz       # mixed.png beside it
-python benchmark/picture.py datasets/cheetah-vel/10+5-seed0/expert.npz --film expert.gif
+python benchmark/picture.py datasets/cheetah-vel/80+20-seed0/mixed.npz       # mixed.png beside it
+python benchmark/picture.py datasets/cheetah-vel/80+20-seed0/expert.npz --film expert.gif
 
 A film shows tasks side by side under the last policies, the untrained ones (of `random` data), or the script.
 """

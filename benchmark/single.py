@@ -18,7 +18,7 @@ import envs
 
 
 def cut(path, env, tasks):
-    """The arrays of these tasks, each of them a training and a test task, and the family that they are of."""
+    """The arrays of these tasks, each of them a training and a test task, and what is said of them."""
     whole = data.load(path, env=env)  # checks it
     if not 0 <= min(tasks) <= max(tasks) < len(whole.tasks):
         raise data.DataError(f"--tasks: expected numbers from 0 to {len(whole.tasks) - 1}, found {tasks}")
@@ -26,7 +26,8 @@ def cut(path, env, tasks):
     with np.load(path) as file:
         arrays = {key: file[key][tasks] for key in wanted & {*file.files}}
     arrays |= dict.fromkeys(("train_tasks", "test_tasks"), np.arange(len(tasks)))
-    return arrays, whole.meta.get("env")
+    kept = ["env"] + ["quality"] * (whole.meta.get("quality") == "relabelled")  # whose contexts are sparse
+    return arrays, {key: whole.meta[key] for key in kept if key in whole.meta}
 
 
 @main_of
@@ -39,8 +40,8 @@ def main(argv):
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     data.refuse((not (args.env or args.data), "expected --env or --data"))
-    arrays, env = cut(args.data or data.prepare(args.env, "mixed"), args.env, args.tasks)
-    data.save(args.out, arrays, {"env": env} if env else {})
+    arrays, meta = cut(args.data or data.prepare(args.env, "mixed"), args.env, args.tasks)
+    data.save(args.out, arrays, meta)
     returns = ", ".join(f"{x:.1f}" for x in arrays["returns"]) if "returns" in arrays else "not known"
     print(f"{args.out}: {arrays['observations'].shape[1]} transitions of each task, return {returns}")
 

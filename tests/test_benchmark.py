@@ -443,38 +443,6 @@ def test_smac_is_tested_in_more_meta_episodes(tmp_path, files):
     assert more["step"] == 4 and more["return_mean"] != found["return_mean"]
 
 
-@pytest.mark.parametrize("env", [WIND, SPARSE])
-def test_merpo_adapts_to_episodes_of_its_own(monkeypatch, tmp_path, files, env):
-    """Whose rewards are dense, as its data's are."""
-    online = script("online")
-    run = ran(merpo, tmp_path, f"--env {env} --data {files[env]} --steps 1 --model-steps 1 --adapt-steps 2")
-    _, args, world, agent = online.load_run(run, ["MerPO"])
-    theirs, settled = world.test_rows.clone(), watch_settling(monkeypatch)
-    own, first = online.evaluate_merpo(merpo, args, agent, world)
-    ((tasks, moved),) = settled
-    e, horizon = args.eval_episodes, world.env.horizon
-    assert own.shape == first.shape == (2, e) and moved > 0 and tasks is agent.test_tasks
-    assert tasks.rows.shape == (2 * e, 2 * horizon, theirs.shape[-1])  # each repetition by itself, two episodes
-    s, a, r, s2, d = tasks.rows.split(world.split, -1)
-    s, s2 = (x * world.std + world.mean for x in (s, s2))
-    wind = torch.as_tensor(world.env.tasks[:, None] * (env == WIND), dtype=torch.float32)  # each in its own
-    torch.testing.assert_close(s2, s + 0.1 * a + wind, atol=1e-5, rtol=0)
-    for task, *step, reward in zip(world.env.tasks, s, a, s2, r, strict=True):
-        expected = world.row.reward(np.tile(task, (2 * horizon, 1)), *(x.numpy() for x in step), None)
-        np.testing.assert_allclose(reward[:, 0], expected, atol=1e-5)
-    assert not d.any() and not torch.isin(a, theirs.split(world.split, -1)[1]).all()
-    assert len(a.flatten(0, 1).unique(dim=0)) == 2 * e * 2 * horizon  # sampled, and each transition once
-    _, args, world, agent = online.load_run(run, ["MerPO"])
-    state = torch.get_rng_state()
-    np.testing.assert_array_equal(online.evaluate_merpo(merpo, args, agent, world)[0], own)
-    assert (torch.get_rng_state() == state).all()  # draws nothing from the global stream
-    online.main([str(run)])
-    saved = json.loads((run / "online.json").read_text())
-    assert saved["online_return"] == round(own.mean(), 4) and saved["step"] == 2
-    final = json.loads((run / "final.json").read_text())
-    assert saved["offline_return"] == pytest.approx(final["return_mean"], abs=1e-3)
-
-
 @pytest.mark.parametrize(
     "saved, words, message",
     [
@@ -687,6 +655,13 @@ def test_tasks_are_cut_out_of_a_dataset(tmp_path, files, capsys):
         np.testing.assert_array_equal(getattr(mine, key), getattr(whole, key)[[4, 2]])
     assert list(mine.train_tasks) == list(mine.test_tasks) == [0, 1]
     ran(focal, tmp_path, f"--env {WALKER} --data {out} --steps 1 --eval-episodes 1")
+    arrays = dict(np.load(files[SPARSE]))
+    del arrays["meta"]
+    for quality, kept in (("relabelled", {"quality": "relabelled"}), ("mixed", {})):  # those contexts are sparse
+        data.save(tmp_path / "x.npz", arrays, {"env": SPARSE, "quality": quality})
+        single.main(f"--data {tmp_path / 'x.npz'} --tasks 1 --out {out}".split())
+        meta = data.load(out).meta
+        assert {key: meta[key] for key in ("env", "quality") if key in meta} == {"env": SPARSE} | kept
     argv = f"--env {WALKER} --data {files[WALKER]} --tasks 6 --out {out}".split()
     ended(capsys, single, argv, "--tasks: expected numbers from 0 to 5, found [6]")
     ended(capsys, single, f"--tasks 6 --out {out}".split(), "expected --env or --data")
