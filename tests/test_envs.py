@@ -983,7 +983,7 @@ def test_the_command_line_lists_families_and_refuses_in_one_line(tmp_path, capsy
     envs.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(envs.FAMILIES)
-    assert "the same 2" in lines[list(envs.FAMILIES).index("ant-fwd-back")] and "100 + 20" in "".join(lines)
+    assert "the same 2" in lines[list(envs.FAMILIES).index("ant-fwd-back")] and "80 + 20" in "".join(lines)
     ended(capsys, envs, ["--env", "point-robot-wind", "--render", str(tmp_path / "none" / "out.gif")])
 
 
