@@ -565,7 +565,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> Any:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it says that memory is short, as PyTorch on a CPU does by a plain RuntimeError."""
-    return bool(re.search("MemoryError|out of memory|allocate", f"{type(error).__name__}: {error}"))
+    return bool(re.search("MemoryError|out of memory|allocate|ALLOC_FAILED", f"{type(error).__name__}: {error}"))
 
 
 @contextlib.contextmanager
@@ -999,9 +999,8 @@ def sparsify(dataset: Dataset, threshold: float | None = None) -> float:
     its own (on sparse-point-robot: the paper's). Rewards themselves, which actor, critic and returns use, stay as
     they are. DataError where there is no such R.
     """
-    row = envs.FAMILIES.get(dataset.meta.get("env"))
-    if threshold is None and row is not None and not row.xml:
-        threshold = row.sparse_threshold
+    if threshold is None:
+        threshold = getattr(envs.FAMILIES.get(dataset.meta.get("env")), "sparse_threshold", None)
     if threshold is None:
         threshold = dataset.rewards[torch.from_numpy(dataset.train_tasks)].flatten().double().median().item()
     refuse(
@@ -1090,7 +1089,7 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
     refuse(
         (quality not in QUALITIES, f"unknown quality {quality!r}; expected one of {', '.join(QUALITIES)}"),
         (quality == "relabelled" and not goals, f"{env} cannot be relabelled, only point robots with goals can"),
-        (row.script and quality != "mixed", f"{env}: the script's data are mixed, found {quality}"),
+        (row.script and (quality != "mixed" or {*flags} - {"trajectories"}), f"{env}: mixed data of a script, no SAC"),
         (row.only and (train or test), f"{env}: all its tasks are for training and for testing; their number is fixed"),
         (several and settings.trajectories < 2, f"--trajectories: {quality} data are of several policies, found 1"),
     )
@@ -1104,8 +1103,8 @@ def prepare(env: str, quality: str, seed: int = 0, data_dir: Path | str = "datas
                 _build(path, env, train, test, seed, settings, device, workers=workers, flags=flags)
                 return path
     if flags:
-        then = load(path).meta.get("settings", {})
-        check_same(path, then, flags | {"core_minutes": None}, flag, "use another --data-dir")
+        flags["core_minutes"] = None  # only said to users
+        check_same(path, load(path).meta.get("settings", {}), flags, flag, "use another --data-dir")
     return path
 
 
@@ -1183,7 +1182,7 @@ class Args:
     # run
     env: str = "walker-params"  # task family
     small: bool | None = None  # sizes for a machine without a GPU; unless given: where a run is on the CPU
-    letter: bool = False  # the papers' tables to the letter, also where a script has other settings at their sizes
+    letter: bool = False  # the paper's table at its sizes where the script has another (walkers); see beside TABLE
     seed: Whole = 0  # fixes everything the run draws
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where the networks and the data are
     threads: Whole = 0  # PyTorch's threads on the CPU; 0: one for each core
@@ -1214,6 +1213,7 @@ class Args:
             (both, f"{' '.join(both)}: --data has the data of all tasks; expected one or the other"),
             (self.resume and self.overwrite, "--resume goes on, --overwrite begins anew; expected one of them"),
         )
+        refuse_idle(given, "compile", not self.graph, "--no-graph")
         self.test_quality = self.test_quality or self.quality
 
 
@@ -1440,8 +1440,9 @@ class Run:
             raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
         elif args.resume:
             print("no checkpoint yet: from the start", flush=True)
-        files = Path(__file__), Path(envs.__file__)
-        sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        if args.resume and final.exists():  # nothing is left to be trained: the files tell of the code that did it
+            return
+        sources = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (__file__, envs.__file__)}
         write(self.folder / "args.json", json.dumps(plain(args) | {"checksums": sources}, indent=1).encode())
         started = Path(getattr(sys.modules["__main__"], "__file__", None) or self.script)  # it may register a family
         for name, path in ("source.py", self.script), ("started.py", started):
@@ -1449,7 +1450,7 @@ class Run:
                 write(self.folder / name, path.read_bytes())
 
     def _checkpoint(self) -> Path:
-        """Of this run or, to --resume one not yet begun, of the longest such run with no more --steps."""
+        """Of this run or, to --resume one not yet begun, of such a run of other --steps: the longest with no more."""
         own = self.folder / "checkpoint.pt"
         begun = own.exists() or (self.folder / "args.json").exists()
         if begun or not self.args.resume or "steps" not in self.args.GROWS:
@@ -1531,8 +1532,7 @@ class Run:
         self.saved = self.step
 
     def _resume(self, path: Path) -> None:
-        args, agent, anew = self.args, self.agent, "--overwrite begins anew"
-        now = self._seen()
+        args, agent, now, anew = self.args, self.agent, self._seen(), "--overwrite begins anew"
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
             grown = [key for key in args.GROWS if checkpoint["args"].get(key, now[key]) < now[key]]

@@ -15,9 +15,9 @@ At test time (Algorithm 2) z comes from a context of the test task's own offline
 (FOCAL's Table 6 has 8.16 there, on experts' data; FOCAL++'s Table 1 11.84, FOCAL++ 12.96; optimum 13.09. Ours are small
 networks on data of all stages of SAC. Contexts and returns are sparse, RL has dense rewards, as in FOCAL++'s paper.)
 Where we differ from the paper:
-- Every step draws its tasks, and from D_i contexts and minibatches: there are no buffers C_i, and b_i is not c_i, as
-  FOCAL++'s is. (13), (27), (28) and |d|^2 are means, not sums (FOCAL's Table 5b presupposes the last). Contexts have
-  dense rewards, on sparse-point-robot FOCAL's sparse ones; `--sparse`: FOCAL++'s (35), there on cheetahs and ants too.
+- Every step draws its tasks, and from D_i contexts and minibatches: there are no buffers C_i; b_i is drawn apart from
+  c_i (FOCAL++: the same rows). (13), (27), (28) are means, not sums; |d|^2 too, or the laws' factors 8 and 16 (FOCAL's
+  Table 5b) would not balance them. Contexts have dense rewards, on sparse-point-robot FOCAL's; `--sparse`: (35)'s.
 - Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
   cannot settle while z moves under it; z is then one of 64 kept for each task. Other settings: SMALL, OURS.
 - D in the target (`--value-penalty`): FOCAL's (7) in its (8) gives it the weight gamma^2 alpha; its (6), as BRAC, means
@@ -101,12 +101,11 @@ class Args(data.Args):
 
     def complete(self, given):
         super().complete(given)
-        if self.sparse and "relabelled" in (self.quality, self.test_quality):
-            raise data.DataError("--sparse: contexts of relabelled data are sparse by themselves; expected one of them")
-        if "encoder_steps" not in given:  # 2 or more: the last has rate 0; half at most: then the policy learns on
-            last = max(2, min(self.encoder_steps or self.steps // 5, self.steps // 2))
+        if "encoder_steps" not in given:  # half of the run at most: the policy is to learn on with a z that rests
+            last = max(2, min(self.encoder_steps or self.steps // 5, self.steps // 2))  # the last step has rate 0
             self.encoder_steps = self.steps if self.critic_trains_encoder else last  # Q changes as the policy does
         idle = partial(data.refuse_idle, given)
+        idle("sparse", "relabelled" in (self.quality, self.test_quality), "relabelled data, whose contexts are sparse")
         without = "--actor clone" if self.actor == "clone" else "--alpha 0"
         idle("alpha tune_alpha alpha_lr alpha_max target_divergence", self.actor == "clone", without)
         idle("value_penalty discriminator_lr discriminator_steps", not self.regularised, without)
@@ -141,10 +140,10 @@ SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 12_000, "encoder_steps": 800, "context
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "alpha": 50}
 # FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000, "final_lr": 0.02}
-# FOCAL's alpha drowns the target; a policy faster than the discriminator outruns it: cheetahs stay at 200 to 700.
+# Table 4's alpha drowns the rewards; at rate 1e-3 the policy outruns the discriminator: cheetahs end at 200 to 700.
 SMALL_TWO = SMALL_MUJOCO | {"lr": 3e-4, "discriminator_steps": 3, "alpha": 100}
 SMALL_TWO |= {"meta_batch_size": 2, "batch_size": 256}
-# With more numbers in z unseen walkers lie apart from those that the policy has learned on.
+# Of a longer z unseen walkers' lie far from all that the policy has learned on.
 SMALL_BODIES = SMALL_WALKER | {"latent": 2, "beta": 1}
 SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot", "point-robot-wind"), SMALL_POINT)
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
@@ -275,7 +274,7 @@ class Block(nn.Module):
 
 
 # ======================================================================================================= 4. losses
-# What a pair of different tasks costs, given |d|^2, with the weights of FOCAL's Table 5b, which make the four alike in
+# What a pair of different tasks costs, given |d|^2, with the weights of FOCAL's Table 5b (the minus is ours): alike in
 # size near |d| = 0.5. All fall as the distance grows: inverse powers towards 0, the others without bound.
 LAWS = {
     "inverse-square": lambda d2, eps: 1 / (d2 + eps),
@@ -341,7 +340,7 @@ def discriminator_loss(divergence, grad_a):
 def slope(net, x, m):
     """The gradient (N, m) of net(x), a network that `mlp` made, by the last m of the inputs x (N, d).
 
-    By hand, for speed. Which ReLUs are active is locally constant: a gradient of this gradient meets the weights only.
+    By hand, for speed. Small changes of the weights leave the same ReLUs active: masks have no gradient of their own.
     """
     with torch.no_grad():
         h_1 = net[:2](x)
@@ -415,7 +414,8 @@ class Agent(data.Learner):
         z, kl = self.encoder(self.batches.contexts(task.repeat(2) if twice else task))  # (M, l), (M,)
         z_i, kl = z[:m], kl[:m].mean()
         self.note(encoder_kl=kl)
-        same, loss = task[:, None] == task[None], 0
+        same = task[:, None] == task[None]
+        loss = 0
         if args.encoder_loss == "dml":
             dml = dml_loss(z_i, z[m:], same, args.beta, args.dml, args.eps)  # FOCAL's Eq. 13
             self.note(encoder_loss=dml)
@@ -437,7 +437,7 @@ class Agent(data.Learner):
     @torch.no_grad()
     def settled_embedding(self, task):
         """z (M, l)."""
-        if self.encoder.stochastic:  # a fresh one: by the noise of kept samples the policy could recognise a task
+        if self.encoder.stochastic:  # a fresh one: the policy could learn the noise of 64 kept ones by heart
             return self.encoder(self.batches.contexts(task))[0]
         return self.settled[task, torch.randint(self.SETTLED, task.shape, device=task.device)]
 
@@ -560,7 +560,7 @@ class World(data.World):
 def evaluate(args, agent, world):
     """Returns (n_train, E), (n_test, E) of each task's episodes, and their z (n_train, E, l), (n_test, E, l).
 
-    Every task and episode is one batch, with one z for a whole episode (Algorithm 2: a new one at every step). Contexts
+    Every task and episode is one batch, with one z for a whole episode (Algorithm 2: a new one in every pass). Contexts
     and initial states are the same at every evaluation.
     """
     e, device = args.eval_episodes, world.train_rows.device

@@ -17,7 +17,7 @@ Where we differ from the paper:
 - The paper's data are the buffers of one PEARL run (benchmark/pearl.py makes such), sawyer's a script's, as here. Ours
   are the last rows of the early replay of one SAC agent for each task (point robots: the first); at small sizes, on
   MuJoCo, of half-trained policies, in two-task families of those of all stages. A context h is of the last 400 of these
-  rows, which RL has too, and of what is collected (sawyer, small two-task: of all rows); the paper's are exploration's.
+  rows and of what is collected (sawyer, small two-task: of all rows); the paper's, of a buffer of exploration's alone.
 - Exploration samples actions in training; at meta-test it takes tanh of the Gaussian's mean. (1) has no d; in ours
   nothing follows where d is 1, which the simulator tells online too. Q is the lower of twins; log std is in [-5, 2].
 - Algorithm 1's line 8 draws any D_i to label by; here it is that of the task rolled out (`--online-tasks test`: a
@@ -28,8 +28,8 @@ Where we differ from the paper:
 - Observations are standardised and kept within ten standard deviations: half-trained humanoids hold a knee still (std
   0.02), so that a bent one lay 130 of them out, and labels and Q went far too high.
 - Contexts hold the rewards that are learned from, dense ones on the sparse point robot.
-What we learned: q collapses to the prior where a state tells the task (data of two tasks, each of its own policy) and
-where rewards hardly depend on it (humanoids); where the agent's own paths say little of it (goals) labels help little.
+What we learned: q collapses to the prior where the decoder can tell the task from states (data of two tasks, each of
+its own policy) and where rewards hardly depend on it (humanoids); on goals an agent's own paths say little of the task.
 """
 
 from __future__ import annotations
@@ -75,21 +75,21 @@ class Args(data.Args):
     obs_bound: Positive = 10.0  # observations are kept within so many standard deviations
     latent: Count = 5  # size l of z
     encoder_hidden: Count = 200  # width of the task encoder
-    kl_weight: Number = 1 / 256  # weight of the KL in Eq. 3, whose sum over a batch's 256 rows is a mean here
+    kl_weight: Number = 1 / 256  # weight of the KL in Eq. 3, whose error is a sum over 256 rows, here a mean
     awac_lambda: Positive = 100.0  # temperature lambda of Eq. 2
     pearl_weight: Number = 1.0  # lambda_pearl, of PEARL's actor loss in the online phase
     online_steps: Whole = 250_000  # environment steps of the online phase (the paper: no number), in whole rounds
     online_envs: Count = 25  # trajectories collected side by side
     updates: Positive = 4.0  # gradient steps for each environment step of the online phase
     # ablations
-    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # trains the encoder; online, unless oracle: q alone
+    encoder_loss: Literal["reward", "q", "reward+q"] = "reward"  # trains the encoder; online without rewards q alone
     actor: Literal["awac", "sac", "bc"] = "awac"  # sac, bc: the paper's ablations
     online_rewards: Literal["decoder", "oracle", "none"] = "decoder"  # none: no online phase
     online_tasks: Literal["train", "test"] = "train"  # where trajectories are collected (Figure 9)
     online_contexts: Literal["all", "offline"] = "all"  # rows that contexts come from in the online phase
     z_every: Literal["episode", "step"] = "episode"  # when exploration draws z from the prior
 
-    GROWS = ()  # not even --steps: where the online phase begins and how fast rates fall hang on it
+    GROWS = ()  # not even --steps can: the online phase begins after them
     ONE_FILE = (*data.Args.ONE_FILE, "train_tasks", "test_tasks")
     ELSEWHERE = (*data.Args.ELSEWHERE, "exact")
 
@@ -129,8 +129,8 @@ TABLE = {
     "humanoid-dir": {"data_size": 1200},
     "sawyer": SAWYER,
 }
-# What differs on a machine without a GPU. (Batches are 128 but kl_weight stays: the KL has half of Eq. 3's weight, on
-# sawyer a sixteenth, which like its discount and tau, and cheetah-vel's online contexts, was chosen on seed 0.)
+# What differs on a machine without a GPU; tasks are as many as the family's. (In batches of 128 kl_weight gives the KL
+# half of Eq. 3's weight, on sawyer a sixteenth. Sawyer's and cheetah-vel's online contexts were chosen on seed 0.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
@@ -281,7 +281,7 @@ class Replay(nn.Module):
         self.context_data, self.split = args.context_data, world.split
         n, count, _ = world.train_rows.shape
         joining = np.bincount(world.buffers.ravel(), minlength=n)  # trajectories that are to join each buffer
-        space, others = int(joining.max()) * world.row.horizon, len(joining) - n  # buffers without offline data
+        space, others = int(joining.max()) * world.row.horizon, len(joining) - n  # empty at first: test tasks' (oracle)
         self.register_buffer("rows", F.pad(world.train_rows, (0, 0, 0, space, 0, others)))
         self.register_buffer("offline", torch.tensor([count] * n + [0] * others))  # how many rows are offline data
         self.register_buffer("filled", self.offline.clone())  # how many there are

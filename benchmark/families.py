@@ -8,6 +8,7 @@ import argparse
 import numpy as np
 from matplotlib.figure import Figure
 from report import ROOT
+from retest import main_of
 
 import envs
 
@@ -31,8 +32,9 @@ def moment(name):
     return picture, row.drift(env.tasks)[0] if row.drift else None
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+@main_of
+def main(argv):
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     path = ROOT / "results" / "families.png"
     names = [name for name, row in envs.FAMILIES.items() if row.differs != "nothing"]
     rows = -(-len(names) // COLUMNS)

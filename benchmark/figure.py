@@ -1,10 +1,9 @@
-"""One picture of a run on point robots, for the README: paths to unseen goals, embeddings, the curve; and its metrics.
+"""One picture of a run on point robots, for the README: paths to unseen goals, embeddings, the curve.
 
 python benchmark/figure.py runs/focal/sparse-point-robot/small/seed0
 """
 
 import argparse
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,15 +49,13 @@ def draw(run, path):
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="<run-dir>/<script>/<env>/<variant>/seed<k>")
-    parser.add_argument("--out", type=Path, help="unless given: figure.png in that folder; with it a .csv too")
+    parser.add_argument("--out", type=Path, help="unless given: figure.png in that folder")
     args = parser.parse_args(argv)
     run = args.run.absolute()
     path = args.out or run / "figure.png"
     missing = not (run / "paths.png").exists()
     data.refuse((missing, f"{run}: no paths.png there; expected the folder of a run on point robots"))
     draw(run, path)
-    if args.out:
-        shutil.copy(run / "metrics.csv", path.with_suffix(".csv"))
     print(path)
 
 

@@ -6,7 +6,7 @@ python benchmark/paper.py focal_pp table1 --env point-robot-wind --seeds 5
 A run that is done is not run again, one that was killed goes on. Each writes results/<script>-<figure>-<env>.csv, one
 row for each run, and a PNG: bands of learning curves go from the lowest to the highest seed, those of tests are the
 standard deviation. A curve has the steps that all of its seeds have.
-Where variants differ in test conditions only, one trained agent is tested under all of them (retest.py).
+Variants with flags behind | are one trained agent, tested under all of them (retest.py).
 """
 
 import argparse

@@ -24,7 +24,7 @@ import merpo
 import trained
 
 FLAGS = {
-    "FOCAL": ["test_quality", "context_size", "eval_episodes"],
+    "FOCAL": ["test_quality", "eval_episodes"],
     "SMAC": ["eval_episodes"],
     "MerPO": ["test_quality", "test_trajectories", "test_start", "eval_episodes"],
 }
@@ -102,7 +102,7 @@ def clone_return(script, args, agent, world):
     tasks, returns = agent.test_tasks, []
     for _ in range(CLONES):
         tasks.behaviour = script.Policy(len(tasks.rows), *world.sizes)
-        tasks.settle(agent.meta_model)
+        tasks.adapt(agent.meta_model)
         returns.append(script.play(args, tasks.behaviour, world).mean())
     return sum(returns) / CLONES
 
@@ -117,7 +117,6 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--test-quality", choices=data.QUALITIES, help="of the test tasks' data")
-    parser.add_argument("--context-size", type=whole, help="FOCAL, FOCAL++: transitions in a test context")
     parser.add_argument("--test-trajectories", type=whole, help="MerPO: of each test task's data")
     parser.add_argument("--test-start", choices=list(merpo.STARTS), help="MerPO: how a test task begins")
     parser.add_argument("--adapt-steps", type=whole, help="MerPO: steps of RAC on a test task")

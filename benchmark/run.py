@@ -129,7 +129,7 @@ def main(argv):
         paper.build_data([SCRIPTS[script].parse_args(words) for script, words in chosen])
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: execute(*run), chosen))
-    if args.task is None:
+    if args.task is None or args.collect:
         kind = "-same-data" if args.same_data else "-full" if args.full else ""
         collect(runs, ROOT / "results" / f"runs{kind}.csv")
 

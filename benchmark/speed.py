@@ -166,8 +166,9 @@ def profile(script, name, size, device, kind, calls=10, most=12):
             call()
         if cuda:
             torch.cuda.synchronize()
-    events = [event for event in profiler.key_averages() if cuda or event.key.startswith("aten::")]
-    spent = [(event.self_device_time_total if cuda else event.self_cpu_time_total, event) for event in events]
+    time_of = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total
+    spent = [(time_of(event), event) for event in profiler.key_averages() if cuda or event.key.startswith("aten::")]
+    spent = [pair for pair in spent if pair[0] > 0]  # not the host's calls
     spent.sort(key=lambda pair: -pair[0])
     total, count = sum(own for own, _ in spent), sum(event.count for _, event in spent)
     what, n = "kernels" if cuda else "operations", calls * steps

@@ -4,18 +4,17 @@ python benchmark/stepping.py
 """
 
 import argparse
-import sys
-from pathlib import Path
 from timeit import timeit
 
 import numpy as np
+from retest import main_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 
 
-def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+@main_of
+def main(argv):
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     print("environment steps per second")
     print(f"{'family':<16} {'threads':>7} {'bare loop':>10} {'vector env':>10} {'ratio':>6}")
     for name in (name for name, row in envs.FAMILIES.items() if row.xml):

@@ -7,7 +7,7 @@ import pytest
 import test_focal
 import torch
 from conftest import SPARSE, WALKER, WIND
-from test_focal import checkpoint, cuda, fixed, metrics, moved, q_values, same, weights
+from test_focal import checkpoint, cuda, fixed, metrics, q_values, same, weights
 from torch.distributions import Normal, kl_divergence
 
 import data
@@ -64,19 +64,6 @@ def test_an_update_equals_a_loop_over_single_transitions(files, monkeypatch, mor
 
 
 # --------------------------------------------------------------------------------------------------- who trains whom
-@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
-def test_only_the_network_with_a_learning_rate_moves(files, name):
-    k = build(WALKER, files[WALKER], BELLMAN)
-    k.args.encoder_lr *= name == "encoder"
-    for key, optimiser in k.optimisers.items():
-        optimiser.param_groups[0]["lr"] *= key == name
-    before = weights(k.agent)
-    for _ in range(2):
-        k.update()
-    assert moved(before, weights(k.agent)) == {name} | ({"target"} if name == "critic" else set())
-    assert all(p.grad is None for p in k.agent.target.parameters())
-
-
 def test_slow_networks_begin_as_the_fast_ones(files):
     agent = build(WIND, files[WIND]).agent
     assert same(agent.target, agent.critic) and same(agent.actor.slow_shift, agent.actor.shift)

@@ -401,14 +401,14 @@ def test_a_file_of_ones_own_has_no_other_quality(tmp_path, files, capsys):
 
 def watch_settling(monkeypatch):
     """Grows with every settling: (tasks, how far their models moved)."""
-    settled, settle = [], merpo.Tasks.settle
+    settled, adapt = [], merpo.Tasks.adapt
 
     def watched(tasks, meta_model):
         before = next(tasks.models.parameters()).clone()
-        settle(tasks, meta_model)
+        adapt(tasks, meta_model)
         settled.append((tasks, (before - next(tasks.models.parameters())).abs().max()))
 
-    monkeypatch.setattr(merpo.Tasks, "settle", watched)
+    monkeypatch.setattr(merpo.Tasks, "adapt", watched)
     return settled
 
 

@@ -306,10 +306,10 @@ def test_a_performer_tries_everything_that_can_be_done():
     assert {tuple(x) for x in np.stack(seen)[kinds == 0][:, 9:]} == {tuple(x) for x in envs.HAND_PLACES}
 
 
-@pytest.mark.parametrize("quality", ["random", "medium", "expert", "replay", "relabelled"])
-def test_what_the_script_does_not_have_is_refused_in_one_line(quality, tmp_path, capsys):
-    argv = ["--env", "sawyer", "--quality", quality, "--data-dir", str(tmp_path)]
-    ended(capsys, data, argv, "sawyer", quality, "" if quality == "relabelled" else "mixed")
+@pytest.mark.parametrize("words", ["--quality random", "--quality replay", "--quality relabelled", "--sac-hidden 32"])
+def test_what_the_script_does_not_have_is_refused_in_one_line(words, tmp_path, capsys):
+    argv = ["--env", "sawyer", *words.split(), "--data-dir", str(tmp_path)]
+    ended(capsys, data, argv, "sawyer", "relabelled" if "relabelled" in words else "mixed data of a script, no SAC")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -596,18 +595,6 @@ MORE += [("--meta-batch-size 5", "--meta-batch-size.*at most 4")]
 def test_more_than_the_data_have_is_refused(files, more, message):
     with pytest.raises(data.DataError, match=message):
         build(WIND, files[WIND], more)
-
-
-@pytest.mark.parametrize("steps", [5, 9])
-def test_a_run_of_other_phases_is_not_gone_on_with(files, tmp_path, no_plots, capsys, steps):
-    """Where its online phase began would not be where this one's does."""
-    stored = run(tmp_path, WIND, files[WIND]) / "checkpoint.pt"
-    argv = [*flags(WIND, files[WIND], f"--steps {steps} --resume"), "--run-dir", str(tmp_path)]
-    args = smac.parse_args(argv)
-    folder = tmp_path / "smac" / WIND / args.variant / "seed0"
-    folder.mkdir(parents=True)
-    shutil.copy(stored, folder / "checkpoint.pt")
-    ended(capsys, smac, argv, "made with --steps 6, asked for")
 
 
 def test_a_run_of_another_length_is_not_looked_for(files, tmp_path, no_plots, capsys):

@@ -387,12 +387,6 @@ def test_data_that_nothing_left_needs_are_not_built(monkeypatch, tmp_path):
     assert cuda.main(words) == 0 and made.exists()
 
 
-def test_a_part_that_there_is_not_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        script("cuda").main(["--out", "nowhere", "--only", "focal", "bogus"])
-    assert "--only focal bogus: expected some of walker data, speed" in capsys.readouterr().err
-
-
 def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkeypatch, tmp_path, capsys):
     speed = script("speed")
     build = speed.build
@@ -407,14 +401,6 @@ def test_a_script_that_fails_does_not_keep_the_others_from_being_measured(monkey
     assert "focal, small" in end.value.code and "capture failed" in capsys.readouterr().err
     with open(tmp_path / "speed.csv") as file:
         assert {row["script"] for row in csv.DictReader(file)} == {"sac"}
-
-
-def test_no_part_starts_when_no_time_is_left(tmp_path):
-    cuda = script("cuda")
-    words = ["--out", str(tmp_path / "o"), "--work", str(tmp_path), "--minutes", "0.1", "--device", "cpu"]
-    assert cuda.main(words) == 1
-    *log, last = (tmp_path / "o" / "log.txt").read_text().splitlines()
-    assert len(log) == 14 and all("no time left" in line for line in log) and "not done: walker data" in last
 
 
 def test_the_runs_on_cuda_are_runs_that_the_scripts_accept(tmp_path):
