@@ -15,7 +15,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import paper
-from paper import FIGURES, ROOT, SCRIPTS, envs, focal, focal_pp, merpo, smac
+from paper import FIGURES, ROOT, SCRIPTS, envs, focal, smac
 from report import read, write
 from retest import main_of, whole
 
@@ -57,15 +57,14 @@ def plan(args):
         for script in (["smac"] if args.same_data else args.scripts)
         for env in SCRIPTS[script].TABLE
         if env in args.envs and envs.family(env).differs != "nothing"
-        if not args.same_data or learned_by_all(env) and smac.SMALL[env].get("quality") != "mixed"  # theirs already
+        if not args.same_data or quality(focal, env) == "mixed" != quality(smac, env)  # else no need
         for seed in range(args.seeds)
     ]
 
 
-def learned_by_all(env):
-    """Whether the three other scripts have this family and learn it from mixed data."""
-    others = focal, focal_pp, merpo
-    return all(env in module.TABLE and module.parse_args(["--env", env]).quality == "mixed" for module in others)
+def quality(script, env):
+    """Of the data from which a script learns the family at CPU sizes."""
+    return script.parse_args(["--env", env, "--small"]).quality
 
 
 def describe(script, words):
