@@ -664,7 +664,7 @@ IDLE = {
     "--eps 1": "--encoder none", "--coupled": "--encoder none", "--kl-weight 1": "--encoder none",
     "--kl-weight 2": "", "--encoder-loss dml": "--encoder none", " --coupled": "--encoder-loss bellman",
     "--sparse": "--encoder none", "--encoder-lr 0.1": "--encoder none",
-    "--alpha-max 4": "--actor clone",
+    "--alpha-max 4": "--actor clone", "--compile": "--no-graph",
 }  # fmt: skip
 
 
