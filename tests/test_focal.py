@@ -25,8 +25,11 @@ COLUMNS += ["train_esr", "train_rms", "train_variance"]
 REGULARISED = "--alpha 50 --tune-alpha --value-penalty"
 
 
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
 def cuda(test):
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+    return CUDA[0](CUDA[1](test))
 
 
 def load_arrays(file):

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,28 +170,31 @@ class Falling(data.Learner):
 
     METRICS = ("loss",)
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
         self.net = torch.nn.Linear(3, 1).double()
+        self.to(device)
         self.optimisers = {"net": data.adam(self.net, 0.1)}
 
     def update(self):
         self.step += 1
         data.set_rate(self.optimisers["net"], 0.1 * (1 - 0.09 * self.step))
-        loss = (self.net(torch.randn(5, 3, dtype=torch.float64)) - 1).square().mean()
+        loss = (self.net(torch.randn(5, 3, dtype=torch.float64, device=self.step.device)) - 1).square().mean()
         data.descend(self.optimisers["net"], loss)
         self.note(loss=loss)
         self.record()
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-def test_what_is_compiled_learns_what_single_operations_do(monkeypatch, capsys):
-    """Weights, steps and rates, for ten steps; after three nothing is compiled any more."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=test_focal.CUDA)])
+def test_what_is_compiled_learns_what_single_operations_do(monkeypatch, capsys, device):
+    """Weights, steps and rates, for ten steps; after three nothing is compiled any more. On CUDA in a graph."""
+    best = data.fuse if device == "cpu" else partial(data.capture, compiled=True)
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     compiled, ends = torch._dynamo.utils.counters["stats"], []
-    for change in (lambda update: update, data.fuse):
+    for change in (lambda update: update, best):
         torch.manual_seed(0)
-        learner = Falling()
+        learner = Falling(device)
         update = change(learner.update)
         for i in range(10):
             before = compiled["unique_graphs"]
