@@ -62,7 +62,7 @@ class Args(data.Args):
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # gradient steps; unset: a table's, or steps / 5; <= half (all if Q trains it)
+    encoder_steps: Count | None = None  # it learns for; or a fifth of --steps, half at most; all if Q trains it
     beta: Number = 1.0  # weight of FOCAL's Eq. 13's negative pairs, times that in LAWS (its Table 5b)
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -114,7 +114,7 @@ class Args(data.Args):
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint (the paper's: fourteen or more) and leave Q ignorant of actions that lead away from the goal.
-# (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
+# (alpha_max is the authors' code's.) What is not here has its default; families that no paper has: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"beta": 10}
 TWO = {"alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5}
@@ -134,7 +134,7 @@ SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 10_000, "encoder_steps": 
 SMALL_POINT |= {"encoder_hidden": 64}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 12_000, "encoder_steps": 800, "context_size": 64, "eval_every": 2_000}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "alpha": 50}
-# FOCAL's alpha = 50 holds small runs at the data's return; without the value penalty a smaller one lets Q diverge.
+# Table 4's alpha = 50 holds small runs at the data's return; a smaller one without value penalty lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000, "final_lr": 0.02}
 # Table 4's alpha drowns the rewards; at rate 1e-3 the policy outruns the discriminator: cheetahs end at 200 to 700.
 SMALL_TWO = SMALL_MUJOCO | {"lr": 3e-4, "discriminator_steps": 3, "alpha": 100}
@@ -145,10 +145,10 @@ SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot"
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
 # Experts of 80 speeds take a high rate to fit; FOCAL's z says more of new ones after 6,000 steps, FOCAL++'s less.
 SMALL |= {"cheetah-vel": SMALL_MUJOCO | {"discriminator_steps": 3, "final_lr": 0.02, "encoder_steps": 6_000}}
-# Directions of a body: ants' policy outruns D at the walkers' alpha and rate; humanoids end below their data with more.
+# Ants' policy, too, outruns the discriminator at the walkers' rate; a larger alpha holds humanoids to their data.
 SMALL |= {"humanoid-dir": SMALL_WALKER, "ant-dir": SMALL_WALKER | {"alpha": 50, "lr": 3e-4, "discriminator_steps": 3}}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
-# What is ours at the papers' sizes, on walkers alone: there FOCAL's table (--letter) ends below its data.
+# What is ours at the papers' sizes, on walkers alone: there FOCAL's Table 4 (focal.py --letter) ends below its data.
 OURS = {"alpha": 20, "value_penalty": True, "tau": 0.02, "latent": 5, "context_size": 64, "encoder_steps": 4_000}
 OURS |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "final_lr": 0.02, "steps": 8_000, "eval_every": 1_000}
 OURS |= {"tune_alpha": False, "lr": 1e-3, "encoder_lr": 1e-3}  # where FOCAL++ has others
@@ -495,7 +495,7 @@ class World(data.World):
         if args.sparse:  # in contexts only; FOCAL++'s R on sparse-point-robot, else the rewards' median
             data.sparsify(test, data.sparsify(train))
         row = envs.family(args.env)
-        self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]
+        self.split = [row.obs_dim, row.act_dim, 1, row.obs_dim, 1, 1, row.act_dim, 1]  # widths, as in `pack`
         self.mean, self.std = data.standardisation(train.observations[train.train_tasks])
         self.train_rows = pack(train, train.train_tasks, self.mean, self.std)
         self.test_rows = pack(test, test.test_tasks, self.mean, self.std)
