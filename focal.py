@@ -16,7 +16,7 @@ networks on data of all stages of SAC. Contexts and returns are sparse, RL has d
 Where we differ from the paper:
 - Every step draws its tasks, and from D_i contexts and minibatches: there are no buffers C_i; b_i is drawn apart from
   c_i (FOCAL++: the same rows). (13), (27), (28) are means, not sums; |d|^2 too, or the laws' factors 8 and 16 (FOCAL's
-  Table 5b) would not balance them. Contexts have dense rewards, on sparse-point-robot FOCAL's; `--sparse`: (35)'s.
+  Table 5b) unbalance them. Contexts have dense rewards, sparse-point-robot's FOCAL's sparse; `--sparse`: FOCAL++'s.
 - Observations are standardised. The encoder learns for `encoder_steps`, at a rate that falls to 0, since a policy
   cannot settle while z moves under it; z is then one of 64 kept for each task. Other settings: SMALL, OURS.
 - D in the target (`--value-penalty`): FOCAL's (7) in its (8) gives it the weight gamma^2 alpha; its (6), as BRAC, means
@@ -62,7 +62,7 @@ class Args(data.Args):
     latent: Count = 20  # size l of the task embedding
     encoder_hidden: Count = 200  # width of the task encoder
     encoder_lr: Number = 1e-3  # learning rate of the task encoder
-    encoder_steps: Count | None = None  # it learns for; or a fifth of --steps, half at most; all if Q trains it
+    encoder_steps: Count | None = None  # its gradient steps; or --steps / 5, half at most; all if Q trains it
     beta: Number = 1.0  # weight of FOCAL's Eq. 13's negative pairs, times that in LAWS (its Table 5b)
     eps: Positive = 0.1  # epsilon of FOCAL's Eq. 13
     alpha: Number = 50.0  # weight of the divergence; 0 without --tune-alpha: no discriminator
@@ -114,7 +114,7 @@ class Args(data.Args):
 
 # FOCAL's Table 4, and from its Table 2 the quality of the data, except on the point robots: our expert data come
 # from one checkpoint (the paper's: fourteen or more) and leave Q ignorant of actions that lead away from the goal.
-# (alpha_max is the authors' code's.) What is not here has its default; families that no paper has: the walkers' row.
+# (alpha_max is the authors' code's.) What is not here has its default; families of neither paper: the walkers' row.
 POINT = {"reward_scale": 100, "alpha": 0, "latent": 5, "discount": 0.9}
 MUJOCO = {"beta": 10}
 TWO = {"alpha": 500, "value_penalty": True, "meta_batch_size": 4, "latent": 5}
@@ -134,9 +134,9 @@ SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 10_000, "encoder_steps": 
 SMALL_POINT |= {"encoder_hidden": 64}
 SMALL_MUJOCO = SMALL_NETWORKS | {"steps": 12_000, "encoder_steps": 800, "context_size": 64, "eval_every": 2_000}
 SMALL_MUJOCO |= {"discriminator_steps": 1, "discriminator_lr": 1e-3, "alpha": 50}
-# Table 4's alpha = 50 holds small runs at the data's return; a smaller one without value penalty lets Q diverge.
+# FOCAL's alpha = 50 holds small runs at the data's return; a smaller one without value penalty lets Q diverge.
 SMALL_WALKER = SMALL_MUJOCO | {"alpha": 20, "value_penalty": True, "encoder_steps": 3_000, "final_lr": 0.02}
-# Table 4's alpha drowns the rewards; at rate 1e-3 the policy outruns the discriminator: cheetahs end at 200 to 700.
+# A table's alpha drowns the rewards; at rate 1e-3 the policy outruns the discriminator: cheetahs end at 200 to 700.
 SMALL_TWO = SMALL_MUJOCO | {"lr": 3e-4, "discriminator_steps": 3, "alpha": 100}
 SMALL_TWO |= {"meta_batch_size": 4, "batch_size": 128}
 # Of a longer z unseen walkers' lie far from all that the policy has learned on.
@@ -145,7 +145,7 @@ SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot"
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
 # Experts of 80 speeds take a high rate to fit; FOCAL's z says more of new ones after 6,000 steps, FOCAL++'s less.
 SMALL |= {"cheetah-vel": SMALL_MUJOCO | {"discriminator_steps": 3, "final_lr": 0.02, "encoder_steps": 6_000}}
-# Ants' policy, too, outruns the discriminator at the walkers' rate; a larger alpha holds humanoids to their data.
+# Ants' policy, too, outruns the discriminator at the walkers' rate; a larger alpha is no better on humanoids.
 SMALL |= {"humanoid-dir": SMALL_WALKER, "ant-dir": SMALL_WALKER | {"alpha": 50, "lr": 3e-4, "discriminator_steps": 3}}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
 # What is ours at the papers' sizes, on walkers alone: there FOCAL's Table 4 (focal.py --letter) ends below its data.

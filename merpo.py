@@ -13,7 +13,7 @@ Given datasets D_n of training tasks (Algorithm 2; numbers in brackets are the p
         Q_meta's weights <- mean of the Q_n's, its slow target's <- mean of theirs
 A new task adapts its models and runs RAC from pi_c and Q_meta on its own data, 100 steps in the paper.
 
-    python merpo.py --env point-robot-wind    # no GPU, 16 minutes: the meta-policy -7.9, adapted -5.9 (data -7.70)
+    python merpo.py --env point-robot-wind    # no GPU, 25 minutes: the meta-policy -7.9, adapted -5.9 (data -7.70)
 
 Where we differ from the paper:
 - There are seven meta-models, on bootstrapped data, not one; each of a task's five makes a fifth of its rollouts (the

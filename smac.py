@@ -130,7 +130,7 @@ TABLE = {
     "sawyer": SAWYER,
 }
 # What differs on a machine without a GPU; tasks are as many as the family's. (In batches of 128 kl_weight gives the KL
-# half of Eq. 3's weight, on sawyer a sixteenth. Sawyer's and cheetah-vel's online contexts were chosen on seed 0.)
+# half of Eq. 3's weight, on sawyer a sixteenth: chosen, as its discount, tau, cheetah-vel's contexts, on seed 0.)
 SMALL_NETWORKS = {"hidden": 128, "encoder_hidden": 64, "batch_size": 128, "tau": 0.01, "lr": 1e-3, "final_lr": 0.1}
 SMALL_NETWORKS |= {"threads": 1, "train_tasks": None, "test_tasks": None}
 SMALL_POINT = SMALL_NETWORKS | {"hidden": 64, "steps": 6_000, "eval_every": 2_000, "eval_episodes": 4}
