@@ -165,8 +165,8 @@ TABLE |= {
     **dict.fromkeys(("halfcheetah", "hopper"), SINGLE | {"rollout_length": 5, "lr": 3e-4, "actor_lr": 1e-4}),
     "walker2d": SINGLE | {"beta_initial": 10, "lr": 1e-4, "actor_lr": 1e-5},
 }
-# What differs on a machine without a GPU: sizes, fewer iterations, faster slow targets and models; of many tasks one
-# action at a state of rho and what the header says was learned; of one task higher rates. Chosen by test returns.
+# What differs on a machine without a GPU: sizes, fewer iterations, faster slow targets and models; with many tasks one
+# action at a state of rho and what the header says was learned; with one task higher rates. Chosen by test returns.
 SMALL_ALL = {"hidden": 64, "layers": 3, "model_hidden": 64, "model_layers": 3, "batch_size": 64, "threads": 1}
 SMALL_ALL |= {"model_task_lr": 1e-3, "tau": 0.02}
 SMALL_MANY = SMALL_ALL | {"steps": 800, "actions": 1, "adapt_steps": 4_000, "final_lr": 0.1, "eval_every": 1_000}

@@ -109,10 +109,10 @@ class Args(data.Args):
 
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
-# On cheetah-vel the encoder's buffer stays offline (appendix C.2, where RL's is the first 1,200 rows, here all).
+# On cheetah-vel the encoder's buffer stays offline (appendix C.2; RL's there is the first 1,200 rows, here all of them).
 # What is not here is as in Args: Table 1, and of Table 2 the cheetah's column. So it is in families that are not in the
-# paper, but point robots have a discount for their shorter horizon, a larger scale for their smaller rewards, and SAC's
-# first rows (it is an expert by the last). Sawyer has one buffer for contexts and RL, and no data but its script's.
+# paper, but point robots have a discount for their shorter horizon, a larger scale for their smaller rewards, and the
+# replay's first rows (at its end SAC is an expert). Sawyer has one buffer for contexts and RL, and its script's data.
 POINT = {"data_until": 1600, "discount": 0.9, "reward_scale": 100}
 TWO = {"meta_batch_size": 2, "eval_episodes": 8}  # a mean over two test tasks needs more episodes of each
 SAWYER = {"quality": "mixed", "data_size": 3750, "context_data": 3750, "reward_scale": 1}
