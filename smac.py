@@ -109,7 +109,7 @@ class Args(data.Args):
 
 
 # Table 2 of the paper (the sizes of its datasets: transitions of each training task; its "AWR beta" is Eq. 2's lambda).
-# On cheetah-vel the encoder's buffer stays offline (appendix C.2; RL's there is the first 1,200 rows, here all of them).
+# On cheetah-vel the encoder's buffer stays offline (appendix C.2; RL's there is the first 1,200 rows, here all).
 # What is not here is as in Args: Table 1, and of Table 2 the cheetah's column. So it is in families that are not in the
 # paper, but point robots have a discount for their shorter horizon, a larger scale for their smaller rewards, and the
 # replay's first rows (at its end SAC is an expert). Sawyer has one buffer for contexts and RL, and its script's data.
