@@ -80,6 +80,10 @@ def test_every_run_of_every_figure_has_a_folder_of_its_own(paper, monkeypatch, s
     module, figures = paper.SCRIPTS[script], paper.FIGURES[script]
     for figure, (families, _, variants, columns) in figures.items():
         _, runs = plan(paper, monkeypatch, f"{script} {figure} {size}")
+        for run in runs:
+            args = paper.SCRIPTS[run.script].parse_args(run.words)
+            assert figure != "table6" or f"{args.quality} / {args.test_quality}" == run.variant
+            assert figure != "figure7b" or args.model == (run.variant == "with model")
         folders = [paper.path_of(run.script, run.words) for run in runs]
         pairs = zip(folders, runs, strict=True)
         places = {paper.result_of(folder, run.tested) if run.tested else folder for folder, run in pairs}
@@ -183,6 +187,12 @@ def test_summary_of_a_run_that_ended_and_of_one_that_diverged(paper, monkeypatch
     assert [row["variant"] for row in (ended, diverged)] == ["FOCAL", "coupled"]
     (tmp_path / "b" / "metrics.csv").unlink()
     assert np.isnan(paper.summarise("focal", runs, folders)[1]["return_mean"])
+    keys = ["step", "online_steps", *paper.COLUMNS["smac"]]
+    with open(tmp_path / "b" / "metrics.csv", "w") as file:
+        later = [[i, online, *[10.0 * i] * len(paper.COLUMNS["smac"])] for i, online in enumerate((0, 0, 60))]
+        csv.writer(file).writerows([keys, *later])
+    (row,) = paper.summarise("smac", runs[:1], folders[1:])
+    assert row["return_mean_after_offline_phase"] == row["offline_return_mean_after_offline_phase"] == 10
 
 
 def test_runs_of_ones_own_are_compared(monkeypatch, tmp_path, capsys):
@@ -248,6 +258,31 @@ def test_one_task_is_filmed_and_not_tested_again(monkeypatch, tmp_path, capsys):
         ended(capsys, script("retest"), [str(run), *words], "a run with --single has no test tasks")
 
 
+def test_what_is_said_of_attention(monkeypatch, tmp_path, files):
+    """Silent is what no task rewards; weights above those of the silent count as seen, lower variances as lower."""
+    attention, kept = script("attention"), []
+    own = tmp_path / "relabelled.npz"
+    arrays = load_arrays(files[SPARSE])
+    arrays["sparse_rewards"] = np.random.default_rng(0).random(arrays["rewards"].shape) < 0.2
+    data.save(own, arrays, {"env": SPARSE, "quality": "relabelled"})
+    run = ran(focal_pp, tmp_path, f"--env {SPARSE} --data {own} --steps 2 --eval-every 2")
+    weights = lambda *args: kept.extend(args[-2:]) or (np.array([0.0, 1.0]), np.array([1.5, 2.0, 0.5]))
+    without, weighted = np.full(len(attention.SPARSITY), 1.0), np.full(len(attention.SPARSITY), 2.0)
+    weighted[0] = 0.5
+    monkeypatch.setattr(attention, "weights_of", weights)
+    monkeypatch.setattr(attention, "variances", lambda *_: np.array([[without, weighted], [weighted, without]]))
+    attention.main([str(run), "--out", str(tmp_path / "attention.csv")])
+    (row,) = csv.DictReader((tmp_path / "attention.csv").read_text().splitlines())
+    assert float(row["auc"]) == pytest.approx(5 / 6, abs=1e-4)  # five of six pairs the right way round
+    first, *others = [f"{share:.2f}" for share in attention.SPARSITY]
+    assert row["lower_at"] == first and row["share_lower_at"] == ", ".join(others)
+    informative, silent = kept
+    stored = data.load(own)
+    rewards = stored.context_rewards[torch.from_numpy(stored.train_tasks)]
+    assert torch.equal(silent, (rewards != 0).sum(0) == 0) and torch.equal(informative, rewards != 0)
+    assert 0 < silent.double().mean() < 1 and not (silent & informative).any()
+
+
 @pytest.mark.parametrize("module", [focal, focal_pp])
 def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     online, seen = script("online"), []
@@ -263,6 +298,14 @@ def test_online_contexts_are_what_the_agent_itself_met(tmp_path, files, module):
     *known, context = seen
     pool = {row.numpy().tobytes() for row in world.train_rows.flatten(0, 1)}
     assert len(known) == 2 and all(row.numpy().tobytes() in pool for x in known for row in x.flatten(0, 1))
+    whose = {row.numpy().tobytes(): i for i, rows in enumerate(world.train_rows) for row in rows}
+    tasks = [[{whose[row.numpy().tobytes()] for row in rows} for rows in x] for x in known]
+    assert all(len(found) == 1 for x in tasks for found in x) and tasks[0] != tasks[1]  # each context of one task
+    assert len(set.union(*tasks[0], *tasks[1])) > 1
+    to_goal = lambda s: torch.as_tensor(5 * (world.env.tasks - (s * world.std + world.mean).numpy())).clamp(-1, 1)
+    rows, counted, total = online.play(lambda s: to_goal(s).float(), world, 0)
+    np.testing.assert_allclose(total, (rows[..., 4] * counted).sum(1), rtol=1e-5)
+    assert (total >= 0).all() and total.max() > 0  # as reported: sparse
     s, a, r, s2, *rest = context.split(world.split, -1)  # (tasks x E, B, .) of the two episodes
     assert context.shape[:2] == (world.env.num_envs, args.context_size) and not any(x.any() for x in rest)
     s, s2 = (x * world.std + world.mean for x in (s, s2))
@@ -342,6 +385,9 @@ def test_an_online_context_ends_where_the_episode_does(files):
     ended = [row[keep][:, -1] for row, keep in zip(rows, counted, strict=True)]
     assert all(not d[:-1].any() for d in ended)  # terminals: the last row of those that fell, no time limit
     assert [bool(d[-1]) for d in ended] == [bool(n < world.env.horizon) for n in length]
+    drawn = online.experience((rows, counted), (rows + 1000, counted), generator, 500)
+    later = drawn[..., 0] > 500
+    assert 0.4 < later.float().mean() < 0.6  # of the second episode
     drawn = online.experience((rows, counted), (rows, counted), generator, 500)
     for row, keep, mine in zip(rows, counted, drawn, strict=True):
         assert {x.numpy().tobytes() for x in mine} <= {x.numpy().tobytes() for x in row[keep]}
@@ -617,6 +663,8 @@ def test_what_embeddings_say_about_tasks(monkeypatch, tmp_path, files, capsys):
     (seen, wide, bias), (test, *_), linear, guess = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen)
     assert guess == pytest.approx((unseen - tasks.mean(0)).norm(dim=1).mean().item())
     assert linear < 0.5 and seen < 0.5 and test < 0.8 and guess > 3 and bias < seen < wide + bias
+    (seen, *_), _, linear, _ = decode.errors(say(tasks), say(tasks.flip(0)), say(unseen), tasks, unseen)
+    assert seen > 2 and linear > 2  # scored on contexts of its own, here of other tasks
     _, (swapped, wide_too, bias), *_ = decode.errors(say(tasks), say(tasks), say(unseen), tasks, unseen.flip(0))
     assert swapped > 2 and wide_too < 0.5 and bias > 2  # the wrong task, always
     bent = lambda tasks: torch.tanh(say(tasks) / 4)

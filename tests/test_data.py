@@ -225,6 +225,7 @@ def test_policies_are_kept_from_the_untrained_to_the_last_and_the_rate_falls_to_
         seen.append(torch.cat([p.detach().flatten(1) for p in trainer.agent.actor.parameters()], 1))
         if trainer.iteration < 100:
             trainer.step()
+            assert (trainer.filled == 4 * trainer.iteration).all()
     assert trainer.iterations == 100
     assert_equal(trainer.result()["policies"], torch.stack(seen[::20]))
     moved = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
@@ -233,7 +234,7 @@ def test_policies_are_kept_from_the_untrained_to_the_last_and_the_rate_falls_to_
 
 
 def test_minibatches_come_from_a_tasks_own_steps_in_a_row():
-    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 3, 0), nstep=3, batch=500, updates=2, discount=1.0)
+    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 3, 0), nstep=3, batch=500, updates=2, discount=0.5)
     task, step, e = torch.meshgrid(torch.arange(3), torch.arange(100), torch.arange(4), indexing="ij")
     trainer.replay.zero_()
     trainer.replay[..., 0], trainer.replay[..., 1], trainer.replay[..., 2] = task, step, e
@@ -246,7 +247,8 @@ def test_minibatches_come_from_a_tasks_own_steps_in_a_row():
     for i in range(3):
         rows = torch.cat([rows[i] for rows, _ in seen])
         assert (rows[:, 0] == i).all() and (rows[:, 5] == i).all()
-        assert (rows[:, 6] == rows[:, 1] + 3).all() and (rows[:, 4] == 3).all() and (rows[:, 7] == 1).all()
+        assert (rows[:, 6] == rows[:, 1] + 3).all()
+        assert (rows[:, 4] == 1 + 0.5 + 0.25).all() and (rows[:, 7] == 0.5**3).all()
         assert len(rows[:, 1:3].unique(dim=0)) == 18 * 4 and rows[:, 6].max() == 20
 
 
@@ -259,6 +261,18 @@ def test_exploration_samples_the_policy():
     assert noise.mean() == pytest.approx(0, abs=0.1) and noise.std() == pytest.approx(1, abs=0.05)
     assert (noise[1:] * noise[:-1]).mean() == pytest.approx(0, abs=0.05)
     assert np.abs(np.corrcoef(noise.T) - np.eye(16)).max() < 0.3
+
+
+def test_the_first_actions_of_each_task_are_uniform():
+    """As many as `start`, over all sub-environments together."""
+    trainer = make_trainer(WIND, envs.sample_tasks(WIND, 2, 0), start=8, envs=4)
+    with torch.no_grad():
+        for p in trainer.agent.actor.parameters():
+            p.zero_()
+        p[..., 2:] = -20  # the bias of log std: as small as it gets
+    for uniform in (True, True, False, False):
+        assert (np.abs(trainer.act()).max() > 0.3) == uniform
+        trainer.iteration += 1
 
 
 def test_choosing_actions_fits_into_a_graph():
@@ -604,14 +618,16 @@ def test_a_save_holds_what_was_met_and_no_more():
     assert replay.shape[1] == 3 and replay.untyped_storage().nbytes() == 4 * replay.numel()
 
 
-def test_shards_qualities_and_seeds_draw_each_their_own(folder):
+def test_shards_qualities_and_seeds_draw_each_their_own(folder, monkeypatch):
     policies = torch.load(prepare(folder).with_name("behaviour.pt"), weights_only=True)["policies"]
     assert not torch.equal(policies[0, 0], policies[0, 3])  # the first tasks of the two shards, untrained
     agents = {"policies": policies[:1].expand(5, -1, -1), "early": None}
     tasks = envs.sample_tasks(WIND, 5, 3)
     kinds = ("random", 3), ("expert", 3), ("mixed", 3), ("mixed", 4)
+    seeds, make = [], envs.make
+    monkeypatch.setattr(envs, "make", lambda *args, seed, **more: seeds.append(seed) or make(*args, seed=seed, **more))
     a, b, c, d = (data.roll_out(WIND, tasks, kind, agents, tiny(), seed)["actions"] for kind, seed in kinds)
-    assert (a != b).mean() > 0.9 and (c != d).mean() > 0.9
+    assert (a != b).mean() > 0.9 and (c != d).mean() > 0.9 and len({*seeds}) == 4  # initial states too
 
 
 @pytest.mark.parametrize("way", ["empty", "cut", "noise", "a list", "no tasks", "another version", "other tasks"])
@@ -709,7 +725,7 @@ CONTENT += product([SPARSE, WALKER], ["mixed", "replay"])
 @pytest.fixture
 def dataset(request, folder):
     env, quality = request.param
-    changes = {"nstep": 3, "trajectories": 3} if env == WALKER else {}
+    changes = {"shard": 2} | ({"nstep": 3, "trajectories": 3} if env == WALKER else {})
     return env, quality, data.load(prepare(folder, env, quality, train=2, test=1, **changes), env)
 
 
@@ -819,6 +835,21 @@ def test_each_quality_plays_its_own_policies():
         played = arrays["actions"].reshape(2, 10, 200, 2)
         np.testing.assert_allclose(played.mean(2), actions[[[0], [1]], checkpoints], atol=0.005, err_msg=quality)
         assert len(np.unique(played[..., 0])) > 3000  # every trajectory has draws of its own
+
+
+def test_a_single_lucky_policy_is_not_the_medium_one(monkeypatch):
+    """Its return is the mean of three neighbours in time."""
+    played, returns, policies = [], np.arange(50.0), torch.arange(50.0)[:, None, None]  # (checkpoints, T, parameters)
+    returns[3] = 24.5  # half-way from the first to the last
+    found = {"first_return": returns[None]}
+    monkeypatch.setattr(data, "play_policies", lambda *args: played.append(args[2].flatten().tolist()) or found)
+    data.roll_out(WIND, np.zeros((1, 2)), "medium", {"policies": policies}, tiny(), 0)
+    assert played == [list(range(50)), [24]]
+
+
+def test_constant_observations_are_not_blown_up():
+    mean, std = data.standardisation(torch.full((2, 3, 1), 5.0))
+    assert mean.item() == 5 and std.item() == pytest.approx(1e-3)
 
 
 def test_actions_are_sampled():

@@ -76,6 +76,17 @@ def test_a_run_that_is_not_done_is_not_in_the_table(run, tmp_path):
             look("focal", words)
 
 
+def test_smac_has_returns_on_its_own_and_on_the_datas_contexts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.paper, "is_done", lambda *_: True)
+    monkeypatch.setattr(run.paper, "path_of", lambda *_: tmp_path)
+    (tmp_path / "metrics.csv").write_text("step,return_mean,offline_return_mean\n1,3,4\n2,1,2\n")
+    final = {"step": 2, "behaviour_return": 0, "optimal_return": None, "wall_clock_seconds": 60}
+    (tmp_path / "final.json").write_text(json.dumps(final))
+    row = run.describe("smac", ["--env", "point-robot-wind", "--small"])
+    columns = ("online_last", "online_best", "offline_last", "offline_best")
+    assert [row[column] for column in columns] == [1, 3, 2, 4]
+
+
 def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeypatch):
     path = tmp_path / "runs.csv"
 
@@ -100,6 +111,10 @@ def test_the_table_grows_and_what_was_run_elsewhere_stays(run, tmp_path, monkeyp
 
 def test_the_table_of_datasets_grows(monkeypatch, tmp_path):
     datasets, path = script("datasets"), tmp_path / "datasets.csv"
+    np.savez(tmp_path / "random.npz", returns=np.array([1.0, 2.0, 6.0]), rewards=np.zeros((3, 5)))
+    assert datasets.describe("ant-dir", tmp_path) | {"megabytes": 0} == {
+        "env": "ant-dir", "random": 3, "tasks": 3, "transitions": 5, "megabytes": 0,
+    }  # fmt: skip
     found = {"medium": 5.0, "tasks": 2, "megabytes": 3}
     monkeypatch.setattr(
         datasets, "describe", lambda env, folder: {"env": env} | (found if "7+7" in str(folder) else {})

@@ -685,7 +685,12 @@ def test_the_picture_of_paths(files, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file(figure))
     drawn, played, play, k = [], [], smac.play, build(SPARSE, files[SPARSE], "--eval-episodes 2")
     monkeypatch.setattr(smac, "play", lambda *args, **more: played.append(play(*args, **more)) or played[-1])
-    shift.plot({tmp_path / "shift-offline-phase.png": shift.play(smac, k.args, k.agent, k.world)}, k.world)
+    posteriors, found = smac.posteriors, {}
+    monkeypatch.setattr(smac, "posteriors", lambda *args: found.update(posteriors(*args)) or found)
+    kls, walked = shift.play(smac, k.args, k.agent, k.world)
+    for name, kl in kls.items():  # of the test tasks, which come last
+        np.testing.assert_array_equal(kl, smac.gaussian_kl(*found[name]).detach()[-4:])
+    shift.plot({tmp_path / "shift-offline-phase.png": (kls, walked)}, k.world)
     histogram, *panels = drawn[0].axes
     assert len(histogram.patches) == 2 * 29 and len(panels) == 3
     assert sum(patch.get_height() for patch in histogram.patches) == 2 * 4  # both kinds, test tasks, meta-episodes
