@@ -149,7 +149,7 @@ SMALL = dict.fromkeys(TABLE, SMALL_BODIES) | dict.fromkeys(("sparse-point-robot"
 SMALL |= dict.fromkeys(("cheetah-fwd-back", "ant-fwd-back"), SMALL_TWO)
 # Experts of 80 speeds take a high rate to fit; FOCAL's z says more of new ones after 6,000 steps, FOCAL++'s less.
 SMALL |= {"cheetah-vel": SMALL_MUJOCO | {"discriminator_steps": 3, "final_lr": 0.02}}
-# Ants' policy, too, outruns the discriminator at the walkers' rate; a larger alpha is no better on humanoids.
+# Ants' policy, too, outruns the discriminator at the walkers' rate; a larger alpha holds humanoids to their data.
 SMALL |= {"humanoid-dir": SMALL_WALKER, "ant-dir": SMALL_WALKER | {"alpha": 50, "lr": 3e-4, "discriminator_steps": 3}}
 SMALL |= {"sawyer": SMALL_WALKER | {"discount": 0.95, "encoder_steps": 1_500}}
 # What is ours at the papers' sizes, on walkers alone: there FOCAL's Table 4 (focal.py --letter) ends below its data.
