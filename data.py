@@ -1424,7 +1424,7 @@ class Run:
             for old in [path for path in self.folder.iterdir() if path.is_file() and path.name != ".lock"]:
                 old.unlink()
         elif checkpoint.exists() and args.resume:
-            self._resume(checkpoint)
+            grown = self._resume(checkpoint)
             print(f"going on from step {self.step} of {checkpoint}", flush=True)
             if checkpoint.parent != self.folder:  # from now on it is this run's
                 write(self.folder / "checkpoint.pt", checkpoint.read_bytes())
@@ -1440,7 +1440,7 @@ class Run:
             raise DataError(f"{checkpoint}: --resume goes on from there, --overwrite begins anew; expected one of them")
         elif args.resume:
             print("no checkpoint yet: from the start", flush=True)
-        if args.resume and final.exists():  # nothing is left to be trained: the files tell of the code that did it
+        if args.resume and final.exists() and not grown:  # nothing is left to train: files tell of the code that did it
             return
         sources = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (__file__, envs.__file__)}
         write(self.folder / "args.json", json.dumps(plain(args) | {"checksums": sources}, indent=1).encode())
@@ -1531,7 +1531,8 @@ class Run:
         write(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self.saved = self.step
 
-    def _resume(self, path: Path) -> None:
+    def _resume(self, path: Path) -> list[str]:
+        """Takes up the checkpoint; returns the flags that are larger now."""
         args, agent, now, anew = self.args, self.agent, self._seen(), "--overwrite begins anew"
         with believing(path, "not a checkpoint of this script", anew):
             checkpoint = read(path, self.device)
@@ -1548,6 +1549,7 @@ class Run:
                 torch.cuda.set_rng_state(checkpoint["random"]["cuda"].cpu())
             self.step = self.saved = checkpoint["step"]
             self.rows, self.began = checkpoint["rows"], time.time() - checkpoint["seconds"]
+        return grown
 
     def where(self) -> str:
         """What an interrupted run has, in words."""

@@ -346,6 +346,15 @@ def test_a_finished_run_that_is_resumed_only_gets_back_what_it_lost(files, tmp_p
         assert (path / "source.py").read_text().startswith("# as it was")
 
 
+def test_a_finished_run_whose_default_steps_have_grown_goes_on_as_what_it_is_now(files, tmp_path, monkeypatch):
+    path = run(files, tmp_path)
+    (path / "source.py").write_text("# as it was when the run was made")
+    monkeypatch.setitem(SMALL, WIND, SMALL[WIND] | {"steps": 9})
+    assert run(files, tmp_path, "--resume") == path and checkpoint(path)["step"] == 9
+    assert json.loads((path / "args.json").read_text())["steps"] == 9
+    assert (path / "source.py").read_bytes() == Path(__file__).read_bytes()
+
+
 def interrupt(monkeypatch, where, nth=1, error=KeyboardInterrupt):
     """From now on the nth call of data.Run's method ends in Ctrl-C before it does anything."""
     real, calls = getattr(data.Run, where), []
